@@ -1,0 +1,78 @@
+"""Turns the parser's errors into one line that names the mistake and the nearest right name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+
+import jsonargparse
+
+_NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option|Key) '([^']+)'(?: is not (?:accepted|expected))?")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[\w.+-]+)")
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+
+
+def explain(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
+    """Return one message for an error of the parser: what is wrong, where, and what to write instead.
+
+    Args:
+        error: What jsonargparse raised.
+        parser: The main parser; its sub-parser for the command knows the names of the options.
+        args: The command line, first word the command.
+    """
+    text = str(error)
+    match = _UNRECOGNIZED.search(text) or _NOT_ACCEPTED.search(text)
+    if match is None:
+        return _first_cause(text)
+    name = match.group(1)
+    owner = _CLASS.findall(text)
+    if owner and not name.startswith("--"):
+        known = _class_options(owner[-1])
+        return f"the configuration has an unknown option {name!r} for {owner[-1]}{_nearest(name, known)}"
+    known = _command_options(parser, args)
+    plain = name.lstrip("-")
+    where = "on the command line" if name.startswith("--") else "in the configuration"
+    return f"unknown option {plain!r} {where}{_nearest(plain, known)}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return "; did you mean ...?", comparing the last part first, as keys share long prefixes."""
+    prefix, _, leaf = name.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == prefix}
+    if close := difflib.get_close_matches(leaf, siblings, n=1):
+        return f"; did you mean {siblings[close[0]]!r}?"
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; known options: {', '.join(sorted(siblings) or sorted(known)[:20])}"
+
+
+def _command_options(parser: jsonargparse.ArgumentParser, args: list[str]) -> list[str]:
+    command = args[0] if args else ""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+            parser = action.choices[command]
+    return [option.removeprefix("--") for action in parser._actions for option in action.option_strings
+            if option.startswith("--")]
+
+
+def _class_options(class_path: str) -> list[str]:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    module, _, name = class_path.rpartition(".")
+    component = getattr(__import__(module, fromlist=[name]), name)
+    parser.add_class_arguments(component, fail_untyped=False)
+    return [action.dest for action in parser._actions if action.dest != "help"]
+
+
+def _first_cause(text: str) -> str:
+    """Return the innermost cause of a nested error on one line."""
+    where = re.search(r'Parser key "([^"]+)"', text)
+    lines = [line.strip(" -\n") for line in text.splitlines()]
+    noise = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>",
+             "Expected a path but", "Problem with given class_path", "Not a valid subclass")
+    causes = [line for line in lines if line and not line.startswith(noise)]
+    message = causes[0] if causes else " ".join(line for line in lines if line)
+    given = re.findall(r"Given value: (.*)", text)
+    suffix = f" (given: {given[-1]})" if given and given[-1] not in message else ""
+    place = f"{where.group(1)}: " if where and where.group(1) not in message else ""
+    return f"the configuration is not valid: {place}{message}{suffix}"

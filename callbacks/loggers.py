@@ -1,0 +1,171 @@
+"""Loggers that a resumed run can continue: metrics.csv and TensorBoard, against student updates."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+
+class MetricsCSV(Logger):
+    """Writes `metrics.csv`: one row per step with everything logged at that step, empty where there is no value.
+
+    Lightning's CSVLogger deletes the file of an earlier session; this one keeps it. The file is only appended to,
+    except that it is rewritten (atomically) when a new column appears or rows are dropped.
+
+    Args:
+        folder: The run folder.
+        resume_step: Rows after this step are dropped, earlier ones stay. None: the file is continued as it is.
+        filename: Name of the file in the folder.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None, filename: str = "metrics.csv") -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.path = self.folder / filename
+        self.resume_step = resume_step
+        self._columns: list[str] = ["step"]
+        self._pending: dict[str, str] = {}
+        self._opened = False
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self.folder.parent.name
+
+    @property
+    def version(self) -> str:
+        """Name of the run folder."""
+        return self.folder.name
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `config.yaml` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add values at a step; values of the same step share a row."""
+        if not self._opened:
+            self._open()
+        row = {name: _text(value) for name, value in metrics.items()}
+        step_text = str(int(step or 0))
+        if self._pending and self._pending["step"] != step_text:
+            self.save()
+            self._flush()
+        self._pending = {**self._pending, "step": step_text, **row}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is pending."""
+        self._flush()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the row in progress now; later values of the same step begin a new row."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        new = [name for name in self._pending if name not in self._columns]
+        if new:
+            rows = self._read()
+            self._columns += new
+            self._rewrite([*rows, self._pending])
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(self._pending)
+        self._pending = {}
+
+    def _open(self) -> None:
+        """Continue an existing file (dropping rows after `resume_step`), or begin one."""
+        self._opened = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = self._read()
+        if self.resume_step is not None:
+            rows = [row for row in rows if _is_number(row["step"]) and float(row["step"]) <= self.resume_step]
+        self._rewrite(rows)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            rows = [{name: value for name, value in row.items() if name} for row in reader]
+            self._columns = list(dict.fromkeys([*self._columns, *(reader.fieldnames or [])]))
+        return rows
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+class StepAxis(Callback):
+    """Makes every logger's x-axis the number of student updates done.
+
+    Lightning counts batches from zero, and an evaluation after update n would stand one beside the training values
+    of update n. A logged value called "step" replaces Lightning's own count in all loggers.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Training values of the n-th update stand at n."""
+        pl_module.log("step", float(trainer.global_step), batch_size=1)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Values of a validation after n updates stand at n."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            pl_module.log("step", float(trainer.global_step), batch_size=1)
+
+
+def run_loggers(folder: Path, resume_step: int | None, command: str = "fit") -> list[Logger]:
+    """Return the loggers every run has: metrics.csv and, for `fit`, TensorBoard events, in the run folder.
+
+    Args:
+        folder: The run folder.
+        resume_step: Step of the checkpoint that is continued in this folder, else None.
+        command: `validate`, `test` and `predict` write `metrics_<command>.csv`, so that the curves of the training
+            stay as they are.
+    """
+    if command != "fit":
+        return [MetricsCSV(folder, filename=f"metrics_{command}.csv")]
+    purge = None if resume_step is None else resume_step + 1
+    board = TensorBoardLogger(str(folder), name="", version="", purge_step=purge, default_hp_metric=False)
+    return [MetricsCSV(folder, resume_step), board]
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is written: numbers in full precision, so that curves can be compared exactly."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 2**53:
+        return str(int(value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""One progress bar whose numbers mean something: student updates done of those to do, losses, speed, time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
+from tqdm import tqdm
+
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_ENDLESS_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+
+
+class StepProgressBar(ProgressBar):
+    """tqdm bar over `trainer.max_steps` student updates; validation, test and predict get a short-lived bar each.
+
+    The number starts at the checkpoint's step in a resumed run, speed and time left count this session's steps only.
+    Values that modules log with `prog_bar=True` stand behind it.
+
+    Args:
+        refresh_seconds: Least time between two drawings.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self._enabled = True
+        self._train_bar: tqdm[Any] | None = None
+        self._side_bar: tqdm[Any] | None = None
+
+    def disable(self) -> None:
+        """Draw nothing (Lightning calls it on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Draw again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            tqdm.write(" ".join(str(part) for part in args), file=sys.stderr)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float]:
+        """Return what modules log for the bar, as short text; no version number and no names ending in `_step`."""
+        metrics: dict[str, int | str | float] = {}
+        for name, value in trainer.progress_bar_metrics.items():
+            number = value.item() if isinstance(value, Tensor) else value
+            metrics[name.removesuffix("_step")] = f"{number:.4g}" if isinstance(number, float) else number
+        return metrics
+
+    def _bar(self, what: str, total: float | None, done: int = 0, leave: bool = True) -> tqdm[Any]:
+        known = None if total is None or total == float("inf") or total < 0 else int(total)
+        return tqdm(desc=what, total=known, initial=done, leave=leave, disable=not self._enabled, file=sys.stderr,
+                    dynamic_ncols=True, mininterval=self.refresh_seconds, smoothing=0.05, unit="step" if leave else "batch",
+                    bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT)  # fmt: skip
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar at the step the run starts from."""
+        total: float = trainer.max_steps
+        if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:  # plain epochs: as many steps as they hold
+            total = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
+        self._train_bar = self._bar("Training", total, done=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move to the number of updates done (a batch whose update was skipped does not count)."""
+        if (bar := self._train_bar) is None:
+            return
+        if trainer.global_step > bar.n:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(trainer.global_step - bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the finished bar, with its last values, on the screen."""
+        self._close_all(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar where it stopped, so that messages stand on lines of their own."""
+        self._close_all(trainer, pl_module)
+
+    def _close_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close_side()
+        if self._train_bar is not None:
+            self._train_bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
+            self._train_bar.close()
+            self._train_bar = None
+
+    # -- validation, test, predict ------------------------------------------------------------------------------
+
+    def _open_side(self, what: str, counts: int | float | list[int | float]) -> None:
+        total = sum(counts) if isinstance(counts, list) else counts
+        self._side_bar = self._bar(what, total, leave=False)
+
+    def _advance_side(self) -> None:
+        if self._side_bar is not None:
+            self._side_bar.update(1)
+
+    def _close_side(self) -> None:
+        if self._side_bar is not None:
+            self._side_bar.close()
+            self._side_bar = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches of the validation."""
+        if not trainer.sanity_checking:
+            self._open_side("Evaluating", trainer.num_val_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count a batch."""
+        self._advance_side()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close it and show the new values; the time of a validation is no part of the speed of training."""
+        self._close_side()
+        if (bar := self._train_bar) is not None:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
+            bar.last_print_t = bar._time()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches of the test."""
+        self._open_side("Testing", trainer.num_test_batches)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count a batch."""
+        self._advance_side()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close it."""
+        self._close_side()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches of the prediction."""
+        self._open_side("Predicting", trainer.num_predict_batches)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count a batch."""
+        self._advance_side()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close it."""
+        self._close_side()

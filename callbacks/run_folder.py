@@ -1,0 +1,187 @@
+"""Where a run leaves its files: `<root>/<experiment>/version_<n>/`, and how a run finds them again.
+
+The command line chooses the folder before the Trainer exists (rank zero only); `RunFolder` tells the other
+processes, saves the resolved configuration and removes a folder in which nothing has been trained.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_modules.errors import UserError
+
+CONFIG_NAME = "config.yaml"
+_VERSION = re.compile(r"version_(\d+)")
+_STEP = re.compile(r"step_(\d+)\.ckpt")
+
+
+def versions(experiment_folder: Path) -> list[Path]:
+    """Return the `version_<n>` folders of an experiment, oldest first (an empty list if there are none)."""
+    if not experiment_folder.is_dir():
+        return []
+    numbered = [(int(match.group(1)), path) for path in experiment_folder.iterdir()
+                if path.is_dir() and (match := _VERSION.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """Return `last.ckpt` of a run, else its `step_<n>.ckpt` with the largest n, else None."""
+    folder = run_folder / "checkpoints"
+    last = folder / "last.ckpt"
+    if last.exists():
+        return last
+    steps = [(int(match.group(1)), path) for path in folder.glob("step_*.ckpt")
+             if (match := _STEP.fullmatch(path.name))]
+    return max(steps)[1] if steps else None
+
+
+def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
+    """Return the checkpoint that `last`, `best` or a path names.
+
+    Args:
+        which: "last" (newest version of the experiment that holds a checkpoint), "best" (the `best.ckpt` of the
+            newest version that has one) or the path of a file (or of a sharded checkpoint's folder).
+        root: The root of all runs, `trainer.default_root_dir`.
+        experiment: Name of the experiment.
+
+    Returns:
+        The path; None if `last` was asked for and no version holds a checkpoint.
+
+    Raises:
+        UserError: the path does not exist, or there is no best checkpoint.
+    """
+    newest_first = versions(root / experiment)[::-1]
+    if which == "last":
+        return next((found for folder in newest_first if (found := newest_checkpoint(folder))), None)
+    if which == "best":
+        paths = (folder / "checkpoints" / "best.ckpt" for folder in newest_first)
+        if (best := next((path for path in paths if path.exists()), None)) is None:
+            raise UserError(f"no best.ckpt in any version under {root / experiment}; "
+                            "train with a validation metric first, or name a checkpoint file")
+        return best
+    path = Path(which)
+    if not path.exists():
+        raise UserError(f"checkpoint not found: {path}; give --ckpt_path an existing file, 'last' or 'best'")
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it; tensors stay on disk until they are used.
+
+    Raises:
+        UserError: the file is not a Lightning checkpoint, is cut short, or holds more than plain data and tensors.
+    """
+    if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
+        path = path / "meta.pt"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises a different type for each kind of damage
+        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; "
+                        "give --ckpt_path a checkpoint written by fit") from error
+    if not isinstance(checkpoint, dict) or "global_step" not in checkpoint or "state_dict" not in checkpoint:
+        if path.name != "meta.pt":
+            raise UserError(f"{path} is not a checkpoint of a run (no global_step and state_dict in it); "
+                            "give --ckpt_path a checkpoint written by fit")
+    return checkpoint
+
+
+def new_version(root: Path, experiment: str) -> Path:
+    """Create and return the next free `version_<n>` folder of an experiment.
+
+    Raises:
+        UserError: the root (or a part of the path) is a file, or cannot be written.
+    """
+    folder = root / experiment
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise UserError(f"the output folder {folder} cannot be made: {part} is a file; "
+                            "choose another --trainer.default_root_dir or --experiment")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = versions(folder)
+        number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
+        while True:  # another run may take the same number at the same moment
+            try:
+                (folder / f"version_{number}").mkdir()
+                return folder / f"version_{number}"
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be written: {error.strerror or error}; "
+                        "choose another --trainer.default_root_dir") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a UserError if files cannot be made in an existing run folder."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"the run folder {folder} cannot be written; change its permissions or start another run")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunFolder(Callback):
+    """Holds the folder of a run on every process and saves the resolved configuration in it.
+
+    Args:
+        path: The folder on rank zero; None on other processes, which learn it in `setup`.
+        config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that a
+            resumed run can say what has changed. None: nothing is written.
+        is_new: Whether this process made the folder; then it is removed again if no training starts.
+    """
+
+    def __init__(self, path: Path | None = None, config: str | None = None, is_new: bool = False) -> None:
+        self.path = path
+        self.config = config
+        self.is_new = is_new
+        self.started = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell every process the folder and write `config.yaml` (rank zero)."""
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))
+        if trainer.is_global_zero:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config is not None:
+                write_text_atomically(self.path / CONFIG_NAME, self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the folder holds a run and stays."""
+        self.started = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the configuration the checkpoint was made with."""
+        return {"config": self.config}
+
+    def discard_if_unused(self) -> None:
+        """Remove the folder if this process made it and training never started (and its parent if now empty)."""
+        if not self.is_new or self.started or self.path is None or not self.path.is_dir():
+            return
+        shutil.rmtree(self.path)
+        for folder in (self.path.parent, self.path.parent.parent):
+            if folder.is_dir() and folder != Path.cwd() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def run_dir(trainer: Trainer) -> Path:
+    """Return the folder of the run; the same on every process once `setup` hooks have run.
+
+    A Trainer built in Python without `RunFolder` uses its logger's folder, else its `default_root_dir`.
+    """
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, RunFolder) and callback.path is not None:
+            return callback.path
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,0 +1,87 @@
+"""The command line: `python cli.py COMMAND …`, or `main([COMMAND, …])` from Python."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+
+from lightning_modules.errors import UserError
+
+TRAINER_COMMANDS = {
+    "fit": "train (distil) as a configuration says; --ckpt_path last resumes",
+    "validate": "measure a checkpoint on the validation captions",
+    "test": "measure a checkpoint on the test captions",
+    "predict": "draw the pictures of the prediction captions",
+}
+# A tool command is a module with add_arguments(parser), run(namespace) and a docstring; a new one is one line here.
+TOOL_COMMANDS = {
+    "generate": ("lightning_modules.commands.generate", "one-step images from a checkpoint or a pipeline folder"),
+    "export": ("lightning_modules.commands.export", "write a student as a complete diffusers pipeline folder"),
+}
+
+
+def usage() -> str:
+    """Return the list of all commands."""
+    helps = {**TRAINER_COMMANDS, **{name: text for name, (_, text) in TOOL_COMMANDS.items()}}
+    lines = [f"  {name:<15} {text}" for name, text in helps.items()]
+    return "\n".join([
+        "usage: python cli.py COMMAND [options]", "",
+        "One-step distillation of text-to-image diffusion models.", "", "commands:", *lines, "",
+        "python cli.py COMMAND --help lists the options of a command.",
+        "--debug with any command shows the traceback of an error.",
+    ])  # fmt: skip
+
+
+def run_command(args: list[str]) -> None:
+    """Run one command line.
+
+    Raises:
+        UserError: anything the user can mend.
+        SystemExit: after `--help`, or when the run was interrupted.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if args else 2)
+    command = args[0]
+    if command in TOOL_COMMANDS:
+        module_name, text = TOOL_COMMANDS[command]
+        module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(prog=f"cli.py {command}", description=text)
+        module.add_arguments(parser)
+        module.run(parser.parse_args(args[1:]))
+    elif command in TRAINER_COMMANDS:
+        from callbacks.trainer_cli import TrainerCLI  # imports torch and Lightning: seconds that --help need not take
+
+        TrainerCLI(args)
+    else:
+        names = [*TRAINER_COMMANDS, *TOOL_COMMANDS]
+        close = difflib.get_close_matches(command, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(names)}"
+        raise UserError(f"unknown command {command!r}; {hint}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: The command line without the program's name. None: that of the process; then a UserError is printed
+            as one message and the process exits with status 2. Called with a list, errors are raised.
+    """
+    if args is not None:
+        run_command([arg for arg in args if arg != "--debug"])
+        return
+    debug = "--debug" in sys.argv[1:]
+    try:
+        run_command([arg for arg in sys.argv[1:] if arg != "--debug"])
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
