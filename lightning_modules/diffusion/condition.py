@@ -45,7 +45,7 @@ class Condition:
         return len(next(iter(self.tensors.values())))
 
     def without_text(self, mask: Tensor | None = None) -> Condition:
-        """The batch with ∅ in place of the prompts where the boolean ``mask`` [B] is true (None: everywhere)."""
+        """The batch with ∅ for prompts where the boolean ``mask`` [B] is true (None: everywhere)."""
         if mask is None:
             return Condition(
                 {name: self._null_like(name).expand_as(x) for name, x in self.tensors.items()}, self.null

@@ -49,7 +49,7 @@ class NoiseSchedule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
         """Follow device moves; refill after them, which undoes casts such as ``.half()``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._fill(self.alpha.device)
         return self
 
@@ -70,9 +70,7 @@ class NoiseSchedule(nn.Module):
             ValueError: if ``t`` is not a vector of integers.
         """
         if t.ndim != 1 or t.is_floating_point():
-            raise ValueError(
-                f"timesteps must be integers [B], got {t.dtype} of shape {tuple(t.shape)}"
-            )
+            raise ValueError(f"timesteps must be integers [B], got {t.dtype} of shape {tuple(t.shape)}")
         t = t.to(self.alpha.device)
         return self.alpha[t], self.sigma[t]
 

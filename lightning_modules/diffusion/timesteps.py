@@ -19,7 +19,8 @@ class UniformTimesteps:
         self.high = high
 
     def draw(self, u: Tensor) -> Tensor:
-        """Timesteps, int64, same shape as ``u``, whose entries are uniform in [0, 1)."""
-        span = self.high - self.low
-        # The clamp matters: in float32 the largest u below 1 times 960 rounds to 960.
-        return self.low + (u * span).long().clamp_(max=span - 1)
+        """Timesteps, int64, same shape as ``u``, whose entries are uniform in [0, 1), float32 or float64.
+
+        In these types u < 1 implies u n < n after rounding too, so ``high`` is never reached.
+        """
+        return self.low + (u * (self.high - self.low)).long()

@@ -22,7 +22,8 @@ class SwiftBrush(Objective):
     Student, with t ~ U{min_timestep … max_timestep − 1} per sample, fresh ε, x_t = α_t x̂ + σ_t ε, no gradient
     through either score, and the same κ and ∅ in both::
 
-        g = σ_t² (ε_teacher^κ(x_t, t, y) − ε_fake^κ(x_t, t, y)),    L = ½ MSE(x̂, sg[x̂ − g]),    ∂L/∂x̂ = g / numel
+        g = σ_t² (ε_teacher^κ(x_t, t, y) − ε_fake^κ(x_t, t, y))
+        L = ½ MSE(x̂, sg[x̂ − g]),  ∂L/∂x̂ = g / numel
 
     Fake score, on the same x̂ detached, with new ε, t ~ U{0 … T − 1}, no guidance, text dropped now and then::
 
@@ -31,12 +32,12 @@ class SwiftBrush(Objective):
     Where this differs from the official code:
 
     - α_T and σ_T of the student's start come from the teacher's schedule (ᾱ_999 = 0.00466 for Stable
-      Diffusion), outside this class; the code has 0.0047 written in. The start timestep is a setting (999 there).
+      Diffusion), outside this class, and the start timestep is a setting; the code has 0.0047 written in.
     - Any prediction type works, each network is read as ε; the code takes its output for ε.
     - ᾱ, x_t, noises, score difference and losses are in float32; the code keeps ᾱ, x_t and the noises in the
       half type and has only the final squared error in float32.
-    - Non-finite entries of g are counted (``diagnostics["nonfinite_score_gradients"]``) and left in, so that the
-      loss is non-finite too and the caller can skip the update visibly; the code sets them to zero.
+    - Non-finite entries of g are counted (``diagnostics["nonfinite_score_gradients"]``) and left in, so that
+      the loss is non-finite too and the caller can skip the update visibly; the code sets them to zero.
     - ε and t follow from (seed, step, sample), not from a global generator: different in every process, equal
       for any number of them. The code gives all processes one seed.
     - The dropout decision is one per student step for the global batch, whatever the number of processes and
@@ -51,7 +52,7 @@ class SwiftBrush(Objective):
         dropout_per_sample: decide per sample rather than once for the global batch.
 
     Raises:
-        ValueError: on timesteps or probabilities out of range (``max_timestep`` past the schedule: at first use).
+        ValueError: on timesteps or a probability out of range (``max_timestep`` past the schedule: at use).
     """
 
     def __init__(
@@ -95,23 +96,19 @@ class SwiftBrush(Objective):
         x_t = scores.schedule.add_noise(x0, noise, t)
         teacher = scores.teacher(x_t, t, condition, guidance_scale=kappa)
         fake = scores.fake_score(x_t, t, condition, guidance_scale=kappa)
-        # The paper's VSD gradient with weight ω(t) = σ_t² of the official code: g = σ_t² (ε_teacher^κ − ε_fake^κ).
+        # The paper's VSD gradient, weighted as in the official code: g = σ_t² (ε_teacher^κ − ε_fake^κ).
         weight = sigma_squared(*scores.schedule.alpha_sigma(t))
         return expand_like(weight, x0) * (teacher.epsilon - fake.epsilon), t
 
     def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
         """``{"denoising": MSE(α_t ε_fake, α_t ε)}`` at the detached sample: trains the fake score only."""
         x0 = at_least_float32(sample.x0.detach())
-        t = (
-            UniformTimesteps(0, scores.schedule.num_timesteps)
-            .draw(random.uniform("fake_timestep"))
-            .to(x0.device)
-        )
+        timesteps = UniformTimesteps(0, scores.schedule.num_timesteps)
+        t = timesteps.draw(random.uniform("fake_timestep")).to(x0.device)
         noise = random.normal("fake_noise", x0.shape[1:]).to(x0)
         x_t = scores.schedule.add_noise(x0, noise, t)
-        prediction = scores.fake_score(
-            x_t, t, self._with_dropout(sample.condition, random), guidance_scale=1.0
-        )
+        condition = self._with_dropout(sample.condition, random)
+        prediction = scores.fake_score(x_t, t, condition, guidance_scale=1.0)
         # MSE(α_t ε_fake, α_t ε) = mean of α_t² (ε_fake − ε)², in float32.
         weight = expand_like(alpha_squared(*scores.schedule.alpha_sigma(t)), x0)
         return {"denoising": (weight * (prediction.epsilon - noise).square()).mean()}

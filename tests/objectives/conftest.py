@@ -1,0 +1,129 @@
+"""Gaussian data, for which every score is known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.guided import guided_prediction
+from lightning_modules.diffusion.prediction import Prediction
+from lightning_modules.diffusion.schedule import NoiseSchedule
+
+
+class GaussianNetwork(nn.Module):
+    """The exact ε-network of data x0 ~ N(m + shift · text, s²): ε(x, t) = σ (x − α m) / (α² s² + σ²).
+
+    From s(x_t) = −(x_t − α m) / (α² s² + σ²) and ε = −σ s. ``text`` is the condition, one number per sample.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, mean: float, std: float, shift: float) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(std).log())
+        self.shift = nn.Parameter(torch.tensor(shift))
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        alpha, sigma = (c[:, None, None, None] for c in self.schedule.alpha_sigma(t))
+        mean = self.mean + self.shift * condition.tensors["text"][:, None, None, None]
+        variance = (2 * self.log_std).exp()
+        return sigma * (x_t - alpha * mean) / (alpha**2 * variance + sigma**2)
+
+
+@dataclass
+class Call:
+    """What one score function was asked."""
+
+    role: str
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+    guidance_scale: float | Tensor
+    negative: Condition | None
+    prediction: Prediction
+
+
+@dataclass
+class GaussianScores:
+    """Teacher and fake score of Gaussian data; records its calls."""
+
+    schedule: NoiseSchedule
+    real: nn.Module
+    fake: nn.Module
+    calls: list[Call] = field(default_factory=list)
+
+    def _read(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor,
+        negative: Condition | None,
+    ) -> Prediction:
+        network = self.real if role == "teacher" else self.fake
+        result = guided_prediction(network, self.schedule, x_t, t, condition, guidance_scale, negative)
+        self.calls.append(Call(role, x_t, t, condition, guidance_scale, negative, result))
+        return result
+
+    def teacher(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+    ) -> Prediction:
+        return self._read("teacher", x_t, t, condition, guidance_scale, negative)
+
+    def fake_score(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+    ) -> Prediction:
+        return self._read("fake_score", x_t, t, condition, guidance_scale, negative)
+
+
+MakeScores = Callable[..., GaussianScores]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    """Stable Diffusion's: scaled-linear β from 0.00085 to 0.012, 1,000 timesteps."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return NoiseSchedule((1 - betas).cumprod(0))
+
+
+@pytest.fixture
+def make_scores(schedule: NoiseSchedule) -> MakeScores:
+    """make_scores(real=(mean, std, shift), fake=(mean, std, shift)) -> GaussianScores."""
+
+    def make(
+        real: tuple[float, float, float] = (1.0, 0.5, 0.0), fake: tuple[float, float, float] = (0.0, 1.0, 0.0)
+    ) -> GaussianScores:
+        return GaussianScores(schedule, GaussianNetwork(schedule, *real), GaussianNetwork(schedule, *fake))
+
+    return make
+
+
+@pytest.fixture
+def text() -> Callable[..., Condition]:
+    """text(values, null=0) -> a condition of one number per sample."""
+
+    def make(values: list[float] | Tensor, null: float = 0.0) -> Condition:
+        return Condition({"text": torch.as_tensor(values)}, {"text": torch.tensor([null])})
+
+    return make
