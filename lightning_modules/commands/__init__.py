@@ -1,0 +1,1 @@
+"""Tool commands of the command line; each file offers add_arguments(parser) and run(namespace)."""

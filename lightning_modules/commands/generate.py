@@ -1,0 +1,235 @@
+"""`generate`: one-step pictures from a checkpoint, an exported folder or any one- or few-step pipeline."""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from datamodules.prompts import read_prompts as read_prompts_file
+from lightning_modules.errors import UserError
+from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
+from lightning_modules.networks.loading import pipeline_folder
+from lightning_modules.networks.output_folder import check_output_folder, written_at_once
+from lightning_modules.networks.student import is_checkpoint, load_student
+
+DEFAULT_MODEL = "assets/emoji-sd-swiftbrush"
+MANIFEST, GRID = "generation.json", "grid.png"
+BATCH_SIZE = 8
+GRID_IMAGES = 64  # most pictures shown in grid.png
+
+Draw = Callable[[list[str], list[int]], Tensor]  # B prompts, B seeds -> pictures [B, 3, H, W] in [0, 1]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of the student: kappa form, 1.0 is off; `negative` takes the place of the empty prompt."""
+
+    scale: float = 1.0
+    negative: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `generate`."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="a .ckpt file or a diffusers pipeline folder (default: %(default)s)",
+    )
+    add("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    add("--prompts-file", type=Path, help="text file with one prompt a line (UTF-8)")
+    add("--negative-prompt", help="what not to draw; needs --negative-guidance")
+    add(
+        "--negative-guidance",
+        choices=["none", "nasa", "nag", "cfg"],
+        default="none",
+        help="how the negative prompt acts; cfg: guidance, with two evaluations of the network",
+    )
+    add("--negative-scale", type=float, help="strength; for cfg the guidance scale, 1 is off")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture; picture i has seed + i (default: %(default)s)",
+    )
+    add("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=1,
+        help="network steps; above 1 the stock pipeline draws (default: %(default)s)",
+    )
+    add(
+        "--output", type=Path, default=Path("outputs/generate"), help="folder to write (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw the pictures and write them with grid.png and generation.json.
+
+    Raises:
+        UserError: no prompts, an unusable option, model or output folder; nothing is written then.
+    """
+    prompts = read_prompts(options.prompt, options.prompts_file)
+    _check_counts(options)
+    guidance = read_guidance(options)
+    target = check_output_folder(options.output, own_names)
+    draw = _drawer(options.model, options.steps, guidance)
+    jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
+    with written_at_once(target) as folder:
+        write_pictures(draw, jobs, options.seed, folder)
+    print(f"{len(jobs)} pictures in {options.output}, all in {options.output / GRID}")
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """Prompts of the options, then those of the file, one a line; empty lines are left out.
+
+    Raises:
+        UserError: there are none, or the file is missing, unreadable or not UTF-8 (names the line).
+    """
+    prompts = [prompt.strip() for prompt in given]
+    if any(not prompt for prompt in prompts):
+        raise UserError("A --prompt is empty. Say what to draw.")
+    if file is not None:
+        prompts += read_prompts_file(file)
+    if not prompts:
+        raise UserError("There is no prompt. Give --prompt 'a red apple' or --prompts-file FILE.")
+    return prompts
+
+
+def read_guidance(options: argparse.Namespace) -> Guidance:
+    """Guidance that the options ask for.
+
+    Raises:
+        UserError: the method is not in this version, or options are missing or without effect.
+    """
+    method, negative, scale = options.negative_guidance, options.negative_prompt, options.negative_scale
+    if method in ("nasa", "nag"):
+        raise UserError(
+            f"--negative-guidance {method} is not in this version yet. Use --negative-guidance cfg, or none."
+        )
+    if method == "none":
+        if negative is not None or scale is not None:
+            raise UserError(
+                "--negative-prompt and --negative-scale have no effect without guidance. "
+                "Add --negative-guidance cfg, or leave them out."
+            )
+        return Guidance()
+    if scale is None or not math.isfinite(scale) or scale < 0:
+        raise UserError(
+            "--negative-guidance cfg needs --negative-scale, a number of at least 0 such as 1.5 (1 is off)."
+        )
+    if options.steps > 1 and scale <= 1:
+        raise UserError(
+            f"--negative-scale {scale:g} has no effect with --steps above 1. Give a scale above 1."
+        )
+    return Guidance(scale, negative)
+
+
+def own_names(folder: Path) -> set[str]:
+    """Names in a folder that a former `generate` wrote, as its generation.json lists them."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {MANIFEST, GRID, *(str(entry["file"]) for entry in entries)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()  # no readable list: then nothing in the folder counts as ours
+
+
+def write_pictures(draw: Draw, prompts: list[str], seed: int, folder: Path) -> None:
+    """Draw one picture per prompt, picture i with seed + i, and write the whole result into `folder`."""
+    digits = max(4, len(str(len(prompts) - 1)))
+    entries: list[dict[str, Any]] = []
+    shown: list[Tensor] = []
+    with tqdm(total=len(prompts), unit="image", desc="generate") as bar:
+        for start in range(0, len(prompts), BATCH_SIZE):
+            part = prompts[start : start + BATCH_SIZE]
+            seeds = [seed + start + i for i in range(len(part))]
+            began = time.perf_counter()
+            pictures = draw(part, seeds).cpu()
+            milliseconds = 1000 * (time.perf_counter() - began) / len(part)
+            for i, picture in enumerate(pictures):
+                name = f"{start + i:0{digits}d}.png"
+                to_pillow(picture).save(folder / name)
+                entries.append(
+                    {
+                        "prompt": part[i],
+                        "seed": seeds[i],
+                        "file": name,
+                        "milliseconds": round(milliseconds, 3),
+                    }
+                )
+            shown += list(pictures[: max(0, GRID_IMAGES - len(shown))])
+            bar.update(len(part))
+    draw_grid(shown).save(folder / GRID)
+    text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def to_pillow(picture: Tensor) -> Image.Image:
+    """Picture [3, H, W] in [0, 1] with 8 bits per channel, rounded as diffusers does."""
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def draw_grid(pictures: list[Tensor], gap: int = 2) -> Image.Image:
+    """Pictures of one size [3, H, W] in rows of about the square root of their number, on white."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width = (size + gap for size in pictures[0].shape[1:])
+    grid = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(to_pillow(picture), (gap + i % columns * width, gap + i // columns * height))
+    return grid
+
+
+def _drawer(model: str, steps: int, guidance: Guidance) -> Draw:
+    """Load the model: our generator for one step of a Stable Diffusion, else the stock pipeline."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not is_checkpoint(model) and not _is_stable_diffusion(model):
+        pipeline = _load_any_pipeline(model).to(device)
+        return lambda prompts, seeds: pipeline_images(
+            pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
+        )
+    student = load_student(model)
+    if steps > 1:
+        pipeline = stock_pipeline(student.parts).to(device)
+        return lambda prompts, seeds: pipeline_images(
+            pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
+        )
+    generator = make_generator(student.parts, student.start_timestep).eval().to(device)
+    return lambda prompts, seeds: generator.images(
+        prompts, seeds, guidance_scale=guidance.scale, negative_prompt=guidance.negative
+    )
+
+
+def _is_stable_diffusion(model: str) -> bool:
+    index = json.loads((pipeline_folder(model) / "model_index.json").read_text(encoding="utf-8"))
+    return bool(index.get("_class_name", "StableDiffusionPipeline") == "StableDiffusionPipeline")
+
+
+def _load_any_pipeline(model: str) -> DiffusionPipeline:
+    """A stock pipeline of any other class, in the dtype it is stored in."""
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(model))
+    except UserError:
+        raise
+    except Exception as error:  # loaders raise many kinds; the cause stays attached
+        raise UserError(f"The pipeline {model} can't be loaded: {str(error).splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    if options.num_images < 1 or options.steps < 1:
+        raise UserError("--num-images and --steps must be at least 1.")
+    if options.seed < 0:
+        raise UserError("--seed must not be negative.")

@@ -1,0 +1,241 @@
+"""One-step generation: prompts and noise -> latents -> pictures; one object for training and tools."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.guided import guided_prediction
+from lightning_modules.diffusion.randomness import seeded_noise
+from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.errors import UserError
+from lightning_modules.networks.decoder import LatentDecoder
+from lightning_modules.networks.loading import TextToImageParts, noise_schedule
+from lightning_modules.networks.prompts import PromptEncoder
+from lightning_modules.networks.roles import run_unet
+from lightning_modules.networks.student import Weights, load_student
+
+
+class OneStepGenerator(nn.Module):
+    """The student f(z, y) and all it needs to make pictures from prompts.
+
+    x0 is read off the student's prediction at the start timestep T with the schedule's own constants: for
+    epsilon-prediction x0 = (z - sigma_T eps) / alpha_T (SwiftBrush, arXiv 2312.05239, section 3.3). The
+    noise z is unit normal at any T; it is not scaled by sigma_T.
+
+    Args:
+        student: the UNet; its weights are the module's only entries in a state dict (`student.*`).
+        schedule: of the teacher.
+        start_timestep: T.
+        prompt_encoder: frozen.
+        decoder: frozen.
+        latent_shape: (C, h, w).
+
+    Raises:
+        UserError: T is not a timestep of the schedule.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        schedule: NoiseSchedule,
+        start_timestep: int,
+        prompt_encoder: PromptEncoder,
+        decoder: LatentDecoder,
+        latent_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        if not 0 <= start_timestep < schedule.num_timesteps:
+            raise UserError(
+                f"start_timestep {start_timestep} is not one of the teacher's timesteps "
+                f"0 to {schedule.num_timesteps - 1}. Set it to e.g. {schedule.num_timesteps - 1}."
+            )
+        self.student = student
+        self.schedule = schedule
+        self.start_timestep = start_timestep
+        self.prompt_encoder = prompt_encoder
+        self.decoder = decoder
+        self.latent_shape = latent_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.student.parameters()).device
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Start noise [B, C, h, w], float32, one seed per picture."""
+        return seeded_noise(seeds, self.latent_shape, self.device)
+
+    def latents(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+    ) -> Tensor:
+        """Student samples x0 [B, C, h, w] in at least float32; the gradient flows into the student.
+
+        `guidance_scale` other than 1 mixes in the prediction without text (or for `negative`), in kappa form.
+        """
+        t = torch.full((len(noise),), self.start_timestep, dtype=torch.long, device=noise.device)
+
+        def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return run_unet(self.student, x_t, t, condition)
+
+        return guided_prediction(network, self.schedule, noise, t, condition, guidance_scale, negative).x0
+
+    @torch.no_grad()
+    def images(
+        self,
+        prompts: list[str],
+        seeds: Sequence[int],
+        batch_size: int | None = None,
+        progress: bool = False,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W], float32 in [0, 1], one per prompt and seed, made `batch_size` at a time.
+
+        Raises:
+            ValueError: as many seeds as prompts are needed, at least one.
+        """
+        _check_lengths(prompts, seeds)
+        negative = None if negative_prompt is None else self.prompt_encoder.encode([negative_prompt])
+        pictures = []
+        for part in _batches(len(prompts), batch_size, progress):
+            condition = self.prompt_encoder.encode(prompts[part])
+            latents = self.latents(self.noise(seeds[part]), condition, guidance_scale, negative)
+            pictures.append(self.decoder.decode(latents))
+        return torch.cat(pictures)
+
+
+def make_generator(
+    parts: TextToImageParts, start_timestep: int, student: nn.Module | None = None
+) -> OneStepGenerator:
+    """Generator from the parts of a Stable Diffusion; `student` takes the place of `parts.unet`."""
+    return OneStepGenerator(
+        student=parts.unet if student is None else student,
+        schedule=noise_schedule(parts.scheduler),
+        start_timestep=start_timestep,
+        prompt_encoder=PromptEncoder(parts.tokenizer, parts.text_encoder),
+        decoder=LatentDecoder(parts.vae),
+        latent_shape=parts.latent_shape,
+    )
+
+
+def load_generator(path: str | Path, weights: Weights | None = None) -> OneStepGenerator:
+    """Generator from a .ckpt file, an exported folder or any Stable Diffusion folder (see `load_student`).
+
+    Raises:
+        UserError: the path is missing or not such a thing.
+    """
+    loaded = load_student(path, weights)
+    return make_generator(loaded.parts, loaded.start_timestep).eval()
+
+
+def stock_pipeline(
+    parts: TextToImageParts, scheduler: SchedulerMixin | None = None
+) -> StableDiffusionPipeline:
+    """Stock diffusers pipeline of the parts (shared, not copied), without safety checker and progress bar."""
+    sampler = copy.deepcopy(parts.scheduler if scheduler is None else scheduler)
+    if sampler.config.get("timestep_spacing") == "trailing":
+        sampler.register_to_config(
+            steps_offset=1
+        )  # has no effect in trailing spacing, but the pipeline insists
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=sampler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ddim_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """DDIM sampler with the constants of another scheduler (a DDIM scheduler keeps its settings)."""
+    if isinstance(scheduler, DDIMScheduler):
+        return DDIMScheduler.from_config(scheduler.config)
+    # Latents have no fixed range, so they are not clipped; trailing spacing starts at the last timestep.
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
+
+
+def multistep_images(
+    parts: TextToImageParts,
+    prompts: list[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance_scale: float = 4.5,
+    batch_size: int | None = None,
+    progress: bool = False,
+    negative_prompt: str | None = None,
+    scheduler: SchedulerMixin | None = None,
+) -> Tensor:
+    """Pictures [B, 3, H, W], float32 in [0, 1], of the stock diffusers pipeline from our seeded noise.
+
+    `scheduler` None is DDIM (arXiv 2010.02502) with the model's constants.
+    """
+    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler) if scheduler is None else scheduler)
+    return pipeline_images(
+        pipeline, prompts, seeds, steps, guidance_scale, batch_size, progress, negative_prompt
+    )
+
+
+@torch.no_grad()
+def pipeline_images(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float,
+    batch_size: int | None = None,
+    progress: bool = False,
+    negative_prompt: str | None = None,
+) -> Tensor:
+    """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
+
+    One CPU generator per picture makes the start noise of `seeded_noise`, whatever the batch size.
+    """
+    _check_lengths(prompts, seeds)
+    pictures = []
+    for part in _batches(len(prompts), batch_size, progress):
+        options: dict[str, Any] = (
+            {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts[part])}
+        )
+        output = pipeline(
+            prompt=prompts[part],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[part]],
+            output_type="pt",
+            **options,
+        )
+        pictures.append(output.images.float().clamp(0.0, 1.0))
+    return torch.cat(pictures)
+
+
+def _batches(count: int, batch_size: int | None, progress: bool) -> Iterator[slice]:
+    """Slices of at most `batch_size` that cover `count` items, with a bar that counts pictures if wanted."""
+    size = batch_size or count
+    bar = tqdm(total=count, unit="image", disable=not progress)
+    with bar:
+        for start in range(0, count, size):
+            yield slice(start, start + size)
+            bar.update(min(size, count - start))
+
+
+def _check_lengths(prompts: list[str], seeds: Sequence[int]) -> None:
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt and at least one is needed"
+        )

@@ -1,0 +1,132 @@
+"""Writes a one-step student as a complete diffusers pipeline folder.
+
+Stock diffusers reproduces it: one DDIM step (arXiv 2010.02502, eq. 12) from the last timestep of the exported
+schedule to alpha = 1 returns the predicted x0, which is all that a one-step generator computes.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
+from lightning_modules.networks.output_folder import check_output_folder, written_at_once
+
+MARKER = "one_step.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FOLDER_NAMES = {
+    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"
+}  # fmt: skip
+
+
+def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> DDIMScheduler:
+    """DDIM scheduler whose single trailing step starts at `start_timestep` and ends at x0.
+
+    Its betas are the first `start_timestep` + 1 of the given scheduler's, so every alpha stays what it was.
+    The start noise is unit normal whatever the timestep, as in training.
+
+    Raises:
+        UserError: the start timestep is not one of the schedule's.
+    """
+    steps = len(scheduler.betas)
+    if not 0 <= start_timestep < steps:
+        raise UserError(
+            f"start_timestep {start_timestep} is not one of the teacher's timesteps 0 to {steps - 1}."
+        )
+    return DDIMScheduler(
+        num_train_timesteps=start_timestep + 1,
+        trained_betas=scheduler.betas[: start_timestep + 1].tolist(),
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # no effect in trailing spacing, but StableDiffusionPipeline warns about any other
+    )
+
+
+def is_own_export(folder: Path) -> bool:
+    """Whether the folder was written by `export_student`."""
+    return (folder / MARKER).is_file()
+
+
+def export_student(
+    unet: UNet2DConditionModel,
+    parts: TextToImageParts,
+    start_timestep: int,
+    output: str | Path,
+    dtype: torch.dtype = torch.float32,
+    card: dict[str, Any] | None = None,
+) -> Path:
+    """Write student and the teacher's other parts as a StableDiffusionPipeline folder; returns its path.
+
+    Args:
+        unet: the student; not changed.
+        parts: the teacher's parts (its `unet` is not used); its scheduler gives the schedule.
+        start_timestep: where the student starts.
+        output: folder to write; a former export is replaced, anything else in it is refused.
+        dtype: of the written weights.
+        card: facts for the model card and for one_step.json, name to value (plain data).
+
+    Raises:
+        UserError: the output can't be written or holds other files, or the start timestep is unknown.
+    """
+    scheduler = one_step_scheduler(parts.scheduler, start_timestep)
+    target = check_output_folder(
+        Path(output), lambda folder: FOLDER_NAMES if is_own_export(folder) else set()
+    )
+    facts = {**(card or {}), "start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
+    pipeline = StableDiffusionPipeline(
+        vae=_cast(parts.vae, dtype),
+        text_encoder=_cast(parts.text_encoder, dtype),
+        tokenizer=parts.tokenizer,
+        unet=_cast(unet, dtype),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with written_at_once(target) as folder, no_progress_bars():
+        pipeline.save_pretrained(folder)
+        (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(Path(output), facts), encoding="utf-8")
+    return target
+
+
+def model_card(output: Path, facts: dict[str, Any]) -> str:
+    """Markdown text: the snippet that draws a picture, then the facts as a table."""
+    shown = output.name if output.is_absolute() else output.as_posix()
+    dtype = f", torch_dtype=torch.{facts['dtype']}" if facts["dtype"] != "float32" else ""
+    imports = "import torch\n" if dtype else ""
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    return f"""```python
+{imports}from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{shown}"{dtype})
+image = pipe("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+image.save("apple.png")
+```
+
+# {output.name}: a one-step text-to-image model
+
+A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
+always use `num_inference_steps=1` and `guidance_scale=1.0` (other values give worse pictures), and keep the
+scheduler of this folder, which holds the timestep the student starts from.
+
+| | |
+|---|---|
+{rows}
+
+The licence is that of the teacher it was distilled from.
+"""
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
+    """The module itself if it has the dtype already, else a converted copy."""
+    if all(p.dtype == dtype for p in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(dtype)

@@ -1,0 +1,240 @@
+"""Reads the parts of a Stable Diffusion folder and says which one is wrong when one is.
+
+Folder layout: diffusers' (model_index.json; unet/, vae/, text_encoder/, tokenizer/, scheduler/).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+
+
+@dataclass
+class TextToImageParts:
+    """What a Stable Diffusion pipeline is made of; `path` is the folder it was read from."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: SchedulerMixin
+    path: str
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one latent, from the UNet's configuration."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.unet.config.in_channels), int(height), int(width)
+
+
+def asset_path(path: str | Path) -> Path:
+    """Resolve a path: as it stands, else relative to the repository (so that `assets/...` works anywhere).
+
+    The path is returned unchanged if neither exists, so that messages name what the user wrote.
+    """
+    given = Path(path).expanduser()
+    if given.exists() or given.is_absolute():
+        return given
+    bundled = REPOSITORY / given
+    return bundled if bundled.exists() else given
+
+
+def pipeline_folder(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+    """Local folder of a diffusers pipeline: a folder as it is, a hub name `owner/model` downloaded or cached.
+
+    Raises:
+        UserError: the path does not exist, is not a folder, can't be downloaded, or lacks model_index.json.
+    """
+    folder = asset_path(path)
+    if not folder.exists():
+        folder = _download(str(path), revision, variant)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
+            "Give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/."
+        )
+    return folder
+
+
+def load_parts(
+    path: str | Path,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    unet: UNet2DConditionModel | None = None,
+) -> TextToImageParts:
+    """Load the parts of a Stable Diffusion folder, in evaluation mode, on the CPU.
+
+    Args:
+        path: a local folder (relative paths: working directory first, then the repository) or a hub name.
+        revision: branch, tag or commit on the hub.
+        variant: weight-file variant such as `fp16`.
+        dtype: of the loaded weights, whatever the files hold; None is float32.
+        unet: use this network instead of the folder's (whose weights are then not read).
+
+    Raises:
+        UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
+    """
+    folder = pipeline_folder(path, revision, variant)
+    index = _read_json(folder / "model_index.json")
+    needed = ("vae", "text_encoder", "tokenizer", "scheduler") + (("unet",) if unet is None else ())
+    for name in needed:
+        _check_listed(folder, index, name)
+    scheduler_class = getattr(diffusers, index["scheduler"][1], None)
+    if scheduler_class is None:
+        raise UserError(
+            f"The scheduler {index['scheduler'][1]!r} named in {folder}/model_index.json is unknown."
+        )
+    weights = dtype or torch.float32
+
+    def network(name: str, kind: Any, dtype_keyword: str) -> Any:
+        options = {dtype_keyword: weights, "variant": variant, "output_loading_info": True}
+        module, info = _load(folder, name, lambda: kind.from_pretrained(folder, subfolder=name, **options))
+        if info["missing_keys"]:
+            raise UserError(
+                f"The part {name!r} in {folder} lacks the weights {sorted(info['missing_keys'])[:3]} "
+                f"({len(info['missing_keys'])} missing). Export or download the folder again."
+            )
+        return module.eval()
+
+    parts = TextToImageParts(
+        unet=network("unet", UNet2DConditionModel, "torch_dtype") if unet is None else unet,
+        vae=network("vae", AutoencoderKL, "torch_dtype"),
+        text_encoder=network("text_encoder", CLIPTextModel, "dtype"),
+        tokenizer=_load(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(folder / "tokenizer")),
+        scheduler=_load(
+            folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
+        ),
+        path=str(folder),
+    )
+    _check_fit(parts)
+    return parts
+
+
+def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
+    """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed.
+
+    Raises:
+        UserError: it has no table of alphas (flow schedulers), or its prediction type is unknown.
+    """
+    name = type(scheduler).__name__
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise UserError(
+            f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas. "
+            "This version distils variance-preserving models; "
+            "give one with a DDIM, DDPM, PNDM, Euler … scheduler."
+        )
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise UserError(
+            f"Unknown prediction_type {kind!r} in scheduler/scheduler_config.json ({name}). "
+            f"Set it to one of {', '.join(PREDICTION_TYPES)}, as the model was trained."
+        )
+    return NoiseSchedule(table, kind)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every file it reads or writes."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    """Fetch a pipeline from the hub (or its local cache); other names are missing folders."""
+    missing = f"The model folder {name} does not exist. Check the path"
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "assets/", "runs/", "outputs/")):
+        raise UserError(f"{missing}.")
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+    except Exception as error:  # the hub client raises many kinds; the cause stays attached
+        raise UserError(
+            f"{missing}; as a Hugging Face hub name it can't be fetched either: {error}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that must hold an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} can't be read as JSON: {error}. Export or download the folder again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold one JSON object, but holds {type(content).__name__}.")
+    return content
+
+
+def _check_listed(folder: Path, index: dict[str, Any], name: str) -> None:
+    """Raise unless the part is named in model_index.json and its folder is there, with its weights."""
+    entry = index.get(name)
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+        raise UserError(f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it.")
+    part = folder / name
+    if not part.is_dir() or not any(part.iterdir()):
+        raise UserError(
+            f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
+        )
+    if name in ("unet", "vae", "text_encoder") and not any(
+        f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()
+    ):
+        raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+
+
+def _load(folder: Path, name: str, load: Callable[[], Any]) -> Any:
+    """Run a loader without its progress bar; whatever it raises becomes a message that names the part."""
+    try:
+        with no_progress_bars():
+            return load()
+    except Exception as error:  # loaders raise OSError, ValueError, RuntimeError, SafetensorError, KeyError …
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The part {name!r} in {folder} can't be loaded: {reason} Export or download the folder again."
+        ) from error
+
+
+def _check_fit(parts: TextToImageParts) -> None:
+    """Raise if the tokenizer makes longer prompts than the text encoder takes, or widths differ."""
+    longest = parts.text_encoder.config.max_position_embeddings
+    if parts.tokenizer.model_max_length > longest:
+        raise UserError(
+            f"The part 'tokenizer' in {parts.path} has model_max_length "
+            f"{parts.tokenizer.model_max_length}, but the text encoder takes {longest} tokens. "
+            "Set model_max_length in tokenizer/tokenizer_config.json."
+        )
+    width, expected = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
+    if isinstance(expected, int) and width != expected:
+        raise UserError(
+            f"The parts of {parts.path} do not fit: "
+            f"text_encoder gives width {width}, unet expects {expected}."
+        )
+    if parts.vae.config.latent_channels != parts.unet.config.in_channels:
+        raise UserError(
+            f"The parts of {parts.path} do not fit: vae has {parts.vae.config.latent_channels} latent "
+            f"channels, unet expects {parts.unet.config.in_channels}."
+        )

@@ -1,0 +1,71 @@
+"""Writes a result folder at once: made beside its place and renamed, so nothing is ever half-written."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from lightning_modules.errors import UserError
+
+
+def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:
+    """Resolve `output` and make sure that a result may be written there; call it before any long work.
+
+    A folder that is not empty is replaced only if all it holds is a former result of the same kind.
+
+    Args:
+        output: the wanted folder; may exist or not.
+        own_names: names that a former result left in the folder (empty set: it is none).
+
+    Raises:
+        UserError: it is a file, can't be written, or holds something else.
+    """
+    target = output.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"The output {output} is a file. Give a folder with --output.")
+    existing = target
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"The output {output} can't be made: {existing} is a file. Give another --output.")
+    for folder in {existing, target.parent} if target.exists() else {existing}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"The output {output} can't be written: no permission in {folder}. Give another --output."
+            )
+    if target.is_dir():
+        foreign = sorted({entry.name for entry in target.iterdir()} - own_names(target))
+        if foreign:
+            raise UserError(
+                f"The output folder {output} holds other files ({', '.join(foreign[:3])}"
+                f"{' …' if len(foreign) > 3 else ''}), which would be lost. "
+                "Give an empty or new folder with --output."
+            )
+    return target
+
+
+@contextmanager
+def written_at_once(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on success it takes the place of `target`, otherwise it is removed.
+
+    Raises:
+        UserError: the folder can't be made or renamed (permissions, disk full).
+    """
+    token = uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{word}-{token}") for word in ("new", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except OSError as error:
+        raise UserError(f"The output {target} can't be written: {error}. Give another --output.") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (fresh, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)

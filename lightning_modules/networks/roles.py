@@ -1,0 +1,252 @@
+"""The two score networks of variational score distillation on one set of base weights.
+
+Adapter off: the frozen teacher. Adapter on: the fake score, an online model of the student's samples.
+(SwiftBrush, arXiv 2312.05239, section 3; LoRA: arXiv 2106.09685.)
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.guided import guided_prediction
+from lightning_modules.diffusion.prediction import Prediction
+from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.errors import UserError
+from lightning_modules.networks.frozen import hide_from_state_dict
+
+ADAPTER = "fake_score"
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapter of the fake score.
+
+    Attributes:
+        rank: rank r of the update B A.
+        alpha: the update is scaled by alpha / rank.
+        targets: names of the layers that get one (a name matches every layer that ends in it).
+        dropout: probability of dropping an input of the adapter, in training.
+    """
+
+    rank: int = 64
+    alpha: float = 108.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_v"])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0 or not self.targets:
+            raise UserError(
+                f"LoRA settings rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, "
+                f"targets={self.targets} "
+                "can't work: rank must be at least 1, alpha above 0, dropout in [0, 1), targets not empty."
+            )
+
+
+def run_unet(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Raw output [B, C, h, w] of a UNet; inputs are cast to the dtype of its weights."""
+    dtype = next(unet.parameters()).dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in condition.tensors.items()}
+    output: Tensor = unet(x_t.to(dtype), t, **tensors, return_dict=False)[0]
+    return output
+
+
+class ScoreModels(nn.Module):
+    """Teacher and fake score as functions of (x_t, t, condition); implements the objectives' `Scores`.
+
+    With `lora`, an adapter is put **into `base_unet` itself** (copy the student from it before), and at rest
+    the
+    adapter is on; `teacher` switches it off for the duration of the call. Without, the fake score is a full
+    copy. The state dict holds only what is trained. Frozen weights stay in evaluation mode.
+
+    Raises:
+        UserError: a LoRA target matches no layer.
+    """
+
+    def __init__(
+        self, base_unet: UNet2DConditionModel, schedule: NoiseSchedule, lora: LoraSettings | None
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.lora = lora
+        base_unet.requires_grad_(False).eval()
+        self.base_unet = base_unet
+        self.full_copy: nn.Module | None = None
+        if lora is None:
+            self.full_copy = copy.deepcopy(base_unet).to(torch.float32).requires_grad_(True).train()
+        else:
+            _inject(base_unet, lora)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
+
+    # --- the two roles
+    # ------------------------------------------------------------------------------------------
+
+    def teacher(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+    ) -> Prediction:
+        """Prediction of the frozen teacher at x_t [B, C, h, w], t [B]; guidance in kappa form."""
+        with self.teacher_network() as unet:
+            return guided_prediction(
+                _caller(unet), self.schedule, x_t, t, condition, guidance_scale, negative
+            )
+
+    def fake_score(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+    ) -> Prediction:
+        """Prediction of the fake score at x_t [B, C, h, w], t [B]; guidance in kappa form."""
+        with self.adapter(True):
+            unet = self.base_unet if self.full_copy is None else self.full_copy
+            return guided_prediction(
+                _caller(unet), self.schedule, x_t, t, condition, guidance_scale, negative
+            )
+
+    @contextmanager
+    def teacher_network(self) -> Iterator[UNet2DConditionModel]:
+        """The UNet as the original teacher. Hold it open over backward if gradients are checkpointed."""
+        with self.adapter(False):
+            yield self.base_unet
+
+    @contextmanager
+    def adapter(self, active: bool) -> Iterator[None]:
+        """Switch the adapter on or off and restore each layer's former state, also after an exception.
+
+        PEFT's own switch sets `requires_grad` of the adapter as a side effect, which would undo the freezing
+        of the other role's turn; the flags are put back at once. Nothing happens with a full copy.
+        """
+        layers = self._adapter_layers()
+        before = [not layer.disable_adapters for layer in layers]
+        _switch(layers, [active] * len(layers))
+        try:
+            yield
+        finally:
+            _switch(layers, before)
+
+    # --- training and storage
+    # -----------------------------------------------------------------------------------
+
+    def fake_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the fake score, whether or not they require a gradient at the moment."""
+        if self.full_copy is not None:
+            return list(self.full_copy.parameters())
+        return [p for layer in self._adapter_layers() for p in _adapter_parameters(layer)]
+
+    def fake_score_state_dict(self) -> dict[str, Tensor]:
+        """Weights of the fake score by portable names: PEFT's adapter keys, or the UNet's of a full copy."""
+        if self.full_copy is not None:
+            return dict(self.full_copy.state_dict())
+        return dict(get_peft_model_state_dict(self.base_unet, adapter_name=ADAPTER))
+
+    def load_fake_score_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `fake_score_state_dict` returned.
+
+        Raises:
+            UserError: keys or shapes differ (other rank, other targets, LoRA against full copy).
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.fake_score_state_dict().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if given != expected:
+            odd = sorted(name for name in {*given, *expected} if given.get(name) != expected.get(name))
+            raise UserError(
+                f"The fake score's weights do not fit: {len(odd)} tensors differ in name or shape, "
+                f"first {odd[0]}. "
+                "Use the LoRA rank and targets (or full copy) that they were trained with."
+            )
+        if self.full_copy is not None:
+            self.full_copy.load_state_dict(state)
+        else:
+            set_peft_model_state_dict(self.base_unet, state, adapter_name=ADAPTER)
+
+    def train(self, mode: bool = True) -> "ScoreModels":
+        """Training mode reaches the fake score only: the teacher must not drop anything out."""
+        super().train(mode)
+        self.base_unet.eval()
+        for layer in self._adapter_layers():
+            layer.lora_dropout.train(mode)
+        return self
+
+    def _adapter_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.base_unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def fold_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Copy of a UNet with its active adapter added into the weights; keys are those of a plain UNet."""
+    folded = copy.deepcopy(unet)
+    for name, module in list(folded.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            folded.set_submodule(name, module.get_base_layer())
+    if hasattr(folded, "peft_config"):
+        del folded.peft_config
+    return folded.requires_grad_(False)
+
+
+def adaptable_layers(unet: nn.Module) -> list[str]:
+    """Short names of the layers that can get an adapter, each once, e.g. to_q, to_out.0, conv1."""
+    names = set()
+    for name, module in unet.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            words = name.split(".")
+            names.add(".".join(words[-2:]) if words[-1].isdigit() else words[-1])
+    return sorted(names)
+
+
+def _inject(unet: UNet2DConditionModel, lora: LoraSettings) -> None:
+    """Put the adapter into the UNet (float32 weights, B = 0, so that it starts as the teacher)."""
+    layers = [n for n, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
+    if unmatched:
+        raise UserError(
+            f"LoRA targets {unmatched} match no layer of the teacher's UNet. "
+            f"Set the targets to some of: {', '.join(adaptable_layers(unet))}."
+        )
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
+    )
+    # LoraModel changes the UNet in place; the wrapper itself is not needed, so names stay those of the UNet.
+    LoraModel(unet, config, ADAPTER)
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            for parameter in _adapter_parameters(module):
+                parameter.data = (
+                    parameter.data.float()
+                )  # trained weights are float32 on half-precision bases too
+
+
+def _caller(unet: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """The UNet as the function that `guided_prediction` calls."""
+    return lambda x_t, t, condition: run_unet(unet, x_t, t, condition)
+
+
+def _adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """Parameters of the adapter in one layer (without the base layer's)."""
+    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+
+
+def _switch(layers: list[BaseTunerLayer], active: list[bool]) -> None:
+    """Enable or disable each layer's adapter, leaving all `requires_grad` flags as they are."""
+    for layer, on in zip(layers, active, strict=True):
+        if layer.disable_adapters != on:
+            continue
+        flags = [(p, p.requires_grad) for p in _adapter_parameters(layer)]
+        layer.enable_adapters(on)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

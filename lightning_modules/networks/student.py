@@ -1,0 +1,150 @@
+"""Reads a one-step student from a training checkpoint, an exported folder or any Stable Diffusion folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
+from lightning_modules.networks.loading import TextToImageParts, asset_path, load_parts, pipeline_folder
+
+Weights = Literal["ema", "online"]
+PREFIX = "student."
+
+
+@dataclass
+class LoadedStudent:
+    """A student as a complete set of parts.
+
+    Attributes:
+        parts: `unet` is the student, `scheduler` the one it starts with, the rest the teacher's.
+        start_timestep: where it starts.
+        weights: "ema" or "online" for a checkpoint, what the card says for an export, "as stored" otherwise.
+        facts: what is known about its origin (teacher, student_steps …), plain data.
+    """
+
+    parts: TextToImageParts
+    start_timestep: int
+    weights: str
+    facts: dict[str, Any]
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether the path names a checkpoint file rather than a model folder."""
+    return Path(path).suffix == ".ckpt" or asset_path(path).is_file()
+
+
+def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStudent:
+    """Load a student in float32 on the CPU.
+
+    Args:
+        path: a .ckpt file of a training run, a folder written by `export`, or any Stable Diffusion folder (a
+            teacher, say), which then starts from the last timestep of its own schedule.
+        weights: which weights of a checkpoint; None takes the average (EMA) if there is one.
+
+    Raises:
+        UserError: the path is missing or not such a thing, or has no such weights.
+    """
+    if is_checkpoint(path):
+        return _from_checkpoint(asset_path(path), weights)
+    if weights is not None:
+        raise UserError(
+            f"{path} is a folder, which has one set of weights. Choose weights={weights!r} of a .ckpt only."
+        )
+    folder = pipeline_folder(path)
+    parts = load_parts(folder)
+    facts = json.loads((folder / MARKER).read_text(encoding="utf-8")) if is_own_export(folder) else {}
+    start = len(parts.scheduler.betas) - 1 if hasattr(parts.scheduler, "betas") else 0
+    return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
+
+
+def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
+    """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the runs under `runs`.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if name not in ("best", "last"):
+        path = asset_path(name)
+        if not path.is_file():
+            raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
+        return path
+    found = list(Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"))
+    if not found:
+        raise UserError(
+            f"There is no {name}.ckpt under {runs}/*/version_*/checkpoints. "
+            "Run `fit` first, or give a .ckpt file."
+        )
+    # Two files can carry the same time on coarse clocks; the higher version is the later run then.
+    return max(found, key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a training checkpoint of this project, tensors on the CPU; runs no code from the file.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a one-step distillation's.
+    """
+    if not path.is_file():
+        raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and runtime errors alike
+        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "one_step" not in content or "state_dict" not in content:
+        raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
+    return content
+
+
+def student_weights(
+    content: dict[str, Any], path: Path, weights: Weights | None
+) -> tuple[dict[str, Tensor], Weights]:
+    """Student tensors of a checkpoint by name, and which they are.
+
+    Raises:
+        UserError: the wanted weights are not in the checkpoint.
+    """
+    ema = (content.get("ema") or {}).get("shadow")
+    chosen: Weights = weights or ("ema" if ema else "online")
+    state = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
+    if chosen == "ema":
+        if not ema:
+            raise UserError(f"{path} holds no EMA weights (the run had none). Use --weights online.")
+        state = {**state, **ema}  # buffers, if any, are not averaged
+    if not state:
+        raise UserError(f"{path} holds no student weights.")
+    return state, chosen
+
+
+def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
+    """Build the student of a checkpoint and put it in its teacher's place."""
+    content = read_checkpoint(path)
+    facts = dict(content["one_step"])
+    state, chosen = student_weights(content, path, weights)
+    unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
+    odd = unet.load_state_dict(state, strict=False)
+    wrong = [*odd.missing_keys, *odd.unexpected_keys]
+    if wrong:
+        raise UserError(
+            f"The student in {path} is of another architecture than the checkpoint says: "
+            f"{len(wrong)} weights do not match, first {wrong[0]}."
+        )
+    try:
+        parts = load_parts(facts["teacher"], unet=unet.requires_grad_(False).eval())
+    except UserError as error:
+        raise UserError(f"The teacher of {path} can't be loaded: {error}") from error
+    start = int(facts["start_timestep"])
+    parts.scheduler = one_step_scheduler(parts.scheduler, start)
+    origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
+    return LoadedStudent(parts, start, chosen, origin)
+
+
+def _version(checkpoint: Path) -> int:
+    """The n of version_<n>, or -1."""
+    digits = checkpoint.parents[1].name.removeprefix("version_")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,237 @@
+"""The teacher and the fake score on one set of weights."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.errors import UserError
+from lightning_modules.networks.loading import load_parts, noise_schedule
+from lightning_modules.networks.roles import LoraSettings, ScoreModels, fold_adapter
+
+TARGETS = ["to_q", "to_v"]
+
+
+def batch(size: int = 2) -> tuple[Tensor, Tensor, Condition]:
+    """Noised latents, timesteps and random text for the tiny UNet."""
+    g = torch.Generator().manual_seed(3)
+    text = torch.randn(size, 16, 16, generator=g)
+    condition = Condition({"encoder_hidden_states": text}, {"encoder_hidden_states": torch.zeros(1, 16, 16)})
+    return torch.randn(size, 4, 8, 8, generator=g), torch.arange(1, size + 1) * 300, condition
+
+
+def models(path: Path, lora: LoraSettings | None = None, full: bool = False) -> ScoreModels:
+    parts = load_parts(path)
+    torch.manual_seed(0)  # for the adapter's start
+    settings = None if full else (lora or LoraSettings(rank=4, alpha=8, targets=TARGETS))
+    return ScoreModels(parts.unet, noise_schedule(parts.scheduler), settings)
+
+
+def disturb(scores: ScoreModels) -> None:
+    """Give the fake score other weights than its start, where LoRA equals the teacher."""
+    with torch.no_grad():
+        for parameter in scores.fake_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_teacher_is_the_original_bit_for_bit(tiny_sd: Path, full: bool) -> None:
+    x, t, condition = batch()
+    unet = load_parts(tiny_sd).unet
+    original = unet(x, t, condition.tensors["encoder_hidden_states"]).sample
+    scores = models(tiny_sd, full=full)
+    assert torch.equal(scores.fake_score(x, t, condition).epsilon, original)  # B = 0, or a copy
+    disturb(scores)
+    scores.train()
+    assert torch.equal(scores.teacher(x, t, condition).epsilon, original)
+    assert (scores.fake_score(x, t, condition).epsilon - original).abs().max() > 1e-3
+    assert torch.equal(scores.teacher(x, t, condition).epsilon, original)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_fifty_steps_of_the_fake_score_leave_the_teacher_alone(tiny_sd: Path, full: bool) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd, full=full)
+    fake = {id(p) for p in scores.fake_parameters()}
+    before = {n: p.detach().clone() for n, p in scores.named_parameters() if id(p) not in fake}
+    original = scores.teacher(x, t, condition).epsilon.clone()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    optimizer = torch.optim.Adam(scores.fake_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(50):
+        scores.teacher(x, t, condition, guidance_scale=4.5)
+        loss = (scores.fake_score(x, t, condition).epsilon - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = dict(scores.named_parameters())
+    assert before and all(torch.equal(after[n], p) and after[n].grad is None for n, p in before.items())
+    assert torch.equal(scores.teacher(x, t, condition).epsilon, original)
+
+
+def test_exactly_the_adapter_is_trainable(tiny_sd: Path) -> None:
+    scores = models(tiny_sd)
+    trainable = {n for n, p in scores.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, _ in scores.named_parameters() if ".lora_" in n} and trainable
+    # 2 matrices for each of 2 targets, in self- and cross-attention of 1 (down) + 1 (middle) + 2 (up) blocks
+    assert len(trainable) == 2 * 2 * 2 * 4 == len(scores.fake_parameters())
+    assert {id(p) for p in scores.parameters() if p.requires_grad} == {
+        id(p) for p in scores.fake_parameters()
+    }
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_switching_keeps_every_requires_grad_flag(tiny_sd: Path, frozen: bool) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    for parameter in scores.fake_parameters():
+        parameter.requires_grad_(not frozen)  # as Lightning's toggle_optimizer does in the student's turn
+    flags = {n: p.requires_grad for n, p in scores.named_parameters()}
+    for _ in range(2):
+        with scores.teacher_network():
+            assert {n: p.requires_grad for n, p in scores.named_parameters()} == flags
+        scores.teacher(x, t, condition)
+        scores.fake_score(x, t, condition)
+        assert {n: p.requires_grad for n, p in scores.named_parameters()} == flags
+
+
+def test_the_adapter_state_survives_exceptions_and_nesting(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    disturb(scores)
+    on, off = scores.fake_score(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon
+
+    def now() -> Tensor:
+        return scores.base_unet(x, t, condition.tensors["encoder_hidden_states"]).sample
+
+    assert torch.equal(now(), on)
+    with pytest.raises(RuntimeError, match="inside"), scores.adapter(False):
+        raise RuntimeError("inside")
+    assert torch.equal(now(), on)
+    with pytest.raises(ValueError, match="prompts"):
+        scores.teacher(x, t, condition[:1])
+    assert torch.equal(now(), on)
+    with scores.adapter(False):
+        with scores.adapter(True):
+            assert torch.equal(now(), on)
+        assert torch.equal(scores.fake_score(x, t, condition).epsilon, on)
+        assert torch.equal(now(), off)
+    assert torch.equal(now(), on)
+
+
+def test_gradients_reach_the_input_through_both_roles(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    disturb(scores)
+    for role in (scores.teacher, scores.fake_score):
+        leaf = x.clone().requires_grad_()
+        role(leaf, t, condition).x0.sum().backward()
+        assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in scores.fake_parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_fake_score_gradient(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    grads = []
+    for checkpointing in (False, True):
+        scores = models(tiny_sd)
+        disturb(scores)
+        if checkpointing:
+            scores.base_unet.enable_gradient_checkpointing()
+        loss = scores.fake_score(x, t, condition).epsilon.square().mean()
+        with torch.no_grad():
+            scores.teacher(x, t, condition)  # switching before backward must not matter
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in scores.fake_parameters() if p.grad is not None]))
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_guidance_is_in_kappa_form(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    with_text = scores.teacher(x, t, condition).epsilon
+    without = scores.teacher(x, t, condition.without_text()).epsilon
+    guided = scores.teacher(x, t, condition, guidance_scale=4.5).epsilon
+    torch.testing.assert_close(guided, without + 4.5 * (with_text - without), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_touches_the_adapter_only(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd, LoraSettings(rank=4, alpha=8, targets=TARGETS, dropout=0.5)).train()
+    disturb(scores)
+    assert not scores.base_unet.training
+    assert torch.equal(scores.teacher(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon)
+    assert not torch.equal(
+        scores.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon
+    )
+    scores.eval()
+    assert torch.equal(scores.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon)
+
+
+def test_frozen_weights_may_be_bf16_and_the_adapter_stays_fp32(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    parts = load_parts(tiny_sd, dtype=torch.bfloat16)
+    scores = ScoreModels(parts.unet, noise_schedule(parts.scheduler), LoraSettings(4, 8.0, TARGETS))
+    assert {p.dtype for p in scores.fake_parameters()} == {torch.float32}
+    assert scores.fake_score(x, t, condition).x0.dtype == torch.float32
+
+
+def test_unmatched_targets_are_named_with_what_there_is(tiny_sd: Path) -> None:
+    with pytest.raises(UserError, match=r"\['to_qq'\] match no layer.*to_k.*to_q"):
+        models(tiny_sd, LoraSettings(rank=4, alpha=8, targets=["to_q", "to_qq"]))
+    with pytest.raises(UserError, match="rank"):
+        LoraSettings(rank=0)
+
+
+def test_every_available_target_can_be_used(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd, LoraSettings(rank=2, alpha=2, targets=["to_k", "to_out.0", "conv1", "proj_in"]))
+    assert torch.equal(scores.fake_score(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_state_dict_holds_what_is_trained_and_loads_strictly(tiny_sd: Path, full: bool) -> None:
+    x, t, condition = batch()
+    scores, fresh = models(tiny_sd, full=full), models(tiny_sd, full=full)
+    disturb(scores)
+    outer, other = torch.nn.ModuleDict({"scores": scores}), torch.nn.ModuleDict({"scores": fresh})
+    state = copy.deepcopy(outer.state_dict())
+    assert len(state) == len(scores.fake_parameters())
+    other.load_state_dict(state)  # strict
+    assert torch.equal(fresh.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon)
+    assert torch.equal(fresh.teacher(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(dict(list(state.items())[1:]))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict({**state, "scores.other": torch.zeros(1)})
+
+
+def test_portable_keys_are_exact_and_round_trip(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores, fresh = models(tiny_sd), models(tiny_sd)
+    disturb(scores)
+    state = scores.fake_score_state_dict()
+    layers = [n for n, _ in load_parts(tiny_sd).unet.named_modules() if n.endswith(tuple(TARGETS))]
+    assert set(state) == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    fresh.load_fake_score_state_dict(state)
+    assert torch.equal(fresh.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon)
+    wrong = models(tiny_sd, LoraSettings(rank=8, alpha=8, targets=TARGETS))
+    with pytest.raises(UserError, match="rank and targets"):
+        wrong.load_fake_score_state_dict(state)
+
+
+def test_folding_the_adapter_gives_a_plain_unet(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    disturb(scores)
+    folded = fold_adapter(scores.base_unet)
+    assert folded.state_dict().keys() == load_parts(tiny_sd).unet.state_dict().keys()
+    got = folded(x, t, condition.tensors["encoder_hidden_states"]).sample
+    torch.testing.assert_close(got, scores.fake_score(x, t, condition).epsilon, rtol=1e-4, atol=1e-5)
+    assert len(scores.fake_parameters()) == 32  # the original is as it was
