@@ -16,16 +16,17 @@ TRAINER_COMMANDS = {
     "test": "measure a checkpoint on the test captions",
     "predict": "draw the pictures of the prediction captions",
 }
-# A tool command is a module with add_arguments(parser), run(namespace) and a docstring; a new one is one line here.
+# A tool command is a module of lightning_modules/commands with add_arguments(parser) and run(namespace);
+# a new one is one line here.
 TOOL_COMMANDS = {
-    "generate": ("lightning_modules.commands.generate", "one-step images from a checkpoint or a pipeline folder"),
-    "export": ("lightning_modules.commands.export", "write a student as a complete diffusers pipeline folder"),
+    "generate": "one-step images from a checkpoint or a pipeline folder",
+    "export": "write a student as a complete diffusers pipeline folder",
 }
 
 
 def usage() -> str:
     """Return the list of all commands."""
-    helps = {**TRAINER_COMMANDS, **{name: text for name, (_, text) in TOOL_COMMANDS.items()}}
+    helps = {**TRAINER_COMMANDS, **TOOL_COMMANDS}
     lines = [f"  {name:<15} {text}" for name, text in helps.items()]
     return "\n".join([
         "usage: python cli.py COMMAND [options]", "",
@@ -47,13 +48,13 @@ def run_command(args: list[str]) -> None:
         raise SystemExit(0 if args else 2)
     command = args[0]
     if command in TOOL_COMMANDS:
-        module_name, text = TOOL_COMMANDS[command]
-        module = importlib.import_module(module_name)
-        parser = argparse.ArgumentParser(prog=f"cli.py {command}", description=text)
+        module = importlib.import_module(f"lightning_modules.commands.{command.replace('-', '_')}")
+        parser = argparse.ArgumentParser(prog=f"cli.py {command}", description=TOOL_COMMANDS[command])
         module.add_arguments(parser)
         module.run(parser.parse_args(args[1:]))
     elif command in TRAINER_COMMANDS:
-        from callbacks.trainer_cli import TrainerCLI  # imports torch and Lightning: seconds that --help need not take
+        # here, because it imports torch and Lightning: seconds that --help need not take
+        from callbacks.trainer_cli import TrainerCLI
 
         TrainerCLI(args)
     else:
@@ -67,8 +68,8 @@ def main(args: list[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        args: The command line without the program's name. None: that of the process; then a UserError is printed
-            as one message and the process exits with status 2. Called with a list, errors are raised.
+        args: The command line without the program's name. None: that of the process; then a UserError is
+            printed as one message and the process exits with status 2. Called with a list, errors are raised.
     """
     if args is not None:
         run_command([arg for arg in args if arg != "--debug"])
@@ -81,6 +82,9 @@ def main(args: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

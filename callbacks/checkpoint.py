@@ -1,10 +1,9 @@
-"""Checkpoints of a run: complete ones only, after whole student updates, readable with `weights_only=True`."""
+"""Checkpoints of a run: only complete ones, of whole student updates, readable with `weights_only=True`."""
 
 from __future__ import annotations
 
 import math
 import os
-import random
 import shutil
 import signal
 import threading
@@ -12,13 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.random_states import random_states, restore_random_states
 from callbacks.run_folder import run_dir
 from lightning_modules.errors import UserError
 
@@ -26,14 +24,16 @@ from lightning_modules.errors import UserError
 class RunCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt`, `best.ckpt` and `step_<n>.ckpt` in the run folder.
 
-    A step is a student update. Saved are: every `every_n_steps` steps, the last step, and, on Ctrl-C or SIGTERM, the
-    step in progress once it is complete. An error between two steps (in a validation, say) is saved too; one inside
-    a step leaves the last complete checkpoint, since some of the weights would be a step ahead of the others.
-    Lightning's ModelCheckpoint treats manual optimization as a special case (skipped steps, warnings); this does not.
+    A step is a student update. Saved are: every `every_n_steps` steps, the last step, and, on Ctrl-C or
+    SIGTERM, the step in progress once it is complete. An error between two steps (in a validation, say) is
+    saved too; one inside a step leaves the last complete checkpoint, since some of the weights would be a
+    step ahead of the others. Lightning's ModelCheckpoint treats manual optimization as a special case
+    (skipped steps, warnings); this does not.
 
     Args:
         every_n_steps: Steps between checkpoints.
-        monitor: Validation metric that decides `best.ckpt`; without it among the metrics there is no best.ckpt.
+        monitor: Validation metric that decides `best.ckpt`; without it among the metrics there is no
+            best.ckpt.
         mode: "min" or "max".
         keep_step_checkpoints: How many `step_<n>.ckpt` are kept: 0 none, n the newest n, -1 all of them.
 
@@ -41,14 +41,21 @@ class RunCheckpoint(Checkpoint):
         UserError: a setting out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 500, monitor: str | None = "val/frechet_distance", mode: str = "min",
-                 keep_step_checkpoints: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        monitor: str | None = "val/frechet_distance",
+        mode: str = "min",
+        keep_step_checkpoints: int = 0,
+    ) -> None:
         if every_n_steps < 1:
             raise UserError(f"RunCheckpoint.every_n_steps is {every_n_steps}; it must be at least 1")
         if mode not in ("min", "max"):
             raise UserError(f"RunCheckpoint.mode is {mode!r}; it must be 'min' or 'max'")
         if keep_step_checkpoints < -1:
-            raise UserError(f"RunCheckpoint.keep_step_checkpoints is {keep_step_checkpoints}; it must be -1 or more")
+            raise UserError(
+                f"RunCheckpoint.keep_step_checkpoints is {keep_step_checkpoints}; it must be -1 or more"
+            )
         self.every_n_steps = every_n_steps
         self.monitor = monitor
         self.mode = mode
@@ -56,7 +63,7 @@ class RunCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.saved_step = -1
-        self._between_steps = True
+        self._between_steps = False
         self._interrupted = False
         self._sigint_handler: Any = None
         self._random_states: list[dict[str, Any]] | None = None
@@ -65,12 +72,12 @@ class RunCheckpoint(Checkpoint):
         """Return the folder of the checkpoints."""
         return run_dir(trainer) / "checkpoints"
 
-    # -- when ---------------------------------------------------------------------------------------------------
+    # When
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the random states of the checkpoint, watch for Ctrl-C, remove leftovers of a killed run."""
+        """Restore random states, watch for Ctrl-C, remove leftovers of a killed run."""
         if self._random_states is not None:
-            _restore_random_states(self._random_states, trainer)
+            restore_random_states(self._random_states, trainer)
             self._random_states = None
         if trainer.is_global_zero:
             for leftover in self.folder(trainer).glob("*.tmp"):
@@ -79,7 +86,9 @@ class RunCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             self._sigint_handler = signal.signal(signal.SIGINT, self._on_sigint)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """From here to `on_train_batch_end` the weights are not those of a whole step."""
         self._between_steps = False
 
@@ -87,18 +96,18 @@ class RunCheckpoint(Checkpoint):
         """Save if it is time, if this is the last step, or if somebody wants the run to stop."""
         self._between_steps = True
         step = trainer.global_step
-        stopping = self._interrupted or trainer.received_sigterm
+        stopping = self._is_asked_to_stop(trainer)
         is_last = 0 < trainer.max_steps <= step or trainer.should_stop
         if step != self.saved_step and (step % self.every_n_steps == 0 or is_last or stopping):
             self.save(trainer, keep=step % self.every_n_steps == 0)
-        self._stop_if_asked(trainer)
+        if stopping:
+            self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop in a validation during training, too."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            if self._interrupted or trainer.received_sigterm:
-                self._save_if_whole(trainer)
-            self._stop_if_asked(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_asked_to_stop(trainer):
+            self._save_if_whole(trainer)
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best."""
@@ -107,7 +116,8 @@ class RunCheckpoint(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None or not math.isfinite(score := float(value)):
             return
-        if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
+        sign = 1 if self.mode == "min" else -1
+        if self.best_score is None or sign * score < sign * self.best_score:
             self.best_score, self.best_step = score, trainer.global_step
             # last.ckpt too: it must know the best score, or a resumed run would take a worse one for the best
             self.save(trainer, best=True)
@@ -139,13 +149,18 @@ class RunCheckpoint(Checkpoint):
             signal.signal(signal.SIGINT, self._sigint_handler)
             self._sigint_handler = None
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        if trainer.received_sigterm:
-            raise SIGTERMException
+    def _is_asked_to_stop(self, trainer: Trainer) -> bool:
+        asked = self._interrupted or trainer.received_sigterm
+        # signals do not reach all processes in the same step, and saving takes all of them
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        return asked
 
-    # -- how ----------------------------------------------------------------------------------------------------
+    def _stop(self, trainer: Trainer) -> None:
+        rank_zero_info(f"stopped after step {trainer.global_step}; --ckpt_path last continues from there")
+        raise SIGTERMException if trainer.received_sigterm else KeyboardInterrupt
+
+    # How
 
     def save(self, trainer: Trainer, keep: bool = False, best: bool = False) -> None:
         """Write the present state once and give it its names; every process must call this.
@@ -158,7 +173,7 @@ class RunCheckpoint(Checkpoint):
         step = self.saved_step = trainer.global_step
         folder = self.folder(trainer)
         temporary = folder / "saving.tmp"
-        trainer.save_checkpoint(temporary)  # makes the folder; returns on all processes when the file is there
+        trainer.save_checkpoint(temporary, weights_only=False)  # makes the folder, too
         if trainer.is_global_zero:
             names = ["last.ckpt"]
             names += [f"step_{step}.ckpt"] if keep and self.keep_step_checkpoints else []
@@ -176,7 +191,7 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score and the random states of all processes."""
-        return {"best_score": self.best_score, "best_step": self.best_step, "random_states": _random_states()}
+        return {"best_score": self.best_score, "best_step": self.best_step, "random_states": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the random states are set when training starts."""
@@ -230,35 +245,3 @@ def _flush_to_disk(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _random_states() -> list[dict[str, Any]]:
-    """Return Python's, NumPy's and torch's random states, one entry per process, as plain data and tensors."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None,
-    }
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, state)
-    return gathered
-
-
-def _restore_random_states(states: list[dict[str, Any]], trainer: Trainer) -> None:
-    if len(states) != trainer.world_size:
-        rank_zero_warn(f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: "
-                       "random states of dropout and the like start anew")
-        return
-    state = states[trainer.global_rank]
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -8,7 +8,9 @@ import re
 
 import jsonargparse
 
-_NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option|Key) '([^']+)'(?: is not (?:accepted|expected))?")
+_NOT_ACCEPTED = re.compile(
+    r"(?:does not accept option|Option|Key) '([^']+)'(?: is not (?:accepted|expected))?"
+)
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[\w.+-]+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 
@@ -52,8 +54,12 @@ def _command_options(parser: jsonargparse.ArgumentParser, args: list[str]) -> li
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and command in action.choices:
             parser = action.choices[command]
-    return [option.removeprefix("--") for action in parser._actions for option in action.option_strings
-            if option.startswith("--")]
+    return [
+        option.removeprefix("--")
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
 
 
 def _class_options(class_path: str) -> list[str]:
@@ -68,8 +74,17 @@ def _first_cause(text: str) -> str:
     """Return the innermost cause of a nested error on one line."""
     where = re.search(r'Parser key "([^"]+)"', text)
     lines = [line.strip(" -\n") for line in text.splitlines()]
-    noise = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>",
-             "Expected a path but", "Problem with given class_path", "Not a valid subclass")
+    noise = (
+        "Parser key",
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "Expected a path but",
+        "Problem with given class_path",
+        "Not a valid subclass",
+    )
     causes = [line for line in lines if line and not line.startswith(noise)]
     message = causes[0] if causes else " ".join(line for line in lines if line)
     given = re.findall(r"Given value: (.*)", text)

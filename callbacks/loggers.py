@@ -15,18 +15,21 @@ from torch import Tensor
 
 
 class MetricsCSV(Logger):
-    """Writes `metrics.csv`: one row per step with everything logged at that step, empty where there is no value.
+    """Writes `metrics.csv`: one row per step with all that was logged at that step.
 
-    Lightning's CSVLogger deletes the file of an earlier session; this one keeps it. The file is only appended to,
-    except that it is rewritten (atomically) when a new column appears or rows are dropped.
+    Lightning's CSVLogger deletes the file of an earlier session; this one keeps it. The file is only appended
+    to, except that it is rewritten (atomically) when a new column appears or rows are dropped.
 
     Args:
         folder: The run folder.
-        resume_step: Rows after this step are dropped, earlier ones stay. None: the file is continued as it is.
+        resume_step: Rows after this step are dropped, earlier ones stay. None: the file is continued as it
+            is.
         filename: Name of the file in the folder.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None, filename: str = "metrics.csv") -> None:
+    def __init__(
+        self, folder: str | Path, resume_step: int | None = None, filename: str = "metrics.csv"
+    ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.path = self.folder / filename
@@ -65,9 +68,10 @@ class MetricsCSV(Logger):
         if not self._opened:
             self._open()
         row = {name: _text(value) for name, value in metrics.items()}
+        if not row:
+            return
         step_text = str(int(step or 0))
         if self._pending and self._pending["step"] != step_text:
-            self.save()
             self._flush()
         self._pending = {**self._pending, "step": step_text, **row}
 
@@ -121,11 +125,24 @@ class MetricsCSV(Logger):
         os.replace(temporary, self.path)
 
 
+class RunTensorBoard(TensorBoardLogger):
+    """TensorBoard events straight in the run folder; no `hparams.yaml`, which would repeat `config.yaml`."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        purge = None if resume_step is None else resume_step + 1
+        super().__init__(str(folder), name="", version="", purge_step=purge, default_hp_metric=False)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out the events; a run that is killed keeps its curves."""
+        self.experiment.flush()
+
+
 class StepAxis(Callback):
     """Makes every logger's x-axis the number of student updates done.
 
-    Lightning counts batches from zero, and an evaluation after update n would stand one beside the training values
-    of update n. A logged value called "step" replaces Lightning's own count in all loggers.
+    Lightning counts batches from zero, and an evaluation after update n would stand one beside the training
+    values of update n. A logged value called "step" replaces Lightning's own count in all loggers.
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -144,14 +161,12 @@ def run_loggers(folder: Path, resume_step: int | None, command: str = "fit") -> 
     Args:
         folder: The run folder.
         resume_step: Step of the checkpoint that is continued in this folder, else None.
-        command: `validate`, `test` and `predict` write `metrics_<command>.csv`, so that the curves of the training
-            stay as they are.
+        command: `validate`, `test` and `predict` write `metrics_<command>.csv`, so that the curves of the
+            training stay as they are.
     """
     if command != "fit":
         return [MetricsCSV(folder, filename=f"metrics_{command}.csv")]
-    purge = None if resume_step is None else resume_step + 1
-    board = TensorBoardLogger(str(folder), name="", version="", purge_step=purge, default_hp_metric=False)
-    return [MetricsCSV(folder, resume_step), board]
+    return [MetricsCSV(folder, resume_step), RunTensorBoard(folder, resume_step)]
 
 
 def _text(value: Any) -> str:

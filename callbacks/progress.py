@@ -1,8 +1,9 @@
-"""One progress bar whose numbers mean something: student updates done of those to do, losses, speed, time left."""
+"""A progress bar whose numbers mean something: student updates done and to do, losses, speed, time left."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,10 +16,10 @@ _ENDLESS_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 class StepProgressBar(ProgressBar):
-    """tqdm bar over `trainer.max_steps` student updates; validation, test and predict get a short-lived bar each.
+    """tqdm bar over `trainer.max_steps` student updates; other loops get a short-lived bar each.
 
-    The number starts at the checkpoint's step in a resumed run, speed and time left count this session's steps only.
-    Values that modules log with `prog_bar=True` stand behind it.
+    The number starts at the checkpoint's step in a resumed run, speed and time left count this session's
+    steps only. Values that modules log with `prog_bar=True` stand behind it.
 
     Args:
         refresh_seconds: Least time between two drawings.
@@ -44,26 +45,43 @@ class StepProgressBar(ProgressBar):
         if self._enabled:
             tqdm.write(" ".join(str(part) for part in args), file=sys.stderr)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float]:
-        """Return what modules log for the bar, as short text; no version number and no names ending in `_step`."""
-        metrics: dict[str, int | str | float] = {}
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what modules log for the bar, as short text; without version number and `_step` endings."""
+        metrics: dict[str, int | str | float | dict[str, float]] = {}
         for name, value in trainer.progress_bar_metrics.items():
             number = value.item() if isinstance(value, Tensor) else value
             metrics[name.removesuffix("_step")] = f"{number:.4g}" if isinstance(number, float) else number
         return metrics
 
     def _bar(self, what: str, total: float | None, done: int = 0, leave: bool = True) -> tqdm[Any]:
+        # a file or a pipe cannot be drawn over: there a line now and then
+        pause = self.refresh_seconds if sys.stderr.isatty() else max(self.refresh_seconds, 20.0)
         known = None if total is None or total == float("inf") or total < 0 else int(total)
-        return tqdm(desc=what, total=known, initial=done, leave=leave, disable=not self._enabled, file=sys.stderr,
-                    dynamic_ncols=True, mininterval=self.refresh_seconds, smoothing=0.05, unit="step" if leave else "batch",
-                    bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT)  # fmt: skip
+        return tqdm(
+            desc=what,
+            total=known,
+            initial=done,
+            leave=leave,
+            unit="step" if leave else "batch",
+            bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT,
+            mininterval=pause,
+            maxinterval=max(pause, 10.0),
+            smoothing=0.05,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not self._enabled,
+        )
 
-    # -- training -----------------------------------------------------------------------------------------------
+    # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step the run starts from."""
         total: float = trainer.max_steps
-        if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:  # plain epochs: as many steps as they hold
+        if (
+            total < 0 and trainer.max_epochs and trainer.max_epochs > 0
+        ):  # plain epochs: as many steps as they hold
             total = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
         self._train_bar = self._bar("Training", total, done=trainer.global_step)
 
@@ -90,9 +108,9 @@ class StepProgressBar(ProgressBar):
             self._train_bar.close()
             self._train_bar = None
 
-    # -- validation, test, predict ------------------------------------------------------------------------------
+    # Validation, test, predict
 
-    def _open_side(self, what: str, counts: int | float | list[int | float]) -> None:
+    def _open_side(self, what: str, counts: float | list[int | float]) -> None:
         total = sum(counts) if isinstance(counts, list) else counts
         self._side_bar = self._bar(what, total, leave=False)
 
@@ -119,7 +137,7 @@ class StepProgressBar(ProgressBar):
         self._close_side()
         if (bar := self._train_bar) is not None:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
-            bar.last_print_t = bar._time()
+            bar.last_print_t = time.time()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open a bar over the batches of the test."""

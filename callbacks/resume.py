@@ -13,6 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
+_SIZE_MISMATCH = re.compile(
+    r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
+)
 _NOT_COMPARED = ("ckpt_path", "experiment", "config", "weights_only")
 # What a schedule counts up itself; everything else of its state are settings.
 _SCHEDULE_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_milestones")
@@ -31,7 +34,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def stored_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration a checkpoint was made with, as far as it knows it (without one: the hyperparameters)."""
+    """Return the configuration a checkpoint was made with; where it holds none, its hyperparameters."""
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("RunFolder") and isinstance(state, dict) and state.get("config"):
             return yaml.safe_load(state["config"])
@@ -47,8 +50,11 @@ def stored_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (key, value in the checkpoint, value now) where both have the key and the values differ."""
     now = dict(flatten(current))
-    return [(key, value, now[key]) for key, value in flatten(stored)
-            if key in now and now[key] != value and key.split(".")[0] not in _NOT_COMPARED]
+    return [
+        (key, value, now[key])
+        for key, value in flatten(stored)
+        if key in now and now[key] != value and key.split(".")[0] not in _NOT_COMPARED
+    ]
 
 
 @rank_zero_only
@@ -67,9 +73,9 @@ def explain_mismatch(error: BaseException, path: Path) -> str | None:
     None if the error is something else than a failed `load_state_dict`.
     """
     text = str(error.args[0]) if error.args else ""
-    advice = "give the checkpoint of a run with the same model, or change the model's settings to those of that run"
+    advice = "give a checkpoint of the same model, or change the model's settings to those of that run"
     start = f"the checkpoint {path} is of another architecture:"
-    if sized := re.search(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)", text):
+    if sized := _SIZE_MISMATCH.search(text):
         return f"{start} {sized[1]} has shape {sized[2]} in it and {sized[3]} in the model; {advice}"
     if missing := re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', text):
         return f"{start} it has no {missing[1]}; {advice}"
@@ -83,9 +89,10 @@ def explain_mismatch(error: BaseException, path: Path) -> str | None:
 class ConfigWins(Callback):
     """Applies changed optimizer and schedule settings after their state has been restored.
 
-    `Optimizer.load_state_dict` brings back the learning rate of the checkpoint, whatever the configuration says.
-    The settings as the configuration gave them are kept in the checkpoint; of these, the ones that are different
-    now are set again. A schedule's progress is kept: its current factor scales the new base learning rate.
+    `Optimizer.load_state_dict` brings back the learning rate of the checkpoint, whatever the configuration
+    says. The settings as the configuration gave them are kept in the checkpoint; of these, the ones that are
+    different now are set again. A schedule's progress is kept: its current factor scales the new base
+    learning rate.
     """
 
     def __init__(self) -> None:
@@ -96,7 +103,9 @@ class ConfigWins(Callback):
         """Take down the fresh settings, before Lightning restores the state."""
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._now = {
-            "optimizers": [[_plain(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers],
+            "optimizers": [
+                [_plain(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers
+            ],
             "schedules": [_plain(vars(schedule)) for schedule in schedules],
         }
 
@@ -127,7 +136,9 @@ def _apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[
         for name, value in new.items():
             if old.get(name) == value or name == "lr":
                 continue
-            if name == "initial_lr" and group.get("initial_lr"):  # a schedule is at work: keep its present factor
+            if name == "initial_lr" and group.get(
+                "initial_lr"
+            ):  # a schedule is at work: keep its present factor
                 group["lr"] = value * group["lr"] / group["initial_lr"]
             group[name] = value
         if "initial_lr" not in new and old.get("lr") != new["lr"]:

@@ -27,8 +27,11 @@ def versions(experiment_folder: Path) -> list[Path]:
     """Return the `version_<n>` folders of an experiment, oldest first (an empty list if there are none)."""
     if not experiment_folder.is_dir():
         return []
-    numbered = [(int(match.group(1)), path) for path in experiment_folder.iterdir()
-                if path.is_dir() and (match := _VERSION.fullmatch(path.name))]
+    numbered = [
+        (int(match.group(1)), path)
+        for path in experiment_folder.iterdir()
+        if path.is_dir() and (match := _VERSION.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(numbered)]
 
 
@@ -38,8 +41,11 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     last = folder / "last.ckpt"
     if last.exists():
         return last
-    steps = [(int(match.group(1)), path) for path in folder.glob("step_*.ckpt")
-             if (match := _STEP.fullmatch(path.name))]
+    steps = [
+        (int(match.group(1)), path)
+        for path in folder.glob("step_*.ckpt")
+        if (match := _STEP.fullmatch(path.name))
+    ]
     return max(steps)[1] if steps else None
 
 
@@ -47,8 +53,8 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
     """Return the checkpoint that `last`, `best` or a path names.
 
     Args:
-        which: "last" (newest version of the experiment that holds a checkpoint), "best" (the `best.ckpt` of the
-            newest version that has one) or the path of a file (or of a sharded checkpoint's folder).
+        which: "last" (newest version of the experiment that holds a checkpoint), "best" (the `best.ckpt` of
+            the newest version that has one) or the path of a file (or of a sharded checkpoint's folder).
         root: The root of all runs, `trainer.default_root_dir`.
         experiment: Name of the experiment.
 
@@ -64,8 +70,10 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
     if which == "best":
         paths = (folder / "checkpoints" / "best.ckpt" for folder in newest_first)
         if (best := next((path for path in paths if path.exists()), None)) is None:
-            raise UserError(f"no best.ckpt in any version under {root / experiment}; "
-                            "train with a validation metric first, or name a checkpoint file")
+            raise UserError(
+                f"no best.ckpt in any version under {root / experiment}; "
+                "train with a validation metric first, or name a checkpoint file"
+            )
         return best
     path = Path(which)
     if not path.exists():
@@ -77,7 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it; tensors stay on disk until they are used.
 
     Raises:
-        UserError: the file is not a Lightning checkpoint, is cut short, or holds more than plain data and tensors.
+        UserError: the file is not a Lightning checkpoint, is cut short, or holds more than plain data and
+            tensors.
     """
     if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
         path = path / "meta.pt"
@@ -86,12 +95,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises a different type for each kind of damage
-        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; "
-                        "give --ckpt_path a checkpoint written by fit") from error
-    if not isinstance(checkpoint, dict) or "global_step" not in checkpoint or "state_dict" not in checkpoint:
-        if path.name != "meta.pt":
-            raise UserError(f"{path} is not a checkpoint of a run (no global_step and state_dict in it); "
-                            "give --ckpt_path a checkpoint written by fit")
+        raise UserError(
+            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; "
+            "give --ckpt_path a checkpoint written by fit"
+        ) from error
+    needed = {"global_step"} if path.name == "meta.pt" else {"global_step", "state_dict"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UserError(
+            f"{path} is not a checkpoint of a run (it lacks {' and '.join(sorted(needed))}); "
+            "give --ckpt_path a checkpoint written by fit"
+        )
     return checkpoint
 
 
@@ -104,8 +117,10 @@ def new_version(root: Path, experiment: str) -> Path:
     folder = root / experiment
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
-            raise UserError(f"the output folder {folder} cannot be made: {part} is a file; "
-                            "choose another --trainer.default_root_dir or --experiment")
+            raise UserError(
+                f"the output folder {folder} cannot be made: {part} is a file; "
+                "choose another --trainer.default_root_dir or --experiment"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = versions(folder)
@@ -117,14 +132,18 @@ def new_version(root: Path, experiment: str) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise UserError(f"the output folder {folder} cannot be written: {error.strerror or error}; "
-                        "choose another --trainer.default_root_dir") from error
+        raise UserError(
+            f"the output folder {folder} cannot be written: {error.strerror or error}; "
+            "choose another --trainer.default_root_dir"
+        ) from error
 
 
 def check_writable(folder: Path) -> None:
     """Raise a UserError if files cannot be made in an existing run folder."""
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"the run folder {folder} cannot be written; change its permissions or start another run")
+        raise UserError(
+            f"the run folder {folder} cannot be written; change its permissions or start another run"
+        )
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -139,8 +158,8 @@ class RunFolder(Callback):
 
     Args:
         path: The folder on rank zero; None on other processes, which learn it in `setup`.
-        config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that a
-            resumed run can say what has changed. None: nothing is written.
+        config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that
+            a resumed run can say what has changed. None: nothing is written.
         is_new: Whether this process made the folder; then it is removed again if no training starts.
     """
 
@@ -151,15 +170,20 @@ class RunFolder(Callback):
         self.started = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell every process the folder and write `config.yaml` (rank zero)."""
+        """Tell every process the folder."""
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
-        if trainer.is_global_zero:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self.config is not None:
-                write_text_atomically(self.path / CONFIG_NAME, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on the folder holds a run and stays."""
+        """Write `config.yaml`: the checkpoint fits and training begins. From here on the folder stays."""
+        self._start(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a run that was finished before and only completes its report."""
+        self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
+        if not self.started and trainer.is_global_zero and self.path is not None and self.config is not None:
+            write_text_atomically(self.path / CONFIG_NAME, self.config)
         self.started = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +191,7 @@ class RunFolder(Callback):
         return {"config": self.config}
 
     def discard_if_unused(self) -> None:
-        """Remove the folder if this process made it and training never started (and its parent if now empty)."""
+        """Remove the folder if this process made it and training never started, and parents left empty."""
         if not self.is_new or self.started or self.path is None or not self.path.is_dir():
             return
         shutil.rmtree(self.path)

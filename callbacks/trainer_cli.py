@@ -1,4 +1,4 @@
-"""The `fit`, `validate`, `test` and `predict` commands: LightningCLI with run folders, resuming and clear errors."""
+"""The commands `fit`, `validate`, `test`, `predict`: LightningCLI plus run folders, resuming, clear errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import pkgutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.config_errors import explain
@@ -102,7 +104,8 @@ class TrainerCLI(LightningCLI):
         self.args = args
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
-        # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach interpolations.
+        # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach
+        # interpolations.
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
             super().__init__(
@@ -110,14 +113,19 @@ class TrainerCLI(LightningCLI):
                 save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
                 parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
             )  # fmt: skip
-        finally:
+        except BaseException:
             if self.run_folder is not None:
                 self.run_folder.discard_if_unused()
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--experiment`."""
-        parser.add_argument("--experiment", type=str | None, default=None,
-                            help="Name of the run's folder under the root (default: stem of the last --config file)")
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="Name of the run's folder under the root (default: stem of the last --config file)",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake becomes a UserError with the nearest known name."""
@@ -132,27 +140,36 @@ class TrainerCLI(LightningCLI):
         return self.config[self.config.subcommand]
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint. Lightning would let its hyper_parameters override the command line; here they do not."""
+        """Find the checkpoint; its hyper_parameters do not override the command line, as in Lightning."""
         settings = self.settings
         settings.experiment = settings.experiment or experiment_name(self.args)
         which = settings.get("ckpt_path")
         if not which:
             return
-        self.checkpoint_path = find_checkpoint(which, Path(settings.trainer.default_root_dir), settings.experiment)
+        self.checkpoint_path = find_checkpoint(
+            which, Path(settings.trainer.default_root_dir), settings.experiment
+        )
         if self.checkpoint_path is None:
             if self.config.subcommand != "fit":
-                raise UserError(f"no checkpoint of the experiment {settings.experiment!r} under "
-                                f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file")
-            _say(f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
-                 f"{settings.trainer.default_root_dir} yet; starting afresh")
+                raise UserError(
+                    f"no checkpoint of the experiment {settings.experiment!r} under "
+                    f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file"
+                )
+            _say(
+                f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
+                f"{settings.trainer.default_root_dir} yet; starting afresh"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built."""
         trainer = self.settings.trainer
-        if self.subcommand == "fit" and not trainer.fast_dev_run and trainer.max_time is None:
-            if (trainer.max_steps or -1) < 0 and (trainer.max_epochs or -1) < 0:
-                raise UserError("trainer.max_steps is not set, so training would never end; "
-                                "give --trainer.max_steps N or set it in the config")
+        limits = (trainer.max_steps, trainer.max_epochs)
+        endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
+        if self.subcommand == "fit" and endless and not trainer.fast_dev_run:
+            raise UserError(
+                "trainer.max_steps is not set, so training would never end; "
+                "give --trainer.max_steps N or set it in the config"
+            )
 
     def instantiate_classes(self) -> None:
         """Build data, model and Trainer; errors of the parser are explained, UserErrors pass through."""
@@ -184,7 +201,7 @@ class TrainerCLI(LightningCLI):
         if continues and not (own_folder and own_folder.name.startswith("version_")):
             continues = False
         folder: Path | None = None
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             if continues and own_folder is not None:
                 check_writable(own_folder)
                 folder = own_folder
@@ -196,7 +213,7 @@ class TrainerCLI(LightningCLI):
         return folder, step
 
     def _resolved_config(self) -> str:
-        """Return the configuration as YAML that `--config` takes as it is (`last` would not start the same run)."""
+        """Return the configuration as YAML that starts the same run (so without `last`)."""
         settings = self.settings.clone()
         if settings.get("ckpt_path") == "last":
             settings.ckpt_path = None
@@ -206,7 +223,9 @@ class TrainerCLI(LightningCLI):
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""
         if configured is False:
             return False
-        extra = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
+        extra = (
+            [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
+        )
         return [*run_loggers(folder, resume_step, self.subcommand or "fit"), *extra]
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
@@ -232,7 +251,9 @@ class TrainerCLI(LightningCLI):
         """Run; a checkpoint that does not fit the model is explained in one message."""
         try:
             super()._run_subcommand(subcommand)
-        except (RuntimeError, KeyError) as error:
+        except SIGTERMException as error:
+            raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
+        except (RuntimeError, KeyError, ValueError) as error:
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
             raise
