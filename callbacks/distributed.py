@@ -1,0 +1,24 @@
+"""The three questions that evaluation asks of torch.distributed, answered also where it is not in use."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+
+def in_use() -> bool:
+    """Whether several processes take part."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if in_use() else (0, 1)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank zero's ``value`` on every process. Collective."""
+    if not in_use():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,56 @@
+"""On what a run ran: versions, machine, memory, without names of people, hosts or folders."""
+
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that decide numbers, the processor or GPUs, and threads."""
+    versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def peak_memory_gib() -> float:
+    """Most memory so far: allocated on the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

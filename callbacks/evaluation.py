@@ -1,0 +1,286 @@
+"""Measures the student during validation and, with the teacher beside it, at the end of training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from callbacks.cache import ResultCache
+from callbacks.hashing import hash_texts
+from callbacks.loggers import MetricsCSV
+from callbacks.measure import evaluate_model, milliseconds_per_image
+from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.clip_score import ClipScore
+from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.reference import ReferenceStatistics
+from callbacks.student import as_student, evaluating, evaluation_captions
+from callbacks.teacher import Teacher, teacher_metrics
+from lightning_modules.errors import UserError
+from lightning_modules.networks.loading import asset_path
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """What the last evaluation of a run found.
+
+    Attributes:
+        step: student updates done. ``weights``: "ema" or "online".
+        metrics: ``{name: {"value", "num_images", "details"}}`` of the student.
+        teacher_metrics: the same for each of the teacher's rows; empty if they were not asked for.
+        manifest: what a comparable measurement must share with this one.
+    """
+
+    step: int
+    weights: str
+    metrics: dict[str, Result]
+    teacher_metrics: dict[str, dict[str, Result]]
+    manifest: dict[str, Any]
+
+
+class Evaluation(Callback):
+    """Feeds the pictures of every validation and test step to the metrics, and measures fully once training is over.
+
+    During validation it logs ``val/NAME``, during test ``test/NAME``. When ``fit`` ends it draws ``final_size``
+    pictures with the evaluation weights, measures them and both of the teacher's rows by the same code, and logs
+    them as ``test/NAME`` (another sample count than the curve ``val/NAME``, so another bias).
+
+    Args:
+        scoring_clip: CLIP folder that sees the pictures.
+        reference: statistics of real pictures (scripts/make_reference.py); None only without ``frechet_distance``.
+        metrics: metric objects (default: FrechetDistance if there is a reference, and ClipScore).
+        final_size: captions of the final evaluation, the first ones of the data module; 0 skips it.
+        batch_size: pictures per pass and process in the final evaluation.
+        seed: the picture of caption i is drawn from seed ``seed + i``, by student and teacher alike.
+        teacher_rows: measure the teacher too.
+        teacher_steps: DDIM steps of the teacher's first row.
+        teacher_guidance: guidance scale of the teacher's first row.
+        timing_batch_size: pictures per pass when milliseconds per image are taken.
+
+    Raises:
+        UserError: a number out of range; a folder or file missing; statistics of another CLIP.
+    """
+
+    def __init__(
+        self,
+        scoring_clip: str = "assets/emoji-clip",
+        reference: str | None = "assets/cache/emoji-reference.safetensors",
+        metrics: list[ImageMetric] | None = None,
+        final_size: int = 1024,
+        batch_size: int = 64,
+        seed: int = 0,
+        teacher_rows: bool = True,
+        teacher_steps: int = 25,
+        teacher_guidance: float = 4.5,
+        timing_batch_size: int = 16,
+    ) -> None:
+        for name, value, least in [
+            ("final_size", final_size, 0),
+            ("batch_size", batch_size, 1),
+            ("teacher_steps", teacher_steps, 2),
+            ("timing_batch_size", timing_batch_size, 1),
+        ]:
+            if value < least:
+                raise UserError(f"Evaluation.{name} is {value}: it must be at least {least}")
+        if metrics is None:
+            metrics = [FrechetDistance(), ClipScore()] if reference is not None else [ClipScore()]
+        names = [metric.name for metric in metrics]
+        if len(set(names)) < len(names):
+            raise UserError(f"Evaluation.metrics holds the same metric twice: {names}")
+        self.scoring_clip, self.reference_path, self.metrics = scoring_clip, reference, metrics
+        self.final_size, self.batch_size, self.seed = final_size, batch_size, seed
+        self.teacher_rows, self.teacher_steps, self.teacher_guidance = (
+            teacher_rows,
+            teacher_steps,
+            teacher_guidance,
+        )
+        self.timing_batch_size = timing_batch_size
+        self.extractor: ClipExtractor | None = None
+        self.reference: ReferenceStatistics | None = None
+        self.final: FinalResults | None = None
+        self._fed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the scoring CLIP and the reference, so that mistakes show before any training."""
+        if self.extractor is not None:
+            return
+        self.extractor = ClipExtractor(asset_path(self.scoring_clip))
+        if self.reference_path is not None:
+            self.reference = ReferenceStatistics.load(asset_path(self.reference_path))
+        for metric in self.metrics:
+            metric.bind(self.extractor, self.reference)
+        self._warn_if_not_comparable(evaluation_captions(trainer))
+
+    def _warn_if_not_comparable(self, captions: Sequence[str]) -> None:
+        if self.reference is not None and self.reference.captions_hash != hash_texts(captions):
+            rank_zero_warn(
+                f"the evaluation captions are not those of the reference statistics {self.reference_path} "
+                f"({self.reference.source}): frechet_distance is not comparable with published numbers; for your own "
+                "captions make statistics of your own pictures with scripts/make_reference.py"
+            )
+
+    def _to_device(self, trainer: Trainer) -> None:
+        assert self.extractor is not None
+        device = trainer.strategy.root_device
+        self.extractor.to(device)
+        for metric in self.metrics:
+            # Sums are in float64, which Apple's GPUs lack; NCCL on the other hand can sum only what lies on a GPU.
+            metric.to(device if device.type == "cuda" else "cpu")
+
+    def _start(self, trainer: Trainer) -> None:
+        self._to_device(trainer)
+        self._fed = False
+        for metric in self.metrics:
+            metric.reset()
+
+    def _feed(self, outputs: Any) -> None:
+        if not outputs or outputs.get("images") is None:
+            return
+        self._fed = True
+        for metric in self.metrics:
+            metric.update(outputs["images"], outputs["prompts"], outputs["is_padding"])
+
+    def _log(self, trainer: Trainer, module: LightningModule, prefix: str) -> None:
+        if trainer.sanity_checking or not self._fed:
+            return
+        for metric in self.metrics:
+            result = metric.result()
+            # The value is already that of all processes.
+            module.log(
+                f"{prefix}/{metric.name}",
+                result["value"],
+                rank_zero_only=False,
+                sync_dist=False,
+                prog_bar=prefix == "val",
+                batch_size=1,
+            )
+            metric.reset()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier pictures."""
+        self._start(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the pictures of this step."""
+        self._feed(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``val/NAME``."""
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier pictures."""
+        self._start(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the pictures of this step."""
+        self._feed(outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``test/NAME``."""
+        self._log(trainer, pl_module, "test")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The final evaluation: after the last checkpoint, so that a run killed here can be completed."""
+        self.finalize(trainer, pl_module)
+
+    def finalize(self, trainer: Trainer, module: LightningModule) -> FinalResults | None:
+        """Measure student and teacher once at this step; later calls return the same. Collective.
+
+        Returns:
+            The results, or None where no final evaluation is wanted (``final_size`` 0, ``fast_dev_run``).
+        """
+        student = as_student(module)
+        if self.final is not None and self.final.step == student.student_steps:
+            return self.final
+        if self.final_size == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        every = evaluation_captions(trainer)
+        captions = every[: self.final_size]
+        seeds = [self.seed + i for i in range(len(captions))]
+        self._to_device(trainer)
+        with evaluating(trainer, module) as weights:
+            draw = student.generator.images
+            metrics = evaluate_model(draw, captions, self.metrics, self.batch_size, seeds, "student, 1 step")
+            metrics["milliseconds_per_image"] = milliseconds_per_image(draw, captions, self.timing_batch_size)
+            rows = (
+                self._teacher_rows(trainer, student.parts.path, captions, seeds) if self.teacher_rows else {}
+            )
+        self.final = FinalResults(
+            step=student.student_steps,
+            weights=weights,
+            metrics=metrics,
+            teacher_metrics=rows,
+            manifest=self._manifest(captions, every, weights),
+        )
+        self._log_final(trainer)
+        return self.final
+
+    def _teacher_rows(
+        self, trainer: Trainer, path: str, captions: list[str], seeds: list[int]
+    ) -> dict[str, dict[str, Result]]:
+        rank_zero_info("Measuring the teacher (values are cached, times are taken on this machine) ...")
+        teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
+        precision = str(trainer.precision)
+        rows = teacher_metrics(
+            teacher, captions, seeds, self.metrics, self.batch_size, ResultCache(), precision
+        )
+        for row, (draw, _) in teacher.rows.items():
+            rows[row]["milliseconds_per_image"] = milliseconds_per_image(
+                draw, captions, self.timing_batch_size
+            )
+        teacher.release()
+        return rows
+
+    def _log_final(self, trainer: Trainer) -> None:
+        assert self.final is not None
+        values = {f"test/{name}": result["value"] for name, result in self.final.metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self.final.step)
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
+
+    def _manifest(self, captions: list[str], every: list[str], weights: str) -> dict[str, Any]:
+        assert self.extractor is not None
+        reference = None
+        if self.reference is not None:
+            same = self.reference.captions_hash == hash_texts(every)
+            reference = self.reference.describe() | {"captions_are_those_of_the_evaluation": same}
+        return {
+            "captions": {
+                "count": len(captions),
+                "hash": hash_texts(captions),
+                "hash_of_all": hash_texts(every),
+            },
+            "reference": reference,
+            "extractor": {"name": self.extractor.name, "hash": self.extractor.content_hash},
+            "crop_and_resize": self.extractor.preprocessing.describe(),
+            "seeds": {"first": self.seed, "count": len(captions), "rule": "first + index of the caption"},
+            "guidance": {
+                "student": None,
+                f"steps_{self.teacher_steps}": self.teacher_guidance,
+                "steps_1": None,
+            },
+            "metric_versions": {metric.name: metric.version for metric in self.metrics},
+            "weights": weights,
+        }

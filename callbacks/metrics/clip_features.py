@@ -1,0 +1,164 @@
+"""Image and text features of a CLIP folder in transformers format: the eyes of ``frechet_distance`` and ``clip_score``.
+
+Pictures are judged as the 8-bit files a user would save, so that a folder of PNGs and the tensors they were saved
+from score the same.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2.functional import InterpolationMode
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from callbacks.hashing import hash_folder, to_uint8
+from lightning_modules.errors import UserError
+
+# PIL's resampling numbers, which image processors store.
+_INTERPOLATION = {
+    0: InterpolationMode.NEAREST_EXACT,
+    1: InterpolationMode.LANCZOS,
+    2: InterpolationMode.BILINEAR,
+    3: InterpolationMode.BICUBIC,
+}
+
+
+class ClipPreprocessing:
+    """What the folder's ``AutoImageProcessor`` does (resize, centre crop, rescale, normalise), on batches of tensors.
+
+    Args:
+        settings: the processor's ``to_dict()``.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        resample = int(settings.get("resample", 3))
+        if resample not in _INTERPOLATION:
+            raise UserError(
+                f"the image processor asks for resampling filter {resample}; known: {sorted(_INTERPOLATION)}"
+            )
+        self.interpolation = _INTERPOLATION[resample]
+        self.size = dict(settings["size"]) if settings.get("do_resize", True) else None
+        crop = settings.get("crop_size") if settings.get("do_center_crop", False) else None
+        self.crop = (crop["height"], crop["width"]) if crop else None
+        self.scale = float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0
+        normalize = settings.get("do_normalize", True)
+        self.mean = torch.tensor(settings["image_mean"] if normalize else [0.0, 0.0, 0.0])[:, None, None]
+        self.std = torch.tensor(settings["image_std"] if normalize else [1.0, 1.0, 1.0])[:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to the model's pixel values [B, 3, h, w]."""
+        pixels = to_uint8(images)
+        target = self._target(pixels.shape[-2], pixels.shape[-1])
+        if target != tuple(pixels.shape[-2:]):
+            pixels = TF.resize(pixels, list(target), interpolation=self.interpolation, antialias=True)
+        if self.crop is not None and self.crop != tuple(pixels.shape[-2:]):
+            pixels = TF.center_crop(pixels, list(self.crop))
+        values = pixels.float() * self.scale
+        return (values - self.mean.to(values.device)) / self.std.to(values.device)
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if self.size is None:
+            return height, width
+        if "shortest_edge" in self.size:
+            edge = int(self.size["shortest_edge"])
+            if height <= width:
+                return edge, int(edge * width / height)
+            return int(edge * height / width), edge
+        return int(self.size["height"]), int(self.size["width"])
+
+    def describe(self) -> str:
+        """One line for manifests, e.g. ``8-bit, resize shortest_edge=64 bicubic, crop 64x64``."""
+        parts = ["8-bit"]
+        if self.size is not None:
+            sizes = " ".join(
+                f"{name}={value}" for name, value in sorted(self.size.items()) if value is not None
+            )
+            parts.append(f"resize {sizes} {self.interpolation.value}")
+        if self.crop is not None:
+            parts.append(f"centre crop {self.crop[0]}x{self.crop[1]}")
+        return ", ".join(parts)
+
+
+class ClipExtractor:
+    """A frozen CLIP. A plain object, not a module, so that no checkpoint ever holds its weights.
+
+    Args:
+        path: a folder that ``CLIPModel``, ``AutoTokenizer`` and ``AutoImageProcessor`` load.
+
+    Raises:
+        UserError: the folder is missing or is not such a folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        if not (self.path / "config.json").is_file():
+            raise UserError(
+                f"no CLIP model in {str(path)!r} (config.json is missing): give a folder that CLIPModel loads"
+            )
+        try:
+            # transformers keeps a half-precision folder in half precision; features are wanted in fp32.
+            self.model = (
+                CLIPModel.from_pretrained(self.path, local_files_only=True)
+                .float()
+                .eval()
+                .requires_grad_(False)
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            processor = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{str(path)!r} can't be loaded as a CLIP model: {error}") from error
+        self.preprocessing = ClipPreprocessing(processor.to_dict())
+        self.width = int(self.model.config.projection_dim)
+        self.max_length = min(
+            int(self.tokenizer.model_max_length), int(self.model.config.text_config.max_position_embeddings)
+        )
+        self.content_hash = hash_folder(self.path)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def to(self, device: torch.device | str) -> "ClipExtractor":
+        """Move the model; returns itself."""
+        self.model.to(device)
+        self._last = None
+        return self
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Projected features [B, D], fp32, not normalised, of pictures [B, 3, H, W] in [0, 1].
+
+        The features of the last batch are kept, so that several metrics cost one pass.
+        """
+        if self._last is not None and self._last[0] is images:
+            return self._last[1]
+        with torch.autocast(self.device.type, enabled=False):
+            features = _pooled(
+                self.model.get_image_features(pixel_values=self.preprocessing(images.to(self.device)))
+            )
+        self._last = (images, features)
+        return features
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Projected features [B, D], fp32, not normalised. Longer texts are cut and keep their end token."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            return _pooled(
+                self.model.get_text_features(
+                    input_ids=tokens.input_ids.to(self.device),
+                    attention_mask=tokens.attention_mask.to(self.device),
+                )
+            )
+
+
+def _pooled(output: Any) -> Tensor:
+    """transformers < 5 returns the features, 5 an output whose ``pooler_output`` they are."""
+    return output if isinstance(output, Tensor) else output.pooler_output

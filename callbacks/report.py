@@ -1,0 +1,168 @@
+"""Writes what a run has come to when ``fit`` ends, also after one step."""
+
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.environment import environment, peak_memory_gib
+from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.report_files import Report, findings, write_report
+from callbacks.report_markdown import render_text_table
+from callbacks.run_folder import run_dir
+from callbacks.student import as_student
+
+_WARM_UP = 5
+_MOST_PICTURES = 6
+
+
+class StepTimer:
+    """Durations of student updates, from the start to the end of a batch; the first few are warm-up."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Any, Any]] = []
+        self._start: Any = None
+        self.images_per_step = 0
+
+    def start(self, device: torch.device) -> None:
+        """A batch begins."""
+        self._start = _mark(device)
+
+    def stop(self, device: torch.device, images: int) -> None:
+        """The batch has ended, and ``images`` pictures were drawn in it over all processes."""
+        if self._start is not None:
+            self._marks.append((self._start, _mark(device)))
+            self._start = None
+            self.images_per_step = images
+
+    def seconds_per_step(self) -> float | None:
+        """The median once warm, None before any step."""
+        if not self._marks:
+            return None
+        seconds = [_seconds(*marks) for marks in self._marks]
+        return statistics.median(seconds[min(_WARM_UP, len(seconds) // 2) :])
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: on a GPU an event in its queue, so that nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+class RunReport(Callback):
+    """report.json, report.md, report.html and manifest.json in the run folder, at the end of ``fit``.
+
+    Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves from
+    ``metrics.csv``. Prints the table of results and where report.html lies.
+    """
+
+    def __init__(self) -> None:
+        self.timer = StepTimer()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self.timer.start(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock."""
+        self.timer.stop(pl_module.device, len(batch["prompts"]) * trainer.world_size)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the final evaluation if it is not, then write and print."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        final = None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Evaluation):
+                final = callback.finalize(trainer, pl_module)
+        if trainer.is_global_zero:
+            folder = run_dir(trainer)
+            report = self.assemble(trainer, pl_module, final, folder)
+            path = write_report(report, folder)
+            lines = (
+                ["", render_text_table(report), "", *findings(report)] if report.content["metrics"] else [""]
+            )
+            print("\n".join([*lines, f"Report: {path}"]), flush=True)
+
+    def assemble(
+        self, trainer: Trainer, module: LightningModule, final: FinalResults | None, folder: Path
+    ) -> Report:
+        """Gather the report of a run from its callbacks and its folder."""
+        student = as_student(module)
+        weights = final.weights if final is not None else _weights(module)
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        content = {
+            "experiment": folder.parent.name if folder.name.startswith("version_") else folder.name,
+            "step": student.student_steps,
+            "weights": weights,
+            "model": str(checkpoint if checkpoint.exists() else student.parts.path),
+            "metrics": final.metrics if final is not None else {},
+            "teacher_metrics": final.teacher_metrics if final is not None else {},
+            "timing": self._timing(),
+            "environment": environment() | {
+                "accelerator": trainer.strategy.root_device.type, "processes": trainer.world_size,
+                "precision": str(trainer.precision),
+            },
+            "config_path": str(folder / "config.yaml"),
+        }  # fmt: skip
+        manifest = {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
+        if final is not None:
+            manifest |= final.manifest
+        curves = folder / "metrics.csv"
+        return Report(content, manifest, sample_pictures(folder), curves if curves.is_file() else None)
+
+    def _timing(self) -> dict[str, float | None]:
+        seconds = self.timer.seconds_per_step()
+        return {
+            "seconds_per_step": seconds,
+            "images_per_second": self.timer.images_per_step / seconds if seconds else None,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+
+
+def _weights(module: LightningModule) -> str:
+    with as_student(module).evaluation_weights() as name:
+        return name
+
+
+def sample_pictures(folder: Path) -> dict[str, Path]:
+    """Titles to the pictures of a run: the last grid, the last score views, then earlier grids from the latest on."""
+    grids, views = _numbered(folder / "samples", "step_"), _numbered(folder / "samples", "score_views_step_")
+    pictures: dict[str, Path] = {}
+    if grids:
+        step = max(grids)
+        pictures[f"Student beside teacher after {step:,} student updates"] = grids.pop(step)
+    if views:
+        step = max(views)
+        pictures[f"What student, teacher and fake score see as x0 after {step:,} student updates"] = views[
+            step
+        ]
+    steps = sorted(grids)
+    if len(steps) > _MOST_PICTURES:  # evenly spaced, first and last kept; samples/ holds them all
+        steps = [steps[round(i * (len(steps) - 1) / (_MOST_PICTURES - 1))] for i in range(_MOST_PICTURES)]
+    for step in steps:
+        pictures[f"After {step:,} student updates"] = grids[step]
+    return pictures
+
+
+def _numbered(folder: Path, stem: str) -> dict[int, Path]:
+    matches = ((re.fullmatch(rf"{stem}(\d+)\.png", path.name), path) for path in folder.glob("*.png"))
+    return {int(match.group(1)): path for match, path in matches if match is not None}

@@ -1,0 +1,170 @@
+"""Pictures to look at while a run goes on: the losses alone say nothing about progress."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+
+from callbacks.cache import ResultCache
+from callbacks.drawing import labelled_grid, save_png
+from callbacks.hashing import hash_texts, to_uint8
+from callbacks.run_folder import run_dir
+from callbacks.student import as_student, evaluating, evaluation_captions
+from callbacks.teacher import PROTOCOL, Teacher
+from lightning_modules.errors import UserError
+
+
+class _Pictures(Callback, ABC):
+    """Draws something every now and then: when and with which prompts and seeds, common to grids and views.
+
+    Args:
+        prompts: what to draw (default: the first captions of the evaluation).
+        num_images: how many prompts to take where ``prompts`` is not given.
+        seed: the picture of prompt i is drawn from seed ``seed + i``.
+        every_n_steps: student updates between drawings; None draws after each validation.
+    """
+
+    stem = ""
+    """File name before the step number."""
+    tag = ""
+    """Name of the picture in loggers."""
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        num_images: int = 8,
+        seed: int = 0,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if num_images < 1 or (every_n_steps is not None and every_n_steps < 1) or prompts == []:
+            raise UserError(
+                f"{type(self).__name__}: num_images and every_n_steps must be at least 1, prompts not empty"
+            )
+        self._given, self.num_images, self.seed, self.every_n_steps = prompts, num_images, seed, every_n_steps
+        self._last_step: int | None = None
+
+    def prompts_and_seeds(self, trainer: Trainer) -> tuple[list[str], list[int]]:
+        """The prompts, and one seed for each."""
+        prompts = self._given if self._given is not None else evaluation_captions(trainer)[: self.num_images]
+        return list(prompts), [self.seed + i for i in range(len(prompts))]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw where the student starts from."""
+        self._draw_once(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw if it is time."""
+        if self.every_n_steps is not None and as_student(pl_module).student_steps % self.every_n_steps == 0:
+            self._draw_once(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw unless drawings have a rhythm of their own."""
+        if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._draw_once(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw where the student has got to."""
+        self._draw_once(trainer, pl_module)
+
+    def _draw_once(self, trainer: Trainer, module: LightningModule) -> None:
+        step = as_student(module).student_steps
+        if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._last_step = step
+        # All processes draw, because sharded networks need them all; rank zero keeps the result.
+        image = self.draw(trainer, module)
+        if trainer.is_global_zero:
+            save_png(image, run_dir(trainer) / "samples" / f"{self.stem}{step}.png")
+            send_to_loggers(trainer, self.tag, image, step)
+
+    @abstractmethod
+    def draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
+        """The sheet at this step."""
+
+
+class SampleGrid(_Pictures):
+    """``samples/step_<n>.png``: the student's one step beside the teacher's many, for the same prompts and seeds.
+
+    Args:
+        prompts, num_images, seed, every_n_steps: what to draw and when: a list of prompts or the first ``num_images``
+            evaluation captions; every so many student updates, or (None) after each validation, and always at the
+            start and at the end.
+        teacher_steps: DDIM steps of the teacher; its pictures are made once and cached.
+        teacher_guidance: guidance scale of the teacher.
+    """
+
+    stem, tag = "step_", "samples"
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        num_images: int = 8,
+        seed: int = 0,
+        every_n_steps: int | None = None,
+        teacher_steps: int = 25,
+        teacher_guidance: float = 4.5,
+    ) -> None:
+        super().__init__(prompts, num_images, seed, every_n_steps)
+        self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
+        self._teacher_images: Tensor | None = None
+
+    def draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
+        """Student and teacher, side by side."""
+        prompts, seeds = self.prompts_and_seeds(trainer)
+        with evaluating(trainer, module):
+            student = as_student(module).generator.images(prompts, seeds).cpu()
+            if self._teacher_images is None:
+                self._teacher_images = self._draw_teacher(trainer, module, prompts, seeds)
+        views = {"student, 1 step": student, f"teacher, {self.teacher_steps} steps": self._teacher_images}
+        return labelled_grid(views, prompts)
+
+    def _draw_teacher(
+        self, trainer: Trainer, module: LightningModule, prompts: list[str], seeds: list[int]
+    ) -> Tensor:
+        path = as_student(module).parts.path
+        teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
+        cache, key = ResultCache(), {
+            "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds, "protocol": PROTOCOL,
+            "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance, "precision": str(trainer.precision),
+        }  # fmt: skip
+        entry = cache.get("teacher-samples", key)
+        if entry is not None:
+            return entry.tensors["images"].float() / 255
+        pixels = to_uint8(teacher.multistep(prompts, seeds)).cpu()
+        if trainer.is_global_zero:
+            cache.put("teacher-samples", key, {}, {"images": pixels})
+        return pixels.float() / 255
+
+
+class ScoreViews(_Pictures):
+    """``samples/score_views_step_<n>.png``: what student, teacher and fake score each see as x0.
+
+    Args:
+        prompts, num_images, seed, every_n_steps: as for SampleGrid.
+    """
+
+    stem, tag = "score_views_step_", "score_views"
+
+    def draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
+        """The three views, side by side."""
+        prompts, seeds = self.prompts_and_seeds(trainer)
+        with evaluating(trainer, module):
+            views = as_student(module).score_views(prompts, seeds)
+        return labelled_grid({name: images.cpu() for name, images in views.items()}, prompts, columns=3)
+
+
+def send_to_loggers(trainer: Trainer, tag: str, image: Image.Image, step: int) -> None:
+    """Hand a picture to every logger that takes pictures (TensorBoard; those with ``log_image``, as W&B's)."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            array = torch.from_numpy(np.array(image))
+            logger.experiment.add_image(tag, array, step, dataformats="HWC")
+        elif callable(log_image := getattr(logger, "log_image", None)):
+            log_image(key=tag, images=[image], step=step)

@@ -1,0 +1,67 @@
+"""What the evaluating callbacks ask of the module they watch, and how they run it outside of Lightning's loops."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+
+class Generator(Protocol):
+    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt, from one seed for each."""
+
+    def images(self, prompts: list[str], seeds: list[int]) -> Tensor: ...
+
+
+class Parts(Protocol):
+    """The teacher's parts; ``path`` is the folder they were read from."""
+
+    @property
+    def path(self) -> str: ...
+
+
+class Student(Protocol):
+    """A distillation module, as the callbacks see it."""
+
+    generator: Generator
+    parts: Parts
+    student_steps: int
+    start_timestep: int
+
+    def evaluation_weights(self) -> AbstractContextManager[str]: ...
+
+    def score_views(self, prompts: list[str], seeds: list[int]) -> dict[str, Tensor]: ...
+
+
+def as_student(module: LightningModule) -> Student:
+    """The module under the name of what it offers (no check, for type checkers only)."""
+    return cast(Student, module)
+
+
+@contextmanager
+def evaluating(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    """Evaluation weights, evaluation mode, no gradients, the run's precision; yields "ema" or "online".
+
+    Moves the module to the run's device first: when ``on_fit_end`` comes, Lightning has moved it to the CPU.
+    """
+    module.to(trainer.strategy.root_device)
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with (
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            as_student(module).evaluation_weights() as name,
+        ):
+            yield name
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def evaluation_captions(trainer: Trainer) -> list[str]:
+    """All evaluation captions of the run's data module, of which validation uses the first ones."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return list(data.eval_captions)

@@ -1,0 +1,97 @@
+"""Hits, misses, tampering, the shipped folder, and a folder that can't be written."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.cache import ResultCache, user_cache_dir
+from callbacks.hashing import hash_folder, hash_tensors, hash_texts
+
+KEY = {"teacher": "abc", "steps": 25}
+
+
+def test_round_trip_and_miss(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path, shipped_dir=None)
+    assert cache.get("row", KEY) is None
+    cache.put("row", KEY, {"value": 1.5, "details": {"n": [1, 2]}}, {"images": torch.arange(6).reshape(2, 3)})
+    entry = cache.get("row", {"steps": 25, "teacher": "abc"})
+    assert entry is not None and entry.value == {"value": 1.5, "details": {"n": [1, 2]}}
+    assert torch.equal(entry.tensors["images"], torch.arange(6).reshape(2, 3))
+    assert cache.get("row", KEY | {"steps": 24}) is None
+    assert cache.get("other", KEY) is None
+    cache.put("row", KEY, {"value": 2.5})
+    entry = cache.get("row", KEY)
+    assert entry is not None and entry.value == {"value": 2.5} and entry.tensors == {}
+    assert [path.name for path in tmp_path.iterdir()] == [cache.file_name("row", KEY)]
+
+
+def test_a_changed_file_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = ResultCache(tmp_path, shipped_dir=None)
+    path = cache.put("row", KEY, {"value": 1.5}, {"x": torch.ones(3)})
+    assert path is not None
+    original = path.read_bytes()
+    for damaged in (
+        original.replace(b"1.5", b"9.5"),
+        original.replace(b"abc", b"abd"),
+        original[:-1] + bytes([original[-1] ^ 1]),
+        original[: len(original) // 2],
+        b"",
+    ):
+        assert damaged != original
+        path.write_bytes(damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert cache.get("row", KEY) is None
+        assert str(path) in caplog.text
+    # An entry under the name of another key is not believed either.
+    path.write_bytes(original)
+    path.rename(tmp_path / cache.file_name("row", {"another": "key"}))
+    assert cache.get("row", {"another": "key"}) is None
+
+
+def test_shipped_entries_come_first_and_are_never_written(tmp_path: Path) -> None:
+    shipped, user = tmp_path / "shipped", tmp_path / "user"
+    ResultCache(shipped, None).put("row", KEY, {"value": 1})
+    cache = ResultCache(user, shipped)
+    cache.put("row", KEY, {"value": 2})
+    entry = cache.get("row", KEY)
+    assert entry is not None and entry.value == {"value": 1}
+    (shipped / cache.file_name("row", KEY)).write_bytes(b"damaged")
+    entry = cache.get("row", KEY)
+    assert entry is not None and entry.value == {"value": 2}
+
+
+def test_unwritable_folder_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = ResultCache(tmp_path / "file", None)
+    with caplog.at_level(logging.WARNING):
+        assert cache.put("row", KEY, {"value": 1}) is None
+    assert "can't be written" in caplog.text
+
+
+def test_folder_by_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path))
+    assert user_cache_dir() == tmp_path
+    monkeypatch.delenv("ONE_STEP_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache_dir() == tmp_path / ".cache" / "one-step-distillation"
+
+
+def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "weights.safetensors").write_bytes(b"12345")
+    assert hash_folder(tmp_path / "a") == hash_folder(tmp_path / "b")
+    (tmp_path / "b" / "README.md").write_text("a card")
+    assert hash_folder(tmp_path / "a") == hash_folder(tmp_path / "b")
+    (tmp_path / "b" / "unet" / "weights.safetensors").write_bytes(b"12346")
+    assert hash_folder(tmp_path / "a") != hash_folder(tmp_path / "b")
+    with pytest.raises(FileNotFoundError):
+        hash_folder(tmp_path / "none")
+    assert hash_texts(["a", "b"]) != hash_texts(["b", "a"]) != hash_texts(["ba"])
+    x = torch.ones(2, 3)
+    assert hash_tensors({"x": x}) == hash_tensors({"x": x.clone()})
+    assert hash_tensors({"x": x}) != hash_tensors({"x": x.T}) != hash_tensors({"y": x})
+    assert hash_tensors({"x": x}) != hash_tensors({"x": x.double()})

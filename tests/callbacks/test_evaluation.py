@@ -1,0 +1,192 @@
+"""The Evaluation callback in a real fit: what it logs, what it stores, what it computes only once."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from callbacks import teacher as teacher_module
+from callbacks.evaluation import Evaluation
+from callbacks.hashing import hash_texts
+from callbacks.loggers import MetricsCSV
+from callbacks.measure import evaluate_model
+from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.clip_score import ClipScore
+from callbacks.metrics.reference import compute_reference
+from callbacks.teacher import Teacher
+from lightning_modules.errors import UserError
+from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    compute_reference([images], CAPTIONS, ClipExtractor(tiny_clip), "noise").save(path)
+    return str(path)
+
+
+def evaluation(tiny_clip: Path, reference: str | None, **settings: Any) -> Evaluation:
+    defaults = {"final_size": 8, "batch_size": 3, "teacher_steps": 2, "timing_batch_size": 2}
+    return Evaluation(str(tiny_clip), reference, **(defaults | settings))
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    defaults = {
+        "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
+        "enable_checkpointing": False, "num_sanity_val_steps": 1, "val_check_interval": 2, "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None, "logger": MetricsCSV(folder), "default_root_dir": folder,
+    }  # fmt: skip
+    return L.Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def fitted(
+    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Evaluation, StandIn, L.Trainer, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONE_STEP_CACHE", str(folder / "cache"))
+        callback, module = evaluation(tiny_clip, reference), StandIn(tiny_sd)
+        run = trainer(folder, callback)
+        run.fit(module, StandInData())
+    return callback, module, run, folder
+
+
+Fitted = tuple[Evaluation, StandIn, L.Trainer, Path]
+
+
+def test_validation_logs_every_picture_once_without_padding(fitted: Fitted, tiny_clip: Path) -> None:
+    _, module, run, _ = fitted
+    metric = ClipScore().bind(ClipExtractor(tiny_clip))
+    expected = evaluate_model(module.generator.images, CAPTIONS[:7], [metric], 7)["clip_score"]
+    assert run.callback_metrics["val/clip_score"].item() == pytest.approx(expected["value"], abs=1e-5)
+    assert run.callback_metrics["val/frechet_distance"].item() > 0
+
+
+def test_final_results_hold_student_and_teacher(fitted: Fitted, tiny_clip: Path) -> None:
+    callback, module, _, folder = fitted
+    final = callback.final
+    assert final is not None and final.step == 2 and final.weights == "ema" and module.swapped >= 1
+    assert set(final.metrics) == {"frechet_distance", "clip_score", "milliseconds_per_image"}
+    assert set(final.teacher_metrics) == {"steps_2", "steps_1"}
+    for results in (final.metrics, *final.teacher_metrics.values()):
+        assert set(results) == set(final.metrics)
+        for result in results.values():
+            assert set(result) == {"value", "num_images", "details"}
+        assert results["clip_score"]["num_images"] == results["frechet_distance"]["num_images"] == 8
+        assert "fewer than 8 x 16" in results["frechet_distance"]["details"]["note"]
+        assert results["milliseconds_per_image"]["value"] > 0
+    # The untrained student is the teacher, so one step of both gives the same numbers; many steps do not.
+    single, many = final.teacher_metrics["steps_1"], final.teacher_metrics["steps_2"]
+    for name in ("frechet_distance", "clip_score"):
+        assert single[name]["value"] == pytest.approx(final.metrics[name]["value"], rel=1e-4, abs=1e-6)
+        assert many[name]["value"] != pytest.approx(final.metrics[name]["value"], rel=1e-3)
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("test/frechet_distance")]
+    assert len(rows) == 1 and float(rows[0]["test/clip_score"]) == pytest.approx(final.metrics["clip_score"]["value"])
+
+
+def test_manifest_says_what_to_keep_the_same(fitted: Fitted) -> None:
+    callback, _, _, _ = fitted
+    assert callback.final is not None and callback.extractor is not None
+    manifest = callback.final.manifest
+    assert manifest["captions"]["count"] == 8 and manifest["captions"]["hash"] == hash_texts(CAPTIONS[:8])
+    assert manifest["reference"]["num_images"] == 12
+    assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
+    assert manifest["extractor"]["hash"] == callback.extractor.content_hash
+    assert manifest["guidance"] == {"student": None, "steps_2": 4.5, "steps_1": None}
+    assert manifest["seeds"]["count"] == 8 and manifest["metric_versions"]["clip_score"] == 1
+    assert "centre crop" in manifest["crop_and_resize"]
+
+
+def test_teacher_is_measured_once(
+    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+
+    def counting(*arguments: Any, **keywords: Any) -> Any:
+        counted.append(arguments[5] or "")
+        return evaluate_model(*arguments, **keywords)
+
+    monkeypatch.setattr(teacher_module, "evaluate_model", counting)
+
+    def run(**settings: Any) -> Evaluation:
+        counted.clear()
+        callback = evaluation(tiny_clip, reference, **settings)
+        trainer(tmp_path, callback, max_steps=1, limit_val_batches=0).fit(StandIn(tiny_sd), StandInData())
+        return callback
+
+    first = run()
+    assert len(counted) == 2
+    second = run()
+    assert counted == []
+    assert first.final is not None and second.final is not None
+    for row, results in first.final.teacher_metrics.items():
+        assert results["clip_score"] == second.final.teacher_metrics[row]["clip_score"]
+        assert results["milliseconds_per_image"] != second.final.teacher_metrics[row]["milliseconds_per_image"]
+    run(teacher_guidance=2.0)
+    assert len(counted) == 1  # the single step has no guidance
+    run(seed=100)
+    assert len(counted) == 2
+    run(final_size=6)
+    assert len(counted) == 2
+    run(teacher_rows=False)
+    assert counted == []
+
+
+def test_later_weights_of_the_teacher_are_another_teacher(own_sd: Path) -> None:
+    before = Teacher(str(own_sd)).content_hash
+    weights = own_sd / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert Teacher(str(own_sd)).content_hash != before
+
+
+def test_finished_run_is_completed_without_training(
+    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path
+) -> None:
+    callback, module = evaluation(tiny_clip, reference, teacher_rows=False), StandIn(tiny_sd)
+    module.student_steps = 5
+    trainer(tmp_path, callback, max_steps=0).fit(module, StandInData())
+    assert callback.final is not None and callback.final.step == 5
+    assert callback.final.teacher_metrics == {}
+
+
+def test_test_stage_logs_under_test(tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, evaluation(tiny_clip, reference))
+    (values,) = run.test(StandIn(tiny_sd), StandInData(), verbose=False)
+    assert set(values) == {"test/frechet_distance", "test/clip_score"}
+
+
+def test_other_captions_are_not_comparable(tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path) -> None:
+    callback = evaluation(tiny_clip, reference, teacher_rows=False)
+    run = trainer(tmp_path, callback, max_steps=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="not comparable"):
+        run.fit(StandIn(tiny_sd), StandInData(CAPTIONS[:9]))
+    assert callback.final is not None
+    assert callback.final.manifest["reference"]["captions_are_those_of_the_evaluation"] is False
+
+
+def test_mistakes_are_named_before_training(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    for callback, message in [
+        (evaluation(tmp_path / "none", None), "no CLIP model"),
+        (evaluation(tiny_clip, str(tmp_path / "none.safetensors")), "no reference statistics"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, callback).fit(StandIn(tiny_sd), StandInData())
+    with pytest.raises(UserError, match="batch_size is 0"):
+        evaluation(tiny_clip, None, batch_size=0)
+    with pytest.raises(UserError, match="twice"):
+        evaluation(tiny_clip, None, metrics=[ClipScore(), ClipScore()])
+    assert [metric.name for metric in evaluation(tiny_clip, None).metrics] == ["clip_score"]
