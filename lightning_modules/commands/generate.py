@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datamodules.prompts import read_prompts as read_prompts_file
 from lightning_modules.errors import UserError
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
-from lightning_modules.networks.loading import pipeline_folder
+from lightning_modules.networks.loading import pipeline_folder, read_json
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
 from lightning_modules.networks.student import is_checkpoint, load_student
 
@@ -200,7 +200,7 @@ def _drawer(model: str, steps: int, guidance: Guidance) -> Draw:
             pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
         )
     student = load_student(model)
-    if steps > 1:
+    if steps > 1 or has_few_step_sampler(student.parts.scheduler):
         pipeline = stock_pipeline(student.parts).to(device)
         return lambda prompts, seeds: pipeline_images(
             pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
@@ -211,8 +211,19 @@ def _drawer(model: str, steps: int, guidance: Guidance) -> Draw:
     )
 
 
+def has_few_step_sampler(scheduler: SchedulerMixin) -> bool:
+    """Whether the folder's own scheduler takes the one step (LCM, SD-Turbo …) rather than our conversion.
+
+    The schedulers of multi-step models are made for many steps: in one, most of them start near t = 1.
+    """
+    trailing = scheduler.config.get("timestep_spacing") == "trailing"
+    return isinstance(scheduler, (LCMScheduler, TCDScheduler)) or (
+        trailing and not isinstance(scheduler, DDIMScheduler)
+    )
+
+
 def _is_stable_diffusion(model: str) -> bool:
-    index = json.loads((pipeline_folder(model) / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(pipeline_folder(model) / "model_index.json")
     return bool(index.get("_class_name", "StableDiffusionPipeline") == "StableDiffusionPipeline")
 
 

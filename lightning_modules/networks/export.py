@@ -90,23 +90,35 @@ def export_student(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with written_at_once(target) as folder, no_progress_bars():
-        pipeline.save_pretrained(folder)
+    with written_at_once(target) as folder:
+        save_pipeline(pipeline, folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(Path(output), facts), encoding="utf-8")
     return target
 
 
+def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline so that stock `from_pretrained(folder)` without a dtype gives one dtype, float32.
+
+    transformers 5 loads a model in the dtype its config.json names (that of the file, as saved), diffusers in
+    float32: a half-precision folder would come out mixed and fail. An explicit dtype still wins.
+    """
+    with no_progress_bars():
+        pipeline.save_pretrained(folder)
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def model_card(output: Path, facts: dict[str, Any]) -> str:
     """Markdown text: the snippet that draws a picture, then the facts as a table."""
     shown = output.name if output.is_absolute() else output.as_posix()
-    dtype = f", torch_dtype=torch.{facts['dtype']}" if facts["dtype"] != "float32" else ""
-    imports = "import torch\n" if dtype else ""
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     return f"""```python
-{imports}from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{shown}"{dtype})
+pipe = DiffusionPipeline.from_pretrained("{shown}")
 image = pipe("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
 image.save("apple.png")
 ```
@@ -129,4 +141,4 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
     """The module itself if it has the dtype already, else a converted copy."""
     if all(p.dtype == dtype for p in module.parameters()):
         return module
-    return copy.deepcopy(module).to(dtype)
+    return nn.Module.to(copy.deepcopy(module), dtype)  # diffusers' own `to` warns about nothing

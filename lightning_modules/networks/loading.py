@@ -94,7 +94,7 @@ def load_parts(
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
     """
     folder = pipeline_folder(path, revision, variant)
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     needed = ("vae", "text_encoder", "tokenizer", "scheduler") + (("unet",) if unet is None else ())
     for name in needed:
         _check_listed(folder, index, name)
@@ -107,7 +107,9 @@ def load_parts(
 
     def network(name: str, kind: Any, dtype_keyword: str) -> Any:
         options = {dtype_keyword: weights, "variant": variant, "output_loading_info": True}
-        module, info = _load(folder, name, lambda: kind.from_pretrained(folder, subfolder=name, **options))
+        module, info = _load(
+            folder, name, lambda: kind.from_pretrained(str(folder), subfolder=name, **options)
+        )
         if info["missing_keys"]:
             raise UserError(
                 f"The part {name!r} in {folder} lacks the weights {sorted(info['missing_keys'])[:3]} "
@@ -177,7 +179,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Content of a JSON file that must hold an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -200,6 +202,11 @@ def _check_listed(folder: Path, index: dict[str, Any], name: str) -> None:
         raise UserError(
             f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
         )
+    if name == "tokenizer" and not (
+        (part / "tokenizer.json").is_file()
+        or ((part / "vocab.json").is_file() and (part / "merges.txt").is_file())
+    ):
+        raise UserError(f"The part 'tokenizer' is missing its vocabulary: no tokenizer.json in {part}.")
     if name in ("unet", "vae", "text_encoder") and not any(
         f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()
     ):

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
-from lightning_modules.networks.loading import TextToImageParts, asset_path, load_parts, pipeline_folder
+from lightning_modules.networks.loading import (
+    TextToImageParts,
+    asset_path,
+    load_parts,
+    pipeline_folder,
+    read_json,
+)
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
@@ -58,7 +64,7 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
         )
     folder = pipeline_folder(path)
     parts = load_parts(folder)
-    facts = json.loads((folder / MARKER).read_text(encoding="utf-8")) if is_own_export(folder) else {}
+    facts = read_json(folder / MARKER) if is_own_export(folder) else {}
     start = len(parts.scheduler.betas) - 1 if hasattr(parts.scheduler, "betas") else 0
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
 
@@ -95,10 +101,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and runtime errors alike
-        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} can't be read as a checkpoint: it is damaged or holds more than tensors and plain data. "
+            "Give one that `fit` wrote."
+        ) from error
     if not isinstance(content, dict) or "one_step" not in content or "state_dict" not in content:
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
     return content
+
+
+def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """Configuration of a UNet as plain data, to be stored in a checkpoint; no paths in it."""
+    config = json.loads(unet.to_json_string())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def student_weights(
@@ -127,13 +142,15 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
     unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
-    odd = unet.load_state_dict(state, strict=False)
-    wrong = [*odd.missing_keys, *odd.unexpected_keys]
+    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state.items()}
+    wrong = sorted(n for n in {*expected, *given} if expected.get(n) != given.get(n))
     if wrong:
         raise UserError(
             f"The student in {path} is of another architecture than the checkpoint says: "
-            f"{len(wrong)} weights do not match, first {wrong[0]}."
+            f"{len(wrong)} weights differ in name or shape, first {wrong[0]}."
         )
+    unet.load_state_dict(state)
     try:
         parts = load_parts(facts["teacher"], unet=unet.requires_grad_(False).eval())
     except UserError as error:

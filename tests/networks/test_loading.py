@@ -1,0 +1,204 @@
+"""Reading a Stable Diffusion folder, and what is said when something is wrong with it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from safetensors.torch import load_file, save_file
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks import loading
+from lightning_modules.networks.loading import asset_path, load_parts, noise_schedule
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def test_parts_are_complete_and_ready(tiny_sd: Path) -> None:
+    parts = load_parts(tiny_sd)
+    assert parts.latent_shape == (4, 8, 8) and parts.path == str(tiny_sd)
+    for module in (parts.unet, parts.vae, parts.text_encoder):
+        assert not module.training and {p.dtype for p in module.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_parts(tiny_sd, dtype=torch.bfloat16).text_encoder.parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_half_precision_files_are_read_as_float32(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd, torch_dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half")
+    parts = load_parts(tmp_path / "half")
+    for module in (parts.unet, parts.vae, parts.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_a_given_unet_takes_the_folders_place(own_sd: Path) -> None:
+    unet = load_parts(own_sd).unet
+    shutil.rmtree(own_sd / "unet")
+    assert load_parts(own_sd, unet=unet).unet is unet
+
+
+def test_relative_paths_are_sought_here_then_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, repository = tmp_path / "here", tmp_path / "repository"
+    for folder in (here / "both", repository / "both", repository / "bundled"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(loading, "REPOSITORY", repository)
+    assert asset_path("both") == Path("both")
+    assert asset_path("bundled") == repository / "bundled"
+    assert asset_path("nowhere") == Path("nowhere")
+
+
+def test_schedule_is_read_from_the_folder(own_sd: Path) -> None:
+    edit_json(own_sd / "scheduler/scheduler_config.json", beta_end=0.02, num_train_timesteps=500)
+    schedule = noise_schedule(load_parts(own_sd).scheduler)
+    betas = torch.linspace(0.00085**0.5, 0.02**0.5, 500, dtype=torch.float64) ** 2
+    expected = torch.cumprod(1 - betas, 0)[torch.tensor([0, 250, 499])]
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0, 250, 499]))
+    torch.testing.assert_close(alpha.double(), expected.sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(sigma.double(), (1 - expected).sqrt(), rtol=1e-4, atol=0)
+    assert schedule.num_timesteps == 500
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_prediction_type_is_read(kind: str) -> None:
+    assert noise_schedule(EulerDiscreteScheduler(prediction_type=kind)).prediction_type == kind
+
+
+def test_unknown_prediction_type_is_named(own_sd: Path) -> None:
+    edit_json(own_sd / "scheduler/scheduler_config.json", prediction_type="velocity")
+    with pytest.raises(
+        UserError, match=r"'velocity' in scheduler/scheduler_config.json.*epsilon, v_prediction"
+    ):
+        noise_schedule(load_parts(own_sd).scheduler)
+
+
+def test_flow_schedulers_are_refused() -> None:
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
+        noise_schedule(FlowMatchEulerDiscreteScheduler())
+
+
+def drop_a_weight(folder: Path) -> None:
+    """Remove one tensor from the UNet's file."""
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.weight"]
+    save_file(weights, file)
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    """Cut a file to half its size."""
+
+    def cut(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no index": (lambda d: (d / "model_index.json").unlink(), "model_index.json is missing in"),
+    "broken index": (truncate("model_index.json"), "model_index.json can't be read as JSON"),
+    "index without vae": (lambda d: edit_json(d / "model_index.json", vae=None), "part 'vae' is missing in"),
+    "null text encoder": (
+        lambda d: edit_json(d / "model_index.json", text_encoder=[None, None]),
+        "part 'text_encoder' is missing in",
+    ),
+    "unknown scheduler": (
+        lambda d: edit_json(d / "model_index.json", scheduler=["diffusers", "NoScheduler"]),
+        "'NoScheduler'",
+    ),
+    **{
+        f"no {part}": (lambda d, part=part: shutil.rmtree(d / part), f"The part '{part}' is missing")
+        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    },
+    "no unet weights": (
+        lambda d: (d / "unet/diffusion_pytorch_model.safetensors").unlink(),
+        "'unet' is missing its weights",
+    ),
+    "no vocabulary": (
+        lambda d: (d / "tokenizer/tokenizer.json").unlink(),
+        "'tokenizer' is missing its vocabulary",
+    ),
+    "cut unet": (truncate("unet/diffusion_pytorch_model.safetensors"), "'unet' in .* can't be loaded"),
+    "cut text encoder": (truncate("text_encoder/model.safetensors"), "'text_encoder' in .* can't be loaded"),
+    "cut vae config": (truncate("vae/config.json"), "'vae' in .* can't be loaded"),
+    "unet lacks a tensor": (
+        drop_a_weight,
+        r"'unet' in .* (lacks the weights \['conv_in.weight'\]|can't be loaded)",
+    ),
+    "other latents": (
+        lambda d: edit_json(d / "vae/config.json", latent_channels=4) or widen_text(d),
+        "do not fit",
+    ),
+    "long tokenizer": (
+        lambda d: edit_json(d / "tokenizer/tokenizer_config.json", model_max_length=77),
+        "'tokenizer' in .* model_max_length 77",
+    ),
+}
+
+
+def widen_text(folder: Path) -> None:
+    """Put a text encoder of another width into the folder."""
+    from transformers import CLIPTextModel
+
+    config = CLIPTextModel.config_class.from_pretrained(folder / "text_encoder")
+    config.hidden_size = 32
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(own_sd: Path, damage: str) -> None:
+    spoil, message = DAMAGES[damage]
+    spoil(own_sd)
+    with pytest.raises(UserError, match=message):
+        load_parts(own_sd)
+
+
+def test_missing_paths_and_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_parts(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"assets/nothing does not exist\. Check"):
+        load_parts("assets/nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, not a model folder"):
+        load_parts(tmp_path / "file")
+
+    def offline(name: str, **options: Any) -> str:
+        raise OSError(f"no network for {name}")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", offline)
+    with pytest.raises(UserError, match=r"owner/model does not exist.*hub.*no network"):
+        load_parts("owner/model")
+
+
+def test_hub_names_are_fetched(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(tiny_sd)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    assert load_parts("owner/model", revision="main").path == str(tiny_sd)
+    assert asked == [("owner/model", {"revision": "main", "variant": None})]
+
+
+def test_scheduler_class_is_the_folders(tiny_sd: Path) -> None:
+    assert type(load_parts(tiny_sd).scheduler) is DDIMScheduler

@@ -1,0 +1,63 @@
+"""Result folders appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.output_folder import check_output_folder, written_at_once
+
+
+def nothing(folder: Path) -> set[str]:
+    return set()
+
+
+def test_new_empty_and_own_folders_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/result").touch()
+    for name in ("new/deep", "empty"):
+        assert check_output_folder(tmp_path / name, nothing) == tmp_path / name
+    assert check_output_folder(tmp_path / "own", lambda folder: {"result", "other"}) == tmp_path / "own"
+    assert not (tmp_path / "new").exists()  # checking leaves nothing behind
+
+
+def test_files_and_foreign_content_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file is a file\. Give a folder"):
+        check_output_folder(tmp_path / "file", nothing)
+    with pytest.raises(UserError, match="can't be made: .*file is a file"):
+        check_output_folder(tmp_path / "file/inside", nothing)
+    with pytest.raises(UserError, match=r"holds other files \(file\)"):
+        check_output_folder(tmp_path, nothing)
+
+
+def test_missing_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write anywhere
+    with pytest.raises(UserError, match="no permission in"):
+        check_output_folder(tmp_path / "new", nothing)
+
+
+def test_success_replaces_the_whole_folder(tmp_path: Path) -> None:
+    target = tmp_path / "deep/result"
+    for text in ("one", "two"):
+        with written_at_once(target) as folder:
+            (folder / f"{text}.txt").write_text(text)
+            assert not (target / f"{text}.txt").exists()
+    assert [file.name for file in target.iterdir()] == ["two.txt"]
+    assert [entry.name for entry in target.parent.iterdir()] == ["result"]
+
+
+def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with pytest.raises(KeyError), written_at_once(target) as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    target.mkdir()
+    (target / "former").touch()
+    with pytest.raises(UserError, match="can't be written: disk full"), written_at_once(target) as folder:
+        raise OSError("disk full")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+    assert [entry.name for entry in target.iterdir()] == ["former"]

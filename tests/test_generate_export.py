@@ -1,0 +1,355 @@
+"""The commands `generate` and `export`, run as the command line runs them."""
+
+import argparse
+import functools
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.commands import export, generate
+from lightning_modules.errors import UserError
+from lightning_modules.generator import load_generator, make_generator
+from lightning_modules.networks.export import MARKER, export_student, one_step_scheduler
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.student import architecture, resolve_checkpoint
+
+PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
+
+
+def call(command: ModuleType, *words: Any) -> None:
+    """Parse a command line and run the command."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(word) for word in words]))
+
+
+@functools.cache
+def other_unet(path: Path, seed: int) -> UNet2DConditionModel:
+    """The folder's UNet with every weight moved at random; shared, not to be changed."""
+    unet = load_parts(path).unet
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+def write_checkpoint(file: Path, teacher: Path, start: int = 625, ema: bool = True, **changes: Any) -> Path:
+    """A checkpoint as training writes it: online weights with seed 1, averaged ones with seed 2."""
+    online = other_unet(teacher, 1)
+    content: dict[str, Any] = {
+        "state_dict": {f"student.{n}": p for n, p in online.state_dict().items()},
+        "one_step": {
+            "teacher": str(teacher),
+            "start_timestep": start,
+            "architecture": architecture(online),
+            "weights": ema,
+            "student_steps": 40,
+        },
+    }
+    if ema:
+        shadow = {n: p.detach() for n, p in other_unet(teacher, 2).named_parameters()}
+        content["ema"] = {"shadow": shadow, "decay": 0.9999, "num_updates": 40}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**content, **changes}, file)
+    return file
+
+
+def stock_images(folder: Path, latents: Tensor, steps: int = 1) -> Tensor:
+    """What a user gets from the folder with the card's call, from the given start noise."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=1.0, latents=latents, output_type="pt"
+    ).images
+
+
+# --- export -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [("tiny_sd", 999), ("tiny_sd", 625), ("tiny_sd", 0), ("tiny_sd_v", 999), ("tiny_sd_v", 625)],
+)
+def test_stock_diffusers_reproduces_the_student(
+    kind: str, start: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    teacher: Path = request.getfixturevalue(kind)
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", teacher, start)
+    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out")
+    ours = make_generator(load_parts(teacher), start, student=other_unet(teacher, 2))
+    expected = ours.images(PROMPTS, SEEDS)
+    torch.testing.assert_close(stock_images(tmp_path / "out", ours.noise(SEEDS)), expected, rtol=0, atol=1e-4)
+    for path in (tmp_path / "out", checkpoint):
+        again = load_generator(path)
+        assert again.start_timestep == start
+        torch.testing.assert_close(again.images(PROMPTS, SEEDS), expected, rtol=0, atol=1e-4)
+
+
+def test_the_start_timestep_makes_a_difference(tiny_sd: Path, tmp_path: Path) -> None:
+    a, b = (make_generator(load_parts(tiny_sd), start).images(PROMPTS, SEEDS) for start in (999, 625))
+    assert (a - b).abs().mean() > 0.01
+
+
+def test_weights_are_chosen(tiny_sd: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    for option, seed in (("ema", 2), ("online", 1)):
+        call(export, "--checkpoint", checkpoint, "--output", tmp_path / option, "--weights", option)
+        written = load_parts(tmp_path / option).unet.state_dict()
+        expected = other_unet(tiny_sd, seed).state_dict()
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[n], expected[n]) for n in expected)
+        assert json.loads((tmp_path / option / MARKER).read_text())["weights"] == option
+    plain = write_checkpoint(tmp_path / "b.ckpt", tiny_sd, ema=False)
+    with pytest.raises(UserError, match="no EMA weights"):
+        call(export, "--checkpoint", plain, "--output", tmp_path / "x", "--weights", "ema")
+    call(export, "--checkpoint", plain, "--output", tmp_path / "x")
+    assert json.loads((tmp_path / "x" / MARKER).read_text())["weights"] == "online"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_export_opens_without_and_with_a_dtype(
+    tiny_sd: Path, tmp_path: Path, dtype: str
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--dtype", dtype)
+    wanted = getattr(torch, dtype)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=wanted)
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {wanted}
+    full = load_generator(checkpoint)
+    half = stock_images(tmp_path / "out", full.noise(SEEDS))
+    assert half.dtype == torch.float32
+    expected = full.images(PROMPTS, SEEDS)
+    assert 0 < (half - expected).abs().mean() < 0.02
+    assert (
+        tmp_path / "out/unet/diffusion_pytorch_model.safetensors"
+    ).stat().st_size < 130_000  # 52,004 weights
+
+
+def test_export_changes_none_of_its_inputs(tiny_sd: Path, tmp_path: Path) -> None:
+    parts, unet = load_parts(tiny_sd), other_unet(tiny_sd, 1)
+    before = {n: p.clone() for n, p in unet.named_parameters()}
+    export_student(unet, parts, 625, tmp_path / "out", torch.float16)
+    assert all(torch.equal(p, before[n]) for n, p in unet.named_parameters())
+    assert parts.vae.dtype == parts.text_encoder.dtype == torch.float32
+    assert len(parts.scheduler.betas) == 1000
+
+
+def test_card_opens_with_a_snippet_that_runs(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    call(export, "--checkpoint", checkpoint, "--output", "exports/mine", "--dtype", "float16")
+    card = (tmp_path / "exports/mine/README.md").read_text()
+    assert card.startswith("```python\nfrom diffusers import DiffusionPipeline\n")
+    snippet = card.removeprefix("```python\n").split("```")[0]
+    assert "num_inference_steps=1, guidance_scale=1.0" in snippet
+    exec(snippet, {})
+    assert Image.open(tmp_path / "apple.png").size == (16, 16)
+    for fact in (
+        f"| teacher | {tiny_sd} |",
+        "| start timestep | 625 |",
+        "| student steps | 40 |",
+        "| weights | ema |",
+    ):
+        assert fact in card
+    assert "ema weights" in capsys.readouterr().out
+
+
+def test_best_and_last_are_those_of_the_newest_run(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {}
+    for age, run in enumerate(("a/version_0", "b/version_3", "a/version_1")):
+        for name in ("best", "last"):
+            file = write_checkpoint(
+                tmp_path / f"runs/{run}/checkpoints/{name}.ckpt", tiny_sd, start=900 + age
+            )
+            os.utime(file, (1000 + age, 1000 + age))
+            files[run, name] = file
+    files["a/version_1", "best"].unlink()
+    assert resolve_checkpoint("last").resolve() == files["a/version_1", "last"]
+    assert resolve_checkpoint("best").resolve() == files["b/version_3", "best"]
+    call(export, "--checkpoint", "last", "--output", "out")
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["start_timestep"] == 902
+    assert "a/version_1/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
+def test_a_former_export_is_replaced_and_other_folders_are_not(tiny_sd: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    for weights in ("ema", "online"):
+        call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--weights", weights)
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["weights"] == "online"
+    (tmp_path / "out/notes.txt").touch()
+    with pytest.raises(UserError, match=r"other files \(notes.txt\)"):
+        call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="other files"):
+        call(export, "--checkpoint", checkpoint, "--output", tiny_sd)
+
+
+def test_bad_checkpoints_are_named_and_nothing_is_written(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(write_checkpoint(tmp_path / "good.ckpt", tiny_sd), weights_only=True)
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save({**good, "one_step": {**good["one_step"], "teacher": "gone"}}, tmp_path / "orphan.ckpt")
+    narrow = {**good["one_step"]["architecture"], "block_out_channels": (4, 8)}
+    torch.save({**good, "one_step": {**good["one_step"], "architecture": narrow}}, tmp_path / "narrow.ckpt")
+    for name, message in {
+        "missing.ckpt": "missing.ckpt does not exist",
+        "best": "There is no best.ckpt under runs",
+        "text.ckpt": "text.ckpt can't be read as a checkpoint",
+        "other.ckpt": "not a checkpoint of a one-step distillation",
+        "orphan.ckpt": "teacher of orphan.ckpt can't be loaded: .*gone does not exist",
+        "narrow.ckpt": "another architecture than the checkpoint says",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            call(export, "--checkpoint", name, "--output", "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        call(export, "--checkpoint", "good.ckpt", "--output", "file")
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+    with pytest.raises(UserError, match="start_timestep 1000 is not one of"):
+        one_step_scheduler(load_parts(tiny_sd).scheduler, 1000)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------
+
+
+def pixels(file: Path) -> Tensor:
+    """Picture [3, H, W] in 0 … 255."""
+    image = Image.open(file)
+    return torch.tensor(list(image.convert("RGB").tobytes())).reshape(*image.size[::-1], 3).permute(2, 0, 1)
+
+
+def test_pictures_prompts_and_seeds_belong_together(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\nein Hund, größer\n", encoding="utf-8")
+    out = tmp_path / "out"
+    call(
+        generate, "--model", tiny_sd, "--prompt", "a red cat", "--prompt", "a dog", "--prompts-file",
+        tmp_path / "prompts.txt", "--num-images", 3, "--seed", 40, "--output", out,
+    )  # fmt: skip
+    entries = json.loads((out / "generation.json").read_text(encoding="utf-8"))
+    prompts = [p for p in ("a red cat", "a dog", "a cat", "ein Hund, größer") for _ in range(3)]
+    assert [entry["prompt"] for entry in entries] == prompts
+    assert [entry["seed"] for entry in entries] == list(range(40, 52))
+    assert [entry["file"] for entry in entries] == [f"{i:04d}.png" for i in range(12)]
+    assert all(entry["milliseconds"] > 0 for entry in entries)
+    assert {p.name for p in out.iterdir()} == {
+        "grid.png",
+        "generation.json",
+        *(f"{i:04d}.png" for i in range(12)),
+    }
+    expected = make_generator(load_parts(tiny_sd), 999).images(prompts, list(range(40, 52)))
+    for entry, picture in zip(entries, expected, strict=True):
+        # half a level from rounding to 8 bits, and half for another batch size
+        assert (pixels(out / entry["file"]) - picture * 255).abs().max() <= 1.0
+    grid = pixels(out / "grid.png")
+    assert grid.shape == (3, 3 * 18 + 2, 4 * 18 + 2)  # 4 columns, 3 rows, 2 pixels between
+    assert torch.equal(grid[:, 2:18, 20:36], pixels(out / "0001.png"))
+    assert torch.equal(grid[:, 20:36, 2:18], pixels(out / "0004.png"))
+
+
+def test_checkpoint_and_export_draw_the_same(tiny_sd: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "folder")
+    for name, model in (("x", checkpoint), ("y", tmp_path / "folder")):
+        call(generate, "--model", model, "--prompt", "a cat", "--output", tmp_path / name)
+    assert torch.equal(pixels(tmp_path / "x/0000.png"), pixels(tmp_path / "y/0000.png"))
+
+
+def test_several_steps_use_the_stock_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
+    call(generate, "--model", tiny_sd, *("--prompt", PROMPTS[0], "--prompt", PROMPTS[1]), "--seed", SEEDS[0],
+         "--steps", 3, "--output", tmp_path / "out")  # fmt: skip
+    expected = stock_images(tiny_sd, load_generator(tiny_sd).noise(SEEDS), steps=3) * 255
+    for i in range(2):
+        assert (pixels(tmp_path / f"out/000{i}.png") - expected[i]).abs().max() <= 0.6
+
+
+@pytest.mark.parametrize("kind", [LCMScheduler, EulerDiscreteScheduler])
+def test_few_step_models_keep_their_own_sampler(own_sd: Path, tmp_path: Path, kind: Any) -> None:
+    scheduler = kind.from_config(load_parts(own_sd).scheduler.config)
+    scheduler.save_pretrained(own_sd / "scheduler")
+    index = own_sd / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", kind.__name__]}))
+    call(
+        generate, "--model", own_sd, "--prompt", PROMPTS[0], "--seed", SEEDS[0], "--output", tmp_path / "out"
+    )
+    latents = load_generator(own_sd).noise(SEEDS)
+    expected = stock_images(own_sd, latents)[0] * 255
+    assert (pixels(tmp_path / "out/0000.png") - expected).abs().max() <= 0.6
+
+
+def test_cfg_guidance_moves_away_from_the_negative_prompt(tiny_sd: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_sd, "--prompt", "a cat", "--negative-guidance", "cfg", "--negative-scale", 3)
+    call(generate, *options, "--negative-prompt", "red", "--output", tmp_path / "out")
+    expected = (
+        load_generator(tiny_sd).images(["a cat"], [0], guidance_scale=3.0, negative_prompt="red")[0] * 255
+    )
+    assert (pixels(tmp_path / "out/0000.png") - expected).abs().max() <= 0.6
+    call(generate, *options, "--steps", 2, "--output", tmp_path / "two")
+    assert (tmp_path / "two/0000.png").is_file()
+
+
+def test_own_results_are_replaced_and_other_files_are_kept_safe(tiny_sd: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for count in (3, 1):
+        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--num-images", count, "--output", out)
+    assert {p.name for p in out.iterdir()} == {"0000.png", "grid.png", "generation.json"}
+    (out / "holiday.png").touch()
+    with pytest.raises(UserError, match=r"other files \(holiday.png\)"):
+        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--output", out)
+    (out / "generation.json").write_text("{")
+    with pytest.raises(UserError, match="other files"):
+        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--output", out)
+
+
+def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "latin").write_bytes("gut\ngrün\n".encode("latin-1"))
+    cat = ("--prompt", "a cat")
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((), "There is no prompt"),
+        (("--prompt", " "), "A --prompt is empty"),
+        (("--prompts-file", tmp_path / "nofile"), "nofile does not exist"),
+        (("--prompts-file", tmp_path / "file"), "file is empty"),
+        (("--prompts-file", tmp_path / "latin"), "line 2"),
+        ((*cat, "--model", tmp_path / "gone"), "gone does not exist"),
+        ((*cat, "--model", tmp_path / "gone.ckpt"), "gone.ckpt does not exist"),
+        ((*cat, "--num-images", 0), "--num-images and --steps must be at least 1"),
+        ((*cat, "--seed", -1), "--seed must not be negative"),
+        ((*cat, "--negative-prompt", "red"), "no effect without guidance"),
+        ((*cat, "--negative-scale", 2), "no effect without guidance"),
+        (
+            (*cat, "--negative-guidance", "nasa", "--negative-prompt", "red"),
+            "nasa is not in this version yet",
+        ),
+        ((*cat, "--negative-guidance", "nag"), "nag is not in this version yet"),
+        ((*cat, "--negative-guidance", "cfg"), "cfg needs --negative-scale"),
+        ((*cat, "--negative-guidance", "cfg", "--negative-scale", "nan"), "cfg needs --negative-scale"),
+        ((*cat, "--negative-guidance", "cfg", "--negative-scale", 1, "--steps", 2), "no effect with --steps"),
+        ((*cat, "--output", tmp_path / "file"), "is a file. Give a folder"),
+    ]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            call(generate, "--model", tiny_sd, "--output", tmp_path / "out", *words)
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "latin"}
+
+
+def test_the_default_output_and_model_are_the_documented_ones() -> None:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    options = parser.parse_args([])
+    assert (options.model, options.output) == ("assets/emoji-sd-swiftbrush", Path("outputs/generate"))
