@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from pathlib import Path
 
 import jsonargparse
+import yaml
 
 _NOT_ACCEPTED = re.compile(
     r"(?:does not accept option|Option|Key) '([^']+)'(?: is not (?:accepted|expected))?"
@@ -26,7 +28,7 @@ def explain(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, 
     text = str(error)
     match = _UNRECOGNIZED.search(text) or _NOT_ACCEPTED.search(text)
     if match is None:
-        return _first_cause(text)
+        return _unreadable_config(text, args) or _first_cause(text)
     name = match.group(1)
     owner = _CLASS.findall(text)
     if owner and not name.startswith("--"):
@@ -36,6 +38,22 @@ def explain(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, 
     plain = name.lstrip("-")
     where = "on the command line" if name.startswith("--") else "in the configuration"
     return f"unknown option {plain!r} {where}{_nearest(plain, known)}"
+
+
+def _unreadable_config(text: str, args: list[str]) -> str | None:
+    """Return a message for a configuration file that is missing or no YAML, or None for other errors."""
+    if missing := re.search(r'Parser key "config": File does not exist: (\S+)', text):
+        return f"configuration file not found: {missing[1]}"
+    if "parsing config" not in text:
+        return None
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("-c", "--config", action="append", default=[])
+    for path in options.parse_known_args(args)[0].config:
+        try:
+            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            return f"configuration file {path} cannot be read: {' '.join(str(error).split())}"
+    return None
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -88,6 +106,7 @@ def _first_cause(text: str) -> str:
     causes = [line for line in lines if line and not line.startswith(noise)]
     message = causes[0] if causes else " ".join(line for line in lines if line)
     given = re.findall(r"Given value: (.*)", text)
-    suffix = f" (given: {given[-1]})" if given and given[-1] not in message else ""
+    is_short = bool(given) and len(given[-1]) < 60 and given[-1] not in message
+    suffix = f" (given: {given[-1]})" if is_short else ""
     place = f"{where.group(1)}: " if where and where.group(1) not in message else ""
     return f"the configuration is not valid: {place}{message}{suffix}"

@@ -36,7 +36,7 @@ def random_states() -> list[dict[str, Any]]:
 
 
 def restore_random_states(states: list[dict[str, Any]], trainer: Trainer) -> None:
-    """Set this process's states; a warning if the number of processes has changed, as they then mean nothing."""
+    """Set this process's states; if the number of processes has changed, warn, as they then mean nothing."""
     if len(states) != trainer.world_size:
         rank_zero_warn(
             f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: "

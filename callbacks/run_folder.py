@@ -190,9 +190,9 @@ class RunFolder(Callback):
         """Return the configuration the checkpoint was made with."""
         return {"config": self.config}
 
-    def discard_if_unused(self) -> None:
-        """Remove the folder if this process made it and training never started, and parents left empty."""
-        if not self.is_new or self.started or self.path is None or not self.path.is_dir():
+    def discard(self) -> None:
+        """Remove the folder, and parents left empty, if this process made it."""
+        if not self.is_new or self.path is None or not self.path.is_dir():
             return
         shutil.rmtree(self.path)
         for folder in (self.path.parent, self.path.parent.parent):

@@ -1,4 +1,4 @@
-"""The commands `fit`, `validate`, `test`, `predict`: LightningCLI plus run folders, resuming, clear errors."""
+"""Commands `fit`, `validate`, `test` and `predict`: LightningCLI plus run folders, resuming, clear errors."""
 
 from __future__ import annotations
 
@@ -114,9 +114,14 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
             )  # fmt: skip
         except BaseException:
-            if self.run_folder is not None:
-                self.run_folder.discard_if_unused()
+            self._discard_folder()
             raise
+        if self.settings.trainer.fast_dev_run:
+            self._discard_folder(even_if_used=True)  # a trial of the code is not a run
+
+    def _discard_folder(self, even_if_used: bool = False) -> None:
+        if self.run_folder is not None and (even_if_used or not self.run_folder.started):
+            self.run_folder.discard()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--experiment`."""
@@ -177,6 +182,14 @@ class TrainerCLI(LightningCLI):
             super().instantiate_classes()
         except argparse.ArgumentError as error:
             raise UserError(explain(error, self.parser, self.args)) from error
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises in an error about types
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise UserError(str(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, then build the Trainer with the loggers and callbacks every run has."""

@@ -152,8 +152,8 @@ class EvaluationPrompts(IterableDataset[dict[str, Any]]):
 class PromptDataModule(LightningDataModule):
     """Prompts for distillation and evaluation.
 
-    A training batch is one process's share of one student update, `{"prompts": list[str], "indices": long [b]}`
-    with the places in the global batch as `indices`. An evaluation batch has `"is_padding": bool [b]`, too; its
+    A training batch is a process's share of a student update, `{"prompts": list[str], "indices": long [b]}`;
+    `indices` are the places in the global batch. An evaluation batch has `"is_padding": bool [b]`, too; its
     `indices` are the places in the list of evaluation prompts.
 
     Args:

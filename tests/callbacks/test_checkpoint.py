@@ -1,0 +1,140 @@
+"""When checkpoints are written, under which names, and that they are always complete."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import callbacks.checkpoint as checkpoint_module
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.resume import differences, explain_mismatch
+from callbacks.run_folder import RunFolder
+from lightning_modules.errors import UserError
+from tests.tiny_run import TinyData, TinyModule, TinyTwoRoles
+
+
+def train(
+    folder: Path, callback: RunCheckpoint, steps: int, module: TinyModule | None = None, **kwargs: Any
+) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[RunFolder(folder), callback], num_sanity_val_steps=0,
+        check_val_every_n_epoch=None, **({"limit_val_batches": 0} | kwargs),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer.fit(module or TinyModule(), TinyData())
+    return trainer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def step_of(folder: Path, name: str) -> int:
+    return int(torch.load(folder / "checkpoints" / name, weights_only=True)["global_step"])
+
+
+@pytest.mark.parametrize("module", [TinyModule, TinyTwoRoles])
+def test_names_and_steps_are_updates_of_the_first_role(module: type[TinyModule], tmp_path: Path) -> None:
+    train(tmp_path, RunCheckpoint(every_n_steps=2, keep_step_checkpoints=2), 7, module())
+    assert names(tmp_path) == ["last.ckpt", "step_4.ckpt", "step_6.ckpt"]
+    assert (step_of(tmp_path, "step_4.ckpt"), step_of(tmp_path, "last.ckpt")) == (4, 7)
+
+
+def test_top_level_keys_are_lightnings_and_all_is_plain(tmp_path: Path) -> None:
+    train(tmp_path, RunCheckpoint(), 1)
+    loaded = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {"epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks",
+            "optimizer_states", "lr_schedulers"} <= loaded.keys()  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("min", 6), ("max", 2)])
+def test_best_follows_the_metric(mode: str, expected: int, tmp_path: Path, monkeypatch: Any) -> None:
+    def validation_step(self: TinyModule, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log(
+            "val/score", {2: 3.0, 4: 2.0, 6: 1.0, 8: float("nan")}[self.trainer.global_step], batch_size=1
+        )
+
+    monkeypatch.setattr(TinyModule, "validation_step", validation_step)
+    callback = RunCheckpoint(every_n_steps=3, monitor="val/score", mode=mode)
+    train(tmp_path, callback, 8, limit_val_batches=1, val_check_interval=2)
+    assert step_of(tmp_path, "best.ckpt") == expected
+    assert callback.best_step == expected
+    assert step_of(tmp_path, "last.ckpt") == 8
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    train(tmp_path, RunCheckpoint(), 1)
+    real = os.replace
+
+    def die(source: Any, target: Any) -> None:
+        if Path(target).name == "last.ckpt":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(checkpoint_module.os, "replace", die)
+    with pytest.raises(SystemExit):
+        train(tmp_path, RunCheckpoint(), 2)
+    monkeypatch.undo()
+    assert step_of(tmp_path, "last.ckpt") == 1
+    assert "saving.tmp" in names(tmp_path)
+    train(tmp_path, RunCheckpoint(), 3)
+    assert names(tmp_path) == ["last.ckpt"], "the leftover is gone"
+    assert step_of(tmp_path, "last.ckpt") == 3
+
+
+def test_an_error_in_a_step_is_not_saved_and_one_in_a_validation_is(tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("gone")
+
+    TinyModule.at_step = (3, fail)
+    try:
+        with pytest.raises(OSError, match="gone"):
+            train(tmp_path / "a", RunCheckpoint(every_n_steps=2), 5)
+    finally:
+        TinyModule.at_step = None
+    assert step_of(tmp_path / "a", "last.ckpt") == 2
+    monkeypatch.setattr(TinyModule, "validation_step", fail)
+    with pytest.raises(OSError, match="gone"):
+        train(tmp_path / "b", RunCheckpoint(every_n_steps=2), 5, limit_val_batches=1, val_check_interval=3)
+    assert step_of(tmp_path / "b", "last.ckpt") == 3
+
+
+def test_folders_of_sharded_checkpoints_are_replaced_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        temporary = tmp_path / "saving.tmp"
+        temporary.mkdir()
+        (temporary / "meta.pt").write_text(content)
+        checkpoint_module._publish(temporary, [tmp_path / "last.ckpt", tmp_path / "best.ckpt"])
+    assert (tmp_path / "last.ckpt" / "meta.pt").read_text() == "new"
+    assert (tmp_path / "best.ckpt" / "meta.pt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"mode": "least"}, {"keep_step_checkpoints": -2}])
+def test_bad_settings(setting: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        RunCheckpoint(**setting)
+
+
+def test_differences_compare_only_what_both_have() -> None:
+    stored = {"a": {"b": 1, "gone": 2}, "list": [{"x": 1}, {"x": 2}], "ckpt_path": "old"}
+    now = {"a": {"b": 3, "new": 4}, "list": [{"x": 1}, {"x": 5}], "ckpt_path": "new"}
+    assert differences(stored, now) == [("a.b", 1, 3), ("list.1.x", 2, 5)]
+
+
+def test_mismatches_name_the_first_key(tmp_path: Path) -> None:
+    for other, expected in [
+        (torch.nn.Linear(2, 1), "weight has shape [1, 2] in it and [1, 3] in the model"),
+        (torch.nn.Linear(3, 1, bias=False), "it has no bias"),
+        (torch.nn.Bilinear(3, 1, 1), "weight has shape [1, 3, 1] in it"),
+        (torch.nn.Sequential(torch.nn.Linear(3, 1)), "it has no weight"),
+    ]:
+        with pytest.raises(RuntimeError) as caught:
+            torch.nn.Linear(3, 1).load_state_dict(other.state_dict())
+        message = explain_mismatch(caught.value, tmp_path / "x.ckpt")
+        assert message is not None and expected in message
+    assert explain_mismatch(RuntimeError("CUDA out of memory"), tmp_path) is None

@@ -1,0 +1,66 @@
+"""metrics.csv over several sessions."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from callbacks.loggers import MetricsCSV
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_of_a_step_share_a_row_and_new_columns_are_added(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 0.1 + 0.2}, step=1)
+    logger.log_metrics({"loss": torch.tensor(0.5), "lr": 1e-6}, step=2)
+    logger.log_metrics({"val/fd": 3.0}, step=2)
+    logger.log_metrics({"loss": float("nan")}, step=3)
+    logger.finalize("success")
+    assert read(tmp_path / "metrics.csv") == [
+        {"step": "1", "loss": "0.30000000000000004", "lr": "", "val/fd": ""},
+        {"step": "2", "loss": "0.5", "lr": "1e-06", "val/fd": "3"},
+        {"step": "3", "loss": "nan", "lr": "", "val/fd": ""},
+    ]
+
+
+def test_a_resumed_session_keeps_earlier_rows_and_drops_later_ones(tmp_path: Path) -> None:
+    first = MetricsCSV(tmp_path)
+    for step in range(1, 6):
+        first.log_metrics({"loss": step / 8}, step=step)
+    first.finalize("failed")
+    second = MetricsCSV(tmp_path, resume_step=3)
+    assert len(read(tmp_path / "metrics.csv")) == 5, "nothing is dropped before the run has begun"
+    second.log_metrics({"other": 1.5}, step=4)
+    second.finalize("success")
+    rows = read(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["loss"] for row in rows] == ["0.125", "0.25", "0.375", ""]
+    assert rows[-1]["other"] == "1.5"
+
+
+def test_a_row_cut_short_by_a_kill_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n1,0.5\n2,0.25\n3")
+    logger = MetricsCSV(tmp_path, resume_step=2)
+    logger.log_metrics({"loss": 0.75}, step=3)
+    logger.finalize("success")
+    assert [(row["step"], row["loss"]) for row in read(path)] == [("1", "0.5"), ("2", "0.25"), ("3", "0.75")]
+
+
+def test_flush_makes_the_row_visible(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 0.5}, step=1)
+    assert read(tmp_path / "metrics.csv") == []
+    logger.flush()
+    assert read(tmp_path / "metrics.csv") == [{"step": "1", "loss": "0.5"}]
+
+
+def test_a_log_without_values_leaves_no_row(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({}, step=1)
+    logger.finalize("success")
+    assert read(tmp_path / "metrics.csv") == []

@@ -1,0 +1,92 @@
+"""Finding, numbering and removing run folders, and reading checkpoints safely."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from callbacks.run_folder import (
+    RunFolder,
+    find_checkpoint,
+    new_version,
+    newest_checkpoint,
+    read_checkpoint,
+    run_dir,
+    versions,
+)
+from lightning_modules.errors import UserError
+
+
+def make(folder: Path, *names: str) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (folder / "checkpoints" / name).touch()
+    return folder
+
+
+def test_versions_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
+    for number in (10, 2, 0):
+        (tmp_path / f"version_{number}").mkdir()
+    (tmp_path / "version_11").touch()
+    (tmp_path / "version_x").mkdir()
+    assert [path.name for path in versions(tmp_path)] == ["version_0", "version_2", "version_10"]
+
+
+def test_new_version_takes_the_next_free_number(tmp_path: Path) -> None:
+    assert new_version(tmp_path, "a").name == "version_0"
+    (tmp_path / "a" / "version_7").mkdir()
+    (tmp_path / "a" / "version_8").touch()  # something else in the way
+    assert new_version(tmp_path, "a").name == "version_9"
+    assert new_version(tmp_path, "b").name == "version_0"
+
+
+def test_last_is_the_newest_version_with_a_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path / "a" / "version_0", "last.ckpt")
+    expected = make(tmp_path / "a" / "version_1", "last.ckpt", "step_900.ckpt")
+    make(tmp_path / "a" / "version_2", "saving.tmp")
+    assert find_checkpoint("last", tmp_path, "a") == expected / "checkpoints" / "last.ckpt"
+    assert find_checkpoint("last", tmp_path, "b") is None
+
+
+def test_without_last_the_largest_step_counts(tmp_path: Path) -> None:
+    run = make(tmp_path, "step_900.ckpt", "step_1000.ckpt", "best.ckpt")
+    assert newest_checkpoint(run) == run / "checkpoints" / "step_1000.ckpt"
+
+
+def test_best_is_the_newest_best(tmp_path: Path) -> None:
+    expected = make(tmp_path / "a" / "version_0", "last.ckpt", "best.ckpt")
+    make(tmp_path / "a" / "version_1", "last.ckpt")
+    assert find_checkpoint("best", tmp_path, "a") == expected / "checkpoints" / "best.ckpt"
+    with pytest.raises(UserError, match="no best.ckpt"):
+        find_checkpoint("best", tmp_path, "b")
+
+
+def test_checkpoints_do_not_run_code(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+
+    path = tmp_path / "trap.ckpt"
+    torch.save({"global_step": 1, "state_dict": {}, "trap": Trap()}, path)
+    with pytest.raises(UserError, match=r"trap\.ckpt"):
+        read_checkpoint(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_is_removed_only_by_the_one_who_made_it(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "runs" / "a" / "version_0", "last.ckpt")
+    RunFolder(theirs, is_new=False).discard()
+    assert theirs.is_dir()
+    mine = new_version(tmp_path / "runs", "b")
+    RunFolder(mine, is_new=True).discard()
+    assert not mine.parent.exists()
+    assert theirs.is_dir()
+
+
+def test_run_dir_of_a_trainer_from_python(tmp_path: Path) -> None:
+    bare = SimpleNamespace(callbacks=[], log_dir=None, default_root_dir=str(tmp_path))
+    assert run_dir(bare) == tmp_path  # type: ignore[arg-type]
+    folder = RunFolder(tmp_path / "runs" / "a" / "version_3")
+    known = SimpleNamespace(callbacks=[folder], log_dir="elsewhere", default_root_dir=str(tmp_path))
+    assert run_dir(known) == folder.path  # type: ignore[arg-type]

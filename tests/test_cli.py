@@ -1,0 +1,406 @@
+"""The command line as a user meets it: commands, run folders, resuming, and one message for each mistake."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import cli
+from lightning_modules.errors import UserError
+from tests.tiny_run import TinyModule
+
+ROOT = Path(cli.__file__).parent
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A function that runs `fit` on the tiny module with more options and returns the newest run folder."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "model: {class_path: tests.tiny_run.TinyModule}\n"
+        "data: {class_path: tests.tiny_run.TinyData}\n"
+        "trainer:\n  accelerator: cpu\n  log_every_n_steps: 1\n  val_check_interval: 2\n"
+        f"  default_root_dir: {tmp_path / 'runs'}\n"
+        "  callbacks: [{class_path: RunCheckpoint, init_args: {every_n_steps: 2}}]\n"
+    )
+
+    def run(*options: str, command: str = "fit") -> Path:
+        cli.main([command, "--config", str(config), *options])
+        return sorted((tmp_path / "runs" / "tiny").iterdir())[-1]
+
+    yield run
+    TinyModule.at_step = None
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def rows(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Commands
+
+
+def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name, line in {**cli.TRAINER_COMMANDS, **cli.TOOL_COMMANDS}.items():
+        assert f"  {name} " in text and line in text
+    for name in ("fit", "validate", "test", "predict", "generate", "export"):
+        assert f"  {name} " in text
+
+
+@pytest.mark.parametrize("command", [*cli.TRAINER_COMMANDS, *cli.TOOL_COMMANDS])
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+# Runs
+
+
+def test_what_a_run_leaves(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps", "5", "--trainer.callbacks.keep_step_checkpoints", "-1")
+    assert run.name == "version_0"
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "best.ckpt", "step_2.ckpt", "step_4.ckpt"}
+    assert any(path.name.startswith("events.out.tfevents") for path in run.iterdir())
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    table = rows(run)
+    assert [row["step"] for row in table] == ["1", "2", "3", "4", "5"]
+    assert all(row["train/loss"] for row in table)
+    assert [bool(row["val/frechet_distance"]) for row in table] == [False, True, False, True, False]
+    assert fit("--trainer.max_steps", "1").name == "version_1"
+
+
+def test_saved_config_starts_the_same_run_again(fit: Callable[..., Path]) -> None:
+    first = fit("--trainer.max_steps", "3", "--model.learning_rate", "0.03", "--experiment", "tiny")
+    cli.main(["fit", "--config", str(first / "config.yaml")])
+    second = first.parent / "version_1"
+    assert (second / "config.yaml").read_text() == (first / "config.yaml").read_text()
+    assert_same(weights(first), weights(second))
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    assert config["model"]["init_args"]["learning_rate"] == 0.03
+    assert config["experiment"] == "tiny"
+
+
+def test_configs_merge_and_interpolations_see_the_command_line(
+    fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = str(tmp_path / "tiny.yaml")
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("trainer: {log_every_n_steps: '${trainer.max_steps}', max_steps: 9}\n")
+    cli.main(["fit", "--config", base, "--config", str(extra), "--trainer.max_steps", "2"])
+    config = yaml.safe_load((tmp_path / "runs" / "extra" / "version_0" / "config.yaml").read_text())
+    assert config["trainer"]["log_every_n_steps"] == 2
+    assert config["trainer"]["val_check_interval"] == 2, "the first file still counts"
+
+
+def test_a_whole_run_is_quiet(tmp_path: Path, fit: Callable[..., Path]) -> None:
+    """In a process of its own, as a user sees it: no warnings, a bar over the steps, exit status 0."""
+    fit("--trainer.max_steps", "2")
+    command = [
+        sys.executable,
+        "cli.py",
+        "fit",
+        "--config",
+        str(tmp_path / "tiny.yaml"),
+        "--trainer.max_steps=4",
+    ]
+    done = subprocess.run(
+        [*command, "--ckpt_path=last"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr
+    assert "warn" not in done.stderr.lower() and "litlogger" not in done.stderr
+    assert "trainer.max_steps: 2 -> 4" in done.stdout
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("module", ["TinyModule", "TinyTwoRoles"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_resumed_run_equals_the_uninterrupted_one(module: str, stop: int, fit: Callable[..., Path]) -> None:
+    options = ("--model", f"tests.tiny_run.{module}")
+    whole = fit(*options, "--trainer.max_steps", "6")
+    part = fit(*options, "--trainer.max_steps", str(stop))
+    assert fit(*options, "--trainer.max_steps", "6", "--ckpt_path", "last") == part
+    assert part != whole
+    assert_same(weights(part), weights(whole))
+    assert [row["step"] for row in rows(part)] == [str(step) for step in range(1, 7)]
+    assert [row["train/loss"] for row in rows(part)] == [row["train/loss"] for row in rows(whole)]
+
+
+@pytest.mark.parametrize("module", ["TinyModule", "TinyTwoRoles"])
+def test_resume_after_a_crash_inside_a_step(module: str, fit: Callable[..., Path]) -> None:
+    options = ("--model", f"tests.tiny_run.{module}", "--trainer.max_steps", "6")
+    whole = fit(*options)
+
+    def crash() -> None:
+        raise OSError("the disk is gone")
+
+    TinyModule.at_step = (4, crash)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(*options)
+    TinyModule.at_step = None
+    broken = whole.parent / "version_1"
+    assert torch.load(broken / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert [row["step"] for row in rows(broken)] == ["1", "2", "3"]
+    assert fit(*options, "--ckpt_path", "last") == broken
+    assert_same(weights(broken), weights(whole))
+    assert rows(broken) == rows(whole)
+
+
+def test_best_checkpoint_continues_exactly_too(fit: Callable[..., Path]) -> None:
+    """It is written after a validation, where Lightning's loops stand elsewhere than after a step."""
+    whole = fit("--trainer.max_steps", "6")
+    best = torch.load(whole / "checkpoints" / "best.ckpt", weights_only=True)["global_step"]
+    values = {
+        int(row["step"]): float(row["val/frechet_distance"])
+        for row in rows(whole)
+        if row["val/frechet_distance"]
+    }
+    assert best == min(values, key=lambda step: values[step])
+    early = fit("--trainer.max_steps", "2")
+    late = fit("--trainer.max_steps", "6", "--ckpt_path", str(early / "checkpoints" / "best.ckpt"))
+    assert late != early, "a checkpoint named by its path begins a version of its own"
+    assert_same(weights(late), weights(whole))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_stopped_run_saves_its_step_and_continues(
+    number: signal.Signals, status: int, fit: Callable[..., Path]
+) -> None:
+    whole = fit("--trainer.max_steps", "6")
+    TinyModule.at_step = (3, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        fit("--trainer.max_steps", "6")
+    TinyModule.at_step = None
+    assert stopped.value.code == status
+    assert signal.getsignal(number) == before
+    run = whole.parent / "version_1"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    fit("--trainer.max_steps", "6", "--ckpt_path", "last")
+    assert_same(weights(run), weights(whole))
+
+
+def test_values_given_now_win_and_are_printed(
+    fit: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("--trainer.max_steps", "4", "--model.warmup_steps", "6")
+    rates: list[float] = []
+    original = TinyModule.training_step
+
+    def record(self: TinyModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TinyModule, "training_step", record)
+    capsys.readouterr()
+    options = ("--trainer.max_steps", "8", "--model.warmup_steps", "6", "--model.learning_rate", "0.6")
+    run = fit(*options, "--ckpt_path", "last")
+    out = capsys.readouterr().out
+    assert "model.init_args.learning_rate: 0.1 -> 0.6" in out
+    assert "trainer.max_steps: 4 -> 8" in out
+    assert "warmup_steps" not in out
+    assert rates == pytest.approx([0.5, 0.6, 0.6, 0.6]), (
+        "the warm-up goes on from its place with the new rate"
+    )
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"][
+        "learning_rate"
+    ] == pytest.approx(0.6)
+
+
+def test_last_without_a_checkpoint_starts_afresh_with_a_notice(
+    fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_steps", "1", "--ckpt_path", "last").name == "version_0"
+    assert "starting afresh" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_completed_without_training(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps", "3")
+    before = weights(run)
+    table = rows(run)
+    assert fit("--trainer.max_steps", "3", "--ckpt_path", "last") == run
+    assert_same(weights(run), before)
+    assert rows(run) == table
+
+
+def test_test_command_reads_a_checkpoint_and_leaves_the_training_curves(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps", "4")
+    table, config = rows(run), (run / "config.yaml").read_text()
+    assert fit("--ckpt_path", "last", command="test") == run
+    assert rows(run) == table
+    assert (run / "config.yaml").read_text() == config
+    measured = float(rows(run, "metrics_test.csv")[-1]["val/frechet_distance"])
+    assert measured == pytest.approx(float(table[3]["val/frechet_distance"]), rel=1e-6)
+
+
+def test_fast_dev_run_leaves_nothing(fit: Callable[..., Path], tmp_path: Path) -> None:
+    cli.main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.fast_dev_run", "true"])
+    assert not (tmp_path / "runs").exists()
+
+
+# Mistakes
+
+
+def other_architecture(tmp_path: Path) -> list[str]:
+    cli.main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.max_steps=1", "--experiment=other",
+              "--model.width=5", "--data.width=5"])  # fmt: skip
+    checkpoint = tmp_path / "runs" / "other" / "version_0" / "checkpoints" / "last.ckpt"
+    return ["--ckpt_path", str(checkpoint)]
+
+
+def broken_checkpoint(tmp_path: Path) -> list[str]:
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not all of it")
+    return ["--ckpt_path", str(tmp_path / "broken.ckpt")]
+
+
+def other_file(tmp_path: Path) -> list[str]:
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    return ["--ckpt_path", str(tmp_path / "other.ckpt")]
+
+
+def root_is_a_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "file").touch()
+    return ["--trainer.default_root_dir", str(tmp_path / "file")]
+
+
+def misspelt_in_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "bad.yaml").write_text("trainer: {max_stepz: 3}\n")
+    return ["--config", str(tmp_path / "bad.yaml")]
+
+
+def misspelt_argument_in_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "bad.yaml").write_text(
+        "model: {class_path: tests.tiny_run.TinyModule, init_args: {learning_rat: 3}}\n"
+    )
+    return ["--config", str(tmp_path / "bad.yaml")]
+
+
+def misspelt_callback_argument(tmp_path: Path) -> list[str]:
+    (tmp_path / "bad.yaml").write_text(
+        "trainer: {callbacks: [{class_path: RunCheckpoint, init_args: {every_n_step: 3}}]}\n"
+    )
+    return ["--config", str(tmp_path / "bad.yaml")]
+
+
+def broken_yaml(tmp_path: Path) -> list[str]:
+    (tmp_path / "bad.yaml").write_text("trainer: {max_steps: [\n")
+    return ["--config", str(tmp_path / "bad.yaml")]
+
+
+def missing_prompts(tmp_path: Path) -> list[str]:
+    return ["--data=PromptDataModule", f"--data.prompts={tmp_path / 'none.txt'}"]
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], list[str]] | list[str], list[str]]] = {
+    "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    "broken yaml": (broken_yaml, ["bad.yaml"]),
+    "misspelt option": (["--trainer.max_stepz", "3"], ["max_stepz", "did you mean 'trainer.max_steps'"]),
+    "misspelt key": (misspelt_in_file, ["max_stepz", "did you mean 'trainer.max_steps'"]),
+    "misspelt argument": (["--model.learning_rat", "3"], ["learning_rat", "did you mean 'learning_rate'"]),
+    "misspelt in file": (misspelt_argument_in_file, ["learning_rat", "did you mean 'learning_rate'"]),
+    "misspelt callback": (misspelt_callback_argument, ["every_n_step", "did you mean 'every_n_steps'"]),
+    "unknown class": (["--model", "TinyModul"], ["TinyModul"]),
+    "wrong type": (["--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
+    "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt", "not found"]),
+    "no best": (["--ckpt_path", "best"], ["no best.ckpt"]),
+    "broken checkpoint": (broken_checkpoint, ["broken.ckpt"]),
+    "not a checkpoint": (other_file, ["other.ckpt", "not a checkpoint"]),
+    "other architecture": (other_architecture, ["layer.weight", "[1, 5]", "[1, 3]"]),
+    "root is a file": (root_is_a_file, ["is a file", "default_root_dir"]),
+    "unwritable root": (
+        ["--trainer.default_root_dir", "/proc/nowhere"],
+        ["/proc/nowhere", "cannot be written"],
+    ),
+    "endless": (["--trainer.max_steps", "-1"], ["max_steps"]),
+    "missing prompts": (missing_prompts, ["none.txt", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_message_and_leaves_nothing(
+    mistake: str,
+    fit: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make, expected = MISTAKES[mistake]
+    options = make if isinstance(make, list) else make(tmp_path)
+    base = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.max_steps=2"]
+    monkeypatch.setattr(sys, "argv", ["cli.py", *base, *options])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    messages = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(messages) == 1 and messages[0].startswith("error: "), messages
+    for text in expected:
+        assert text in messages[0]
+    assert "Traceback" not in messages[0]
+    assert not (tmp_path / "runs" / "tiny").exists(), "nothing half-written"
+
+
+def test_a_mistake_does_not_touch_the_run_it_would_continue(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps", "2")
+    before = {path: path.read_bytes() for path in (run / "config.yaml", run / "metrics.csv")}
+    with pytest.raises(UserError, match="another architecture"):
+        fit("--trainer.max_steps", "4", "--ckpt_path", "last", "--model.width", "4", "--data.width", "4")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fitt"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "did you mean 'fit'?" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fitt", "--debug"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_from_python_errors_are_raised(fit: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="did you mean"):
+        fit("--trainer.max_stepz", "3")
+
+
+def test_a_bug_is_not_hidden_as_a_mistake(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(TinyModule, "loss", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit("--trainer.max_steps", "2")
