@@ -72,7 +72,7 @@ def stock_images(folder: Path, latents: Tensor, steps: int = 1) -> Tensor:
     ).images
 
 
-# --- export -----------------------------------------------------------------------------------------------------
+# --- export ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_bad_checkpoints_are_named_and_nothing_is_written(
         one_step_scheduler(load_parts(tiny_sd).scheduler, 1000)
 
 
-# --- generate ---------------------------------------------------------------------------------------------------
+# --- generate ------------------------------------------------------------
 
 
 def pixels(file: Path) -> Tensor:
@@ -235,14 +235,14 @@ def pixels(file: Path) -> Tensor:
 
 
 def test_pictures_prompts_and_seeds_belong_together(tiny_sd: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n\nein Hund, größer\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a cat\n\ngrößer\n", encoding="utf-8")
     out = tmp_path / "out"
     call(
         generate, "--model", tiny_sd, "--prompt", "a red cat", "--prompt", "a dog", "--prompts-file",
         tmp_path / "prompts.txt", "--num-images", 3, "--seed", 40, "--output", out,
     )  # fmt: skip
     entries = json.loads((out / "generation.json").read_text(encoding="utf-8"))
-    prompts = [p for p in ("a red cat", "a dog", "a cat", "ein Hund, größer") for _ in range(3)]
+    prompts = [p for p in ("a red cat", "a dog", "a cat", "größer") for _ in range(3)]
     assert [entry["prompt"] for entry in entries] == prompts
     assert [entry["seed"] for entry in entries] == list(range(40, 52))
     assert [entry["file"] for entry in entries] == [f"{i:04d}.png" for i in range(12)]
