@@ -1,8 +1,9 @@
 """Results that cost minutes and never change, kept by the hash of what they were computed from.
 
-Looked up first among those shipped with the project (``assets/cache``, read only), then in the user's cache folder
-(``$ONE_STEP_CACHE``, default ``~/.cache/one-step-distillation``), where new ones go. An entry is one safetensors file:
-its key and its JSON value in the header, tensors if there are any, and a hash over all of it.
+Looked up first among those shipped with the project (``assets/cache``, read only), then in the user's cache
+folder (``$ONE_STEP_CACHE``, default ``~/.cache/one-step-distillation``), where new ones go. An entry is one
+safetensors file: its key and its JSON value in the header, tensors if there are any, and a hash over all of
+it.
 """
 
 import json
@@ -72,7 +73,8 @@ class ResultCache:
     ) -> Path | None:
         """Store an entry, whole or not at all; returns its file.
 
-        A cache folder that can't be written costs time, not the run: it is named in a warning and None returned.
+        A cache folder that can't be written costs time, not the run: it is named in a warning and None
+        returned.
         """
         path = self.user_dir / self.file_name(kind, key)
         # A file without any tensor is no valid safetensors file for every reader, so there is always one.

@@ -10,7 +10,8 @@ from pathlib import Path
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_LEFT, _TOP = 58, 12
+_END, _FLOOR = WIDTH - 14, HEIGHT - 40
 NUM_COLORS = 5
 """Colours come from the page's CSS variables ``--curve-0`` ..., so that they fit light and dark."""
 _MOST_POINTS = 4 * WIDTH
@@ -45,16 +46,16 @@ def read_series(path: Path) -> dict[str, Series]:
 
 
 def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
-    """Which series share a plot: ``val/x`` with ``test/x``; ``a/b/x`` with ``a/b/y``; any other stands alone."""
+    """Which series share a plot: ``val/x`` with ``test/x``, ``a/x`` with ``a/y``; ``train/x`` is alone."""
     groups: dict[str, list[Series]] = {}
     for name, one in series.items():
         head, _, rest = name.partition("/")
         if head in ("val", "test") and rest:
             title = rest
-        elif name.count("/") > 1:
-            title = name.rpartition("/")[0]
-        else:
+        elif head == "train" and "/" not in rest:
             title = name
+        else:
+            title = name.rpartition("/")[0] or name
         groups.setdefault(title, []).append(one)
     return groups
 
@@ -62,8 +63,9 @@ def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
 def line_plot(title: str, series: Sequence[Series], levels: Mapping[str, float] | None = None) -> str:
     """One plot with axes, labels and legend as an ``<svg>`` element.
 
-    Every finite point is in it; only series of thousands of points are thinned to the first, lowest, highest and last
-    of each pixel column, which looks the same.
+    Every finite point is in it; only series of thousands of points are thinned to the first, lowest, highest
+    and last of each pixel column, which looks the same. Values that are all positive and span more than two
+    and a half powers of ten get a logarithmic axis.
 
     Args:
         title: label of the vertical axis.
@@ -74,51 +76,72 @@ def line_plot(title: str, series: Sequence[Series], levels: Mapping[str, float] 
     points = [point for one in series for point in one.points]
     if not points:
         return ""
-    xs = _ticks(min(x for x, _ in points), max(x for x, _ in points), 5, whole=True)
-    heights = [y for _, y in points] + list(levels.values())
-    ys = _ticks(min(heights), max(heights), 5)
-    left, right = _range([x for x, _ in points], xs)
-    low, high = _range(heights, ys)
-
-    def place(point: Point) -> Point:
-        x = _LEFT + (point[0] - left) / (right - left) * (WIDTH - _LEFT - _RIGHT)
-        y = HEIGHT - _BOTTOM - (point[1] - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
-        return x, y
-
-    body = _axes(title, xs, ys, place)
+    frame = _Frame.around([x for x, _ in points], [y for _, y in points] + list(levels.values()))
+    body = frame.axes(title + (" (log)" if frame.logarithmic else ""))
     for name, value in levels.items():
-        y = place((left, value))[1]
-        body.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        y = frame.place((frame.left, value))[1]
+        body.append(f'<line class="level" x1="{_LEFT}" x2="{_END}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        text_y = y - 4 if y > _TOP + 14 else y + 13
         body.append(
-            f'<text class="note" x="{WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>'
+            f'<text class="name" x="{_END - 8}" y="{text_y:.1f}" text-anchor="end">{escape(name)}</text>'
         )
     for i, one in enumerate(series):
-        body += _curve(_thinned([place(point) for point in one.points]), i % NUM_COLORS)
+        body += _curve(_thinned([frame.place(point) for point in one.points]), i % NUM_COLORS)
     label = escape(f"{title} against student updates", quote=True)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg>'
-        + _legend(series)
-    )
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    return svg + _legend(series)
 
 
-def _axes(title: str, xs: list[float], ys: list[float], place) -> list[str]:  # type: ignore[no-untyped-def]
-    bottom, body = HEIGHT - _BOTTOM, []
-    for x in xs:
-        px = place((x, ys[0]))[0]
-        body.append(f'<line class="grid" x1="{px:.1f}" x2="{px:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        body.append(f'<text x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(x)}</text>')
-    for y in ys:
-        py = place((xs[0], y))[1]
-        body.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
-        body.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    body.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{WIDTH - _RIGHT}"/>')
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
-    body.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">student updates</text>')
-    centre = (_TOP + bottom) / 2
-    body.append(
-        f'<text x="12" y="{centre}" text-anchor="middle" transform="rotate(-90 12 {centre})">{escape(title)}</text>'
-    )
-    return body
+@dataclass
+class _Frame:
+    """The ranges of both axes and their ticks, in the values' own units."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    xs: list[float]
+    ys: list[float]
+    logarithmic: bool
+
+    @classmethod
+    def around(cls, xs: list[float], ys: list[float]) -> "_Frame":
+        """A frame that holds all points."""
+        logarithmic = min(ys) > 0 and max(ys) / min(ys) > 300
+        x_ticks = _ticks(min(xs), max(xs), 5, whole=True)
+        if logarithmic:
+            first, last = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+            y_ticks = [10.0**k for k in range(first, last + 1, max(1, (last - first) // 5))]
+        else:
+            y_ticks = _ticks(min(ys), max(ys), 5)
+        return cls(*_range(xs, x_ticks), *_range(ys, y_ticks), x_ticks, y_ticks, logarithmic)
+
+    def place(self, point: Point) -> Point:
+        """Where a point lies in the picture."""
+        x = (point[0] - self.left) / (self.right - self.left)
+        if self.logarithmic:
+            y = math.log(point[1] / self.low) / math.log(self.high / self.low)
+        else:
+            y = (point[1] - self.low) / (self.high - self.low)
+        return _LEFT + x * (_END - _LEFT), _FLOOR - y * (_FLOOR - _TOP)
+
+    def axes(self, title: str) -> list[str]:
+        """Grid, numbers and names of the axes."""
+        body = []
+        for value in self.xs:
+            x = self.place((value, self.ys[0]))[0]
+            body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_FLOOR}"/>')
+            body.append(f'<text x="{x:.1f}" y="{_FLOOR + 16}" text-anchor="middle">{_number(value)}</text>')
+        for value in self.ys:
+            y = self.place((self.left, value))[1]
+            body.append(f'<line class="grid" x1="{_LEFT}" x2="{_END}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            body.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+        body.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{_FLOOR}H{_END}"/>')
+        x, y = (_LEFT + _END) / 2, (_TOP + _FLOOR) / 2
+        body.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">student updates</text>')
+        turn = f'transform="rotate(-90 12 {y})"'
+        body.append(f'<text x="12" y="{y}" text-anchor="middle" {turn}>{escape(title)}</text>')
+        return body
 
 
 def _curve(points: list[Point], color: int) -> list[str]:
@@ -126,7 +149,8 @@ def _curve(points: list[Point], color: int) -> list[str]:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     body = [f'<polyline class="curve" {style} points="{path}"/>'] if len(points) > 1 else []
     if len(points) <= 30:
-        body += [f'<circle class="dot" {style} cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in points]
+        radius = 2.6 if len(points) > 1 else 4
+        body += [f'<circle class="dot" {style} cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>' for x, y in points]
     return body
 
 
@@ -139,7 +163,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """First, lowest, highest and last of each pixel column, in their order, if there are more than anyone can see."""
+    """First, lowest, highest and last of each pixel column, if there are more points than anyone can see."""
     if len(points) <= _MOST_POINTS:
         return points
     columns: dict[int, list[tuple[int, Point]]] = {}

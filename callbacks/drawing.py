@@ -67,7 +67,7 @@ def labelled_grid(
 def _wrapped(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3
 ) -> list[str]:
-    """Lines no wider than ``width`` pixels, at most ``most`` of them, the last one marked where text was left out."""
+    """At most ``most`` lines no wider than ``width`` pixels, the last one marked where text is left out."""
     letters = max(8, int(width / max(1.0, font.getlength("n"))))
     lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]
     while max(font.getlength(line) for line in lines) > width and letters > 8:

@@ -43,15 +43,16 @@ class FinalResults:
 
 
 class Evaluation(Callback):
-    """Feeds the pictures of every validation and test step to the metrics, and measures fully once training is over.
+    """Measures the pictures of validation and test steps, and everything once training is over.
 
-    During validation it logs ``val/NAME``, during test ``test/NAME``. When ``fit`` ends it draws ``final_size``
-    pictures with the evaluation weights, measures them and both of the teacher's rows by the same code, and logs
-    them as ``test/NAME`` (another sample count than the curve ``val/NAME``, so another bias).
+    During validation it logs ``val/NAME``, during test ``test/NAME``. When ``fit`` ends it draws
+    ``final_size`` pictures with the evaluation weights, measures them and both of the teacher's rows by the
+    same code, and logs them as ``test/NAME`` (another sample count than the curve ``val/NAME``, so another
+    bias).
 
     Args:
         scoring_clip: CLIP folder that sees the pictures.
-        reference: statistics of real pictures (scripts/make_reference.py); None only without ``frechet_distance``.
+        reference: statistics of real pictures (scripts/make_reference.py); None: no ``frechet_distance``.
         metrics: metric objects (default: FrechetDistance if there is a reference, and ClipScore).
         final_size: captions of the final evaluation, the first ones of the data module; 0 skips it.
         batch_size: pictures per pass and process in the final evaluation.
@@ -119,8 +120,8 @@ class Evaluation(Callback):
         if self.reference is not None and self.reference.captions_hash != hash_texts(captions):
             rank_zero_warn(
                 f"the evaluation captions are not those of the reference statistics {self.reference_path} "
-                f"({self.reference.source}): frechet_distance is not comparable with published numbers; for your own "
-                "captions make statistics of your own pictures with scripts/make_reference.py"
+                f"({self.reference.source}): frechet_distance is not comparable with published numbers; for "
+                "your own captions make statistics of your own pictures with scripts/make_reference.py"
             )
 
     def _to_device(self, trainer: Trainer) -> None:
@@ -128,7 +129,7 @@ class Evaluation(Callback):
         device = trainer.strategy.root_device
         self.extractor.to(device)
         for metric in self.metrics:
-            # Sums are in float64, which Apple's GPUs lack; NCCL on the other hand can sum only what lies on a GPU.
+            # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
             metric.to(device if device.type == "cuda" else "cpu")
 
     def _start(self, trainer: Trainer) -> None:
@@ -254,7 +255,7 @@ class Evaluation(Callback):
 
     def _log_final(self, trainer: Trainer) -> None:
         assert self.final is not None
-        values = {f"test/{name}": result["value"] for name, result in self.final.metrics.items()}
+        values = {f"test/{metric.name}": self.final.metrics[metric.name]["value"] for metric in self.metrics}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self.final.step)
             if isinstance(logger, MetricsCSV):

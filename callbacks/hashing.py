@@ -34,7 +34,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_folder(folder: str | Path) -> str:
-    """SHA-256 of a model folder: relative names and contents of everything but cards, pictures and hidden files.
+    """SHA-256 of a model folder: names and contents of all but cards, pictures and hidden files.
 
     Raises:
         FileNotFoundError: it is no folder.
@@ -56,5 +56,5 @@ def hash_folder(folder: str | Path) -> str:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [0, 1] as the 8-bit values that a saved PNG would hold (rounded to nearest, as diffusers does)."""
+    """Pictures in [0, 1] as the 8-bit values of a saved PNG (rounded to nearest, as diffusers does)."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -26,8 +26,8 @@ def evaluate_model(
 ) -> dict[str, dict[str, Any]]:
     """Draw one picture for each caption and measure them; all processes must call it, each draws its share.
 
-    Every process makes the same number of passes, as sharded networks need: where the captions do not divide evenly,
-    a padding sample is drawn and not counted.
+    Every process makes the same number of passes, as sharded networks need: where the captions do not divide
+    evenly, a padding sample is drawn and not counted.
 
     Args:
         generate: prompts and seeds to pictures.

@@ -14,6 +14,7 @@ from callbacks.evaluation import Evaluation, FinalResults
 from callbacks.report_files import Report, findings, write_report
 from callbacks.report_markdown import render_text_table
 from callbacks.run_folder import run_dir
+from callbacks.samples import Pictures
 from callbacks.student import as_student
 
 _WARM_UP = 5
@@ -66,8 +67,8 @@ def _seconds(start: Any, end: Any) -> float:
 class RunReport(Callback):
     """report.json, report.md, report.html and manifest.json in the run folder, at the end of ``fit``.
 
-    Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves from
-    ``metrics.csv``. Prints the table of results and where report.html lies.
+    Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves
+    from ``metrics.csv``. Prints the table of results and where report.html lies.
     """
 
     def __init__(self) -> None:
@@ -86,13 +87,16 @@ class RunReport(Callback):
         self.timer.stop(pl_module.device, len(batch["prompts"]) * trainer.world_size)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the final evaluation if it is not, then write and print."""
+        """Complete the final evaluation and the last pictures, then write and print."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         final = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # Whatever their order in the list, the others' last words must be in the report.
             if isinstance(callback, Evaluation):
                 final = callback.finalize(trainer, pl_module)
+            elif isinstance(callback, Pictures):
+                callback.draw_once(trainer, pl_module)
         if trainer.is_global_zero:
             folder = run_dir(trainer)
             report = self.assemble(trainer, pl_module, final, folder)
@@ -144,7 +148,7 @@ def _weights(module: LightningModule) -> str:
 
 
 def sample_pictures(folder: Path) -> dict[str, Path]:
-    """Titles to the pictures of a run: the last grid, the last score views, then earlier grids from the latest on."""
+    """Titles to a run's pictures: the last grid, the last score views, then earlier grids in their order."""
     grids, views = _numbered(folder / "samples", "step_"), _numbered(folder / "samples", "score_views_step_")
     pictures: dict[str, Path] = {}
     if grids:

@@ -4,6 +4,7 @@ Used at the end of a run, and by anything else that has measured something.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ class Report:
     """What a report says and shows.
 
     Attributes:
-        content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing, environment,
-            config_path``.
+        content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing,
+            environment, config_path``.
         manifest: what a comparable measurement must share with this one.
         pictures: titles to PNG files, shown in this order, the first one large, the others folded.
         curves: a metrics.csv, or None.
@@ -33,7 +34,7 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write manifest.json, report.json, report.md and report.html, each whole or not at all; returns the last."""
+    """Write manifest.json, report.json, report.md and report.html, each whole; returns the last."""
     from callbacks.report_html import render_html
     from callbacks.report_markdown import render_markdown
 
@@ -69,7 +70,8 @@ def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
 def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of results; a missing value is an en dash.
 
-    The picture counts stand beside the values: in a column of their own where all values of a row share one count.
+    The picture counts stand beside the values: in a column of their own where all values of a row share one
+    count.
     """
     rows = result_rows(report)
     names = list(dict.fromkeys(name for _, results in rows for name in results))
@@ -85,17 +87,11 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def format_value(value: float) -> str:
     """Four significant digits, no exponent for everyday sizes."""
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-4):
+    if value == 0:
+        return "0"
+    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
-    digits = max(0, 3 - (len(str(int(abs(value)))) - 1 if abs(value) >= 1 else -_leading_zeros(abs(value))))
-    return f"{value:,.{digits}f}"
-
-
-def _leading_zeros(value: float) -> int:
-    zeros = 0
-    while value and value < 0.1:
-        value, zeros = value * 10, zeros + 1
-    return zeros + 1
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
 def notes(report: Report) -> list[str]:

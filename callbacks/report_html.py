@@ -10,8 +10,10 @@ from callbacks.report_files import Report, findings, notes, result_rows, result_
 from callbacks.report_markdown import _text
 
 _STYLE = """
-:root { color-scheme: light dark; --paper:#fbfbfa; --card:#fff; --ink:#1d1f23; --faint:#646a73; --line:#dfe1e5;
-  --accent:#1f63c4; --mark:#eaf1fc; --curve-0:#1f63c4; --curve-1:#c2410c; --curve-2:#15803d; --curve-3:#7e22ce;
+:root { color-scheme: light dark; --paper:#fbfbfa; --card:#fff; --ink:#1d1f23; --faint:#646a73;
+  --line:#dfe1e5;
+  --accent:#1f63c4; --mark:#eaf1fc; --curve-0:#1f63c4; --curve-1:#c2410c; --curve-2:#15803d;
+  --curve-3:#7e22ce;
   --curve-4:#a16207; }
 @media (prefers-color-scheme: dark) { :root { --paper:#15171a; --card:#1e2125; --ink:#e7e9ec; --faint:#9aa1ab;
   --line:#34393f; --accent:#7fb0ff; --mark:#22304a; --curve-0:#7fb0ff; --curve-1:#ff9a66; --curve-2:#6fd58f;
@@ -22,35 +24,46 @@ main { max-width:1120px; margin:0 auto; padding:2rem 1.1rem 4rem; }
 h1 { font-size:1.75rem; line-height:1.2; margin:0 0 .2rem; overflow-wrap:anywhere; }
 h2 { font-size:1.2rem; margin:2.4rem 0 .8rem; }
 p { margin:.4rem 0; max-width:75ch; } .faint, figcaption, .note { color:var(--faint); font-size:.9rem; }
-.findings { display:grid; grid-template-columns:repeat(auto-fit,minmax(230px,1fr)); gap:.8rem; padding:0; margin:1.4rem 0;
+.findings { display:grid; grid-template-columns:repeat(auto-fit,minmax(230px,1fr)); gap:.8rem; padding:0;
+  margin:1.4rem 0;
   list-style:none; }
 .findings li { background:var(--card); border:1px solid var(--line); border-left:4px solid var(--accent);
   border-radius:8px; padding:.7rem .9rem; }
 .wide { overflow-x:auto; background:var(--card); border:1px solid var(--line); border-radius:8px; }
 table { border-collapse:collapse; width:100%; }
-th, td { padding:.55rem .9rem; text-align:right; border-bottom:1px solid var(--line); font-variant-numeric:tabular-nums;
+th, td { padding:.55rem .9rem; text-align:right; border-bottom:1px solid var(--line);
+  font-variant-numeric:tabular-nums;
   white-space:nowrap; }
 th:first-child, td:first-child { text-align:left; } tr:last-child td { border-bottom:0; }
-thead th { color:var(--faint); font-weight:600; font-size:.87rem; } tr.student td { background:var(--mark); font-weight:600; }
-figure { margin:0 0 1rem; } figure img { display:block; max-width:100%; height:auto; border:1px solid var(--line);
+thead th { color:var(--faint); font-weight:600; font-size:.87rem; } tr.student td { background:var(--mark);
+  font-weight:600; }
+figure { margin:0 0 1rem; } figure img { display:block; max-width:100%; height:auto; border:1px solid
+  var(--line);
   border-radius:8px; } figcaption { margin:.3rem 0; }
-.plots { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr)); gap:.8rem; }
+.plots { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr)); gap:.8rem; }
 .plot { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:.6rem; min-width:0; }
-svg { display:block; width:100%; height:auto; } svg text { fill:var(--faint); font:11px system-ui, sans-serif; }
-svg .grid { stroke:var(--line); stroke-width:1; } svg .axis { fill:none; stroke:var(--faint); stroke-width:1; }
-svg .curve { fill:none; stroke:var(--c); stroke-width:1.8; stroke-linejoin:round; } svg .dot { fill:var(--c); }
-svg .level { stroke:var(--ink); stroke-width:1.2; stroke-dasharray:5 4; opacity:.65; } svg .note { fill:var(--ink); }
+svg { display:block; width:100%; height:auto; } svg text { fill:var(--faint); font:12px system-ui, sans-serif;
+  }
+svg .grid { stroke:var(--line); stroke-width:1; } svg .axis { fill:none; stroke:var(--faint); stroke-width:1;
+  }
+svg .curve { fill:none; stroke:var(--c); stroke-width:1.8; stroke-linejoin:round; } svg .dot { fill:var(--c);
+  }
+svg .level { stroke:var(--ink); stroke-width:1.2; stroke-dasharray:5 4; opacity:.65; } svg .name {
+  fill:var(--ink); font-size:11px; }
 .legend { list-style:none; margin:.3rem 0 0; padding:0; font-size:.8rem; overflow-wrap:anywhere; }
-.legend li::before { content:""; display:inline-block; width:14px; height:3px; margin-right:6px; vertical-align:middle;
+.legend li::before { content:""; display:inline-block; width:14px; height:3px; margin-right:6px;
+  vertical-align:middle;
   background:var(--c); }
 details { margin:.5rem 0; } summary { cursor:pointer; color:var(--accent); padding:.2rem 0; }
-dl { display:grid; grid-template-columns:minmax(9rem,max-content) 1fr; gap:.15rem 1rem; margin:.4rem 0; font-size:.92rem; }
-dt { color:var(--faint); } dd { margin:0; overflow-wrap:anywhere; min-width:0; } dl dl { grid-column:1/-1; margin-left:1rem; }
+dl { display:grid; grid-template-columns:minmax(9rem,max-content) 1fr; gap:.15rem 1rem; margin:.4rem 0;
+  font-size:.92rem; }
+dt { color:var(--faint); } dd { margin:0; overflow-wrap:anywhere; min-width:0; } dl dl { grid-column:1/-1;
+  margin-left:1rem; }
 @media (max-width:560px) { dl { grid-template-columns:1fr; } dd { margin-bottom:.4rem; } }
 """
 
 
-_COMPARABLE = "A measurement is comparable with this one only if all of this is the same (manifest.json beside this file)."
+_COMPARABLE = "A measurement is comparable with this one only if all of this is the same (see manifest.json)."
 
 
 def render_html(report: Report) -> str:
@@ -135,7 +148,10 @@ def _curves(report: Report) -> str:
             plots.append(f'<div class="plot">{svg}</div>')
     if not plots:
         return ""
-    note = "Dashed: the teacher, over as many pictures as in the table. A curve drawn over fewer pictures is biased."
+    note = (
+        "Dashed: the teacher, on the pictures of the table. val/ curves are drawn over the smaller "
+        "validation set, which raises a Fréchet distance; test/ is the evaluation of the table."
+    )
     return f'<h2>Curves</h2><p class="faint">{note}</p><div class="plots">{"".join(plots)}</div>'
 
 

@@ -19,14 +19,10 @@ from callbacks.teacher import PROTOCOL, Teacher
 from lightning_modules.errors import UserError
 
 
-class _Pictures(Callback, ABC):
+class Pictures(Callback, ABC):
     """Draws something every now and then: when and with which prompts and seeds, common to grids and views.
 
-    Args:
-        prompts: what to draw (default: the first captions of the evaluation).
-        num_images: how many prompts to take where ``prompts`` is not given.
-        seed: the picture of prompt i is drawn from seed ``seed + i``.
-        every_n_steps: student updates between drawings; None draws after each validation.
+    Its arguments are those of SampleGrid.
     """
 
     stem = ""
@@ -55,25 +51,26 @@ class _Pictures(Callback, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw where the student starts from."""
-        self._draw_once(trainer, pl_module)
+        self.draw_once(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw if it is time."""
         if self.every_n_steps is not None and as_student(pl_module).student_steps % self.every_n_steps == 0:
-            self._draw_once(trainer, pl_module)
+            self.draw_once(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw unless drawings have a rhythm of their own."""
         if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draw_once(trainer, pl_module)
+            self.draw_once(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw where the student has got to."""
-        self._draw_once(trainer, pl_module)
+        self.draw_once(trainer, pl_module)
 
-    def _draw_once(self, trainer: Trainer, module: LightningModule) -> None:
+    def draw_once(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw, save and send to the loggers, unless it was done at this step. Collective."""
         step = as_student(module).student_steps
         if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -89,13 +86,15 @@ class _Pictures(Callback, ABC):
         """The sheet at this step."""
 
 
-class SampleGrid(_Pictures):
-    """``samples/step_<n>.png``: the student's one step beside the teacher's many, for the same prompts and seeds.
+class SampleGrid(Pictures):
+    """``samples/step_<n>.png``: the student's one step beside the teacher's many, same prompts and seeds.
 
     Args:
-        prompts, num_images, seed, every_n_steps: what to draw and when: a list of prompts or the first ``num_images``
-            evaluation captions; every so many student updates, or (None) after each validation, and always at the
-            start and at the end.
+        prompts: what to draw (default: the first captions of the evaluation).
+        num_images: how many prompts to take where ``prompts`` is not given.
+        seed: the picture of prompt i is drawn from seed ``seed + i``.
+        every_n_steps: student updates between drawings; None draws after each validation. Start and end
+            are always drawn.
         teacher_steps: DDIM steps of the teacher; its pictures are made once and cached.
         teacher_guidance: guidance scale of the teacher.
     """
@@ -131,8 +130,10 @@ class SampleGrid(_Pictures):
         path = as_student(module).parts.path
         teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
         cache, key = ResultCache(), {
-            "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds, "protocol": PROTOCOL,
-            "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance, "precision": str(trainer.precision),
+            "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds,
+            "protocol": PROTOCOL,
+            "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance,
+            "precision": str(trainer.precision),
         }  # fmt: skip
         entry = cache.get("teacher-samples", key)
         if entry is not None:
@@ -143,7 +144,7 @@ class SampleGrid(_Pictures):
         return pixels.float() / 255
 
 
-class ScoreViews(_Pictures):
+class ScoreViews(Pictures):
     """``samples/score_views_step_<n>.png``: what student, teacher and fake score each see as x0.
 
     Args:
@@ -155,13 +156,13 @@ class ScoreViews(_Pictures):
     def draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
         """The three views, side by side."""
         prompts, seeds = self.prompts_and_seeds(trainer)
-        with evaluating(trainer, module):
+        with evaluating(trainer, module, own_weights=True):
             views = as_student(module).score_views(prompts, seeds)
         return labelled_grid({name: images.cpu() for name, images in views.items()}, prompts, columns=3)
 
 
 def send_to_loggers(trainer: Trainer, tag: str, image: Image.Image, step: int) -> None:
-    """Hand a picture to every logger that takes pictures (TensorBoard; those with ``log_image``, as W&B's)."""
+    """Hand a picture to every logger that takes them (TensorBoard; those with ``log_image``, as W&B's)."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             array = torch.from_numpy(np.array(image))

@@ -1,7 +1,7 @@
-"""What the evaluating callbacks ask of the module they watch, and how they run it outside of Lightning's loops."""
+"""What the evaluating callbacks ask of the module they watch, and how they run it outside of the loops."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,7 +23,7 @@ class Parts(Protocol):
 
 
 class Student(Protocol):
-    """A distillation module, as the callbacks see it."""
+    """A distillation module, as the callbacks see it; ``score_views`` takes the evaluation weights itself."""
 
     generator: Generator
     parts: Parts
@@ -41,8 +41,9 @@ def as_student(module: LightningModule) -> Student:
 
 
 @contextmanager
-def evaluating(trainer: Trainer, module: LightningModule) -> Iterator[str]:
-    """Evaluation weights, evaluation mode, no gradients, the run's precision; yields "ema" or "online".
+def evaluating(trainer: Trainer, module: LightningModule, own_weights: bool = False) -> Iterator[str]:
+    """Evaluation mode, no gradients, the run's precision and, unless the module sees to them itself
+    (``own_weights``), the evaluation weights; yields "ema", "online" or, for own weights, "".
 
     Moves the module to the run's device first: when ``on_fit_end`` comes, Lightning has moved it to the CPU.
     """
@@ -50,11 +51,8 @@ def evaluating(trainer: Trainer, module: LightningModule) -> Iterator[str]:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with (
-            torch.no_grad(),
-            trainer.precision_plugin.forward_context(),
-            as_student(module).evaluation_weights() as name,
-        ):
+        weights = nullcontext("") if own_weights else as_student(module).evaluation_weights()
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), weights as name:
             yield name
     finally:
         for part, training in modes.items():

@@ -48,7 +48,7 @@ class Teacher:
 
     @property
     def rows(self) -> dict[str, tuple[Generate, dict[str, Any]]]:
-        """Name of each row, how its pictures are drawn, and the settings that belong in keys and manifests."""
+        """Name of each row, how its pictures are drawn, and the settings that belong in cache keys."""
         guided = {"sampler": "ddim", "steps": self.steps, "guidance_scale": self.guidance_scale}
         single = {"sampler": "one_step", "steps": 1, "guidance_scale": 1.0, "start_timestep": "last"}
         return {f"steps_{self.steps}": (self.multistep, guided), "steps_1": (self.one_step, single)}
@@ -91,10 +91,10 @@ def teacher_metrics(
     precision: str = "32-true",
     show_progress: bool = True,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, from the cache or measured now. Collective.
+    """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, cached or measured now. Collective.
 
-    A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the metric
-    depends on are the same, by content.
+    A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the
+    metric depends on are the same, by content.
     """
     rank, _ = rank_and_world_size()
     rows = {}
@@ -111,8 +111,10 @@ def teacher_metrics(
         results = from_rank_zero(_cached(cache, row, keys) if rank == 0 else None)
         missing = [metric for metric in metrics if metric.name not in results]
         if missing:
-            label = f"teacher, {row.removeprefix('steps_')} step(s)" if show_progress else None
-            fresh = evaluate_model(generate, captions, missing, batch_size, seeds, label)
+            label = "teacher, 1 step" if row == "steps_1" else f"teacher, {teacher.steps} steps"
+            fresh = evaluate_model(
+                generate, captions, missing, batch_size, seeds, label if show_progress else None
+            )
             if rank == 0:
                 for name, result in fresh.items():
                     cache.put(_kind(row, name), keys[name], result)

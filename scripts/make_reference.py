@@ -16,10 +16,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from callbacks.metrics.clip_features import ClipExtractor
-from callbacks.metrics.reference import compute_reference
-from datamodules.pictures import EvaluationPictures
-from lightning_modules.errors import UserError
+from callbacks.metrics.clip_features import ClipExtractor  # noqa: E402
+from callbacks.metrics.reference import compute_reference  # noqa: E402
+from datamodules.pictures import EvaluationPictures  # noqa: E402
+from lightning_modules.errors import UserError  # noqa: E402
 
 
 def main() -> int:
@@ -47,9 +47,8 @@ def main() -> int:
     statistics.save(arguments.output)
     if arguments.captions:
         Path(arguments.captions).write_text("\n".join(pictures.captions) + "\n", encoding="utf-8")
-    print(
-        f"{arguments.output}: {statistics.num_images} pictures, {extractor.width} features, {statistics.content_hash}"
-    )
+    print(f"{arguments.output}: {statistics.num_images} pictures, {extractor.width} features")
+    print(f"content hash {statistics.content_hash}")
     return 0
 
 

@@ -14,9 +14,10 @@ from lightning_modules.errors import UserError
 class ImageMetric(Metric):
     """A torchmetrics object fed with pictures and their prompts.
 
-    A subclass sets ``name`` (the stable name in reports and logs), ``version`` (raised when the number changes
-    meaning), adds its states in ``setup_states`` and implements ``_add``, ``_value`` and, if it has more to tell,
-    ``details``. States are sums with ``dist_reduce_fx="sum"``, so every sample counts once on any number of processes.
+    A subclass sets ``name`` (the stable name in reports and logs), ``version`` (raised when the number
+    changes meaning), adds its states in ``setup_states`` and implements ``_add``, ``_value`` and, if it has
+    more to tell, ``details``. States are sums with ``dist_reduce_fx="sum"``, so every sample counts once on
+    any number of processes.
     """
 
     full_state_update = False

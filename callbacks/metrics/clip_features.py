@@ -1,7 +1,7 @@
-"""Image and text features of a CLIP folder in transformers format: the eyes of ``frechet_distance`` and ``clip_score``.
+"""Image and text features of a CLIP folder: the eyes of ``frechet_distance`` and ``clip_score``.
 
-Pictures are judged as the 8-bit files a user would save, so that a folder of PNGs and the tensors they were saved
-from score the same.
+Pictures are judged as the 8-bit files a user would save, so that a folder of PNGs and the tensors they were
+saved from score the same.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ _INTERPOLATION = {
 
 
 class ClipPreprocessing:
-    """What the folder's ``AutoImageProcessor`` does (resize, centre crop, rescale, normalise), on batches of tensors.
+    """What the folder's ``AutoImageProcessor`` does (resize, crop, rescale, normalise), on tensors.
 
     Args:
         settings: the processor's ``to_dict()``.

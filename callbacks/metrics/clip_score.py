@@ -1,4 +1,7 @@
-"""CLIP score: how well a picture fits its prompt (Hessel et al. 2021, without its factor 2.5 and its clamp)."""
+"""CLIP score: how well a picture fits its prompt.
+
+Hessel et al. 2021, without its factor 2.5 and without its clamp at zero.
+"""
 
 from typing import Any
 
@@ -19,6 +22,7 @@ class ClipScore(ImageMetric):
     count: Tensor
 
     def setup_states(self, width: int) -> None:
+        """Sum of cosines, and their number."""
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 

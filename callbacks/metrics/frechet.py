@@ -1,5 +1,6 @@
-"""Frechet distance between two Gaussians fitted to image features (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
+"""Frechet distance between two Gaussians fitted to image features.
 
+Dowson and Landau 1982; Heusel et al. 2017 (FID), equation 6.
 With any network but Inception it is called ``frechet_distance``, never FID.
 """
 
@@ -22,9 +23,10 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
         mean1, mean2: [D]; covariance1, covariance2: [D, D], symmetric and positive semi-definite.
     """
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
-    # d^2 = |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))                                  Heusel et al. 2017, eq. 6
-    # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), so the trace of the root needs no matrix root
-    # of a non-symmetric matrix and has no imaginary part. Rounding can put a zero eigenvalue a little below zero.
+    # d^2 = |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))           Heusel et al. 2017, eq. 6
+    # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), so the trace of the root needs no
+    # matrix root of a non-symmetric matrix and has no imaginary part. Rounding can put a zero eigenvalue a
+    # little below zero.
     values, vectors = torch.linalg.eigh(covariance1)
     root1 = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     product = root1 @ covariance2 @ root1
@@ -50,6 +52,7 @@ class FrechetDistance(ImageMetric):
     count: Tensor
 
     def setup_states(self, width: int) -> None:
+        """Sum and sum of outer products of the features, in float64, and their number."""
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -72,7 +75,7 @@ class FrechetDistance(ImageMetric):
         return reference
 
     def details(self) -> dict[str, Any]:
-        """The extractor and the reference, and a note when there are too few pictures for a level comparison."""
+        """The extractor and the reference, and a note when there are too few pictures for a fair one."""
         width, reference = self.extractor.width, self._reference
         details = super().details() | {
             "feature_width": width,

@@ -1,4 +1,4 @@
-"""Statistics of real pictures: mean and covariance of their features, with the hashes of what they came from."""
+"""Statistics of real pictures: mean and covariance of their features, and the hashes of their origin."""
 
 import hashlib
 import json
@@ -56,7 +56,8 @@ class ReferenceStatistics:
 
     Attributes:
         extractor: name of the network; ``extractor_hash``: SHA-256 of its folder.
-        captions_hash: SHA-256 of the captions of the pictures, in order; ``pictures_hash``: of their 8-bit values.
+        captions_hash: SHA-256 of the captions of the pictures, in order; ``pictures_hash``: of their 8-bit
+        values.
         preprocessing: crop and resize before the network.
         source: where the pictures come from, in words.
     """
@@ -111,7 +112,7 @@ class ReferenceStatistics:
                 words = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in ("mean", "covariance")}
             stored = words.pop("content_hash")
-            statistics = cls(**tensors, **(words | {"num_images": int(words["num_images"])}))  # type: ignore[arg-type]
+            statistics = cls(**tensors, **(words | {"num_images": int(words["num_images"])}))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{str(path)!r} holds no reference statistics: make them with scripts/make_reference.py"
@@ -130,8 +131,9 @@ class ReferenceStatistics:
         """
         if self.extractor_hash != extractor.content_hash:
             raise UserError(
-                f"the reference statistics were made with {self.extractor} ({self.extractor_hash[:12]}), the scoring CLIP "
-                f"{str(extractor.path)!r} is {extractor.content_hash[:12]}, so a distance between them means nothing: "
+                f"the reference statistics were made with {self.extractor} ({self.extractor_hash[:12]}), the "
+                f"scoring CLIP {str(extractor.path)!r} is {extractor.content_hash[:12]}, so a distance "
+                "means nothing: "
                 "use that CLIP, or make new statistics with scripts/make_reference.py"
             )
 

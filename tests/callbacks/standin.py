@@ -30,11 +30,15 @@ class StandIn(LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.student_steps = 0
         self.swapped = 0
+        self.is_swapped = False
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[str]:
+        assert not self.is_swapped  # an average can't be swapped in twice
         self.swapped += 1
+        self.is_swapped = True
         yield "ema"
+        self.is_swapped = False
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.student_steps += 1
@@ -44,12 +48,14 @@ class StandIn(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         seeds = [int(i) for i in batch["indices"]]
-        return batch | {"images": self.generator.images(batch["prompts"], seeds)}
+        with self.evaluation_weights():
+            return batch | {"images": self.generator.images(batch["prompts"], seeds)}
 
     test_step = validation_step
 
     def score_views(self, prompts: list[str], seeds: list[int]) -> dict[str, Tensor]:
-        images = self.generator.images(prompts, seeds)
+        with self.evaluation_weights():
+            images = self.generator.images(prompts, seeds)
         return {"student": images, "teacher x0": 1 - images, "fake score x0": images * 0.5}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

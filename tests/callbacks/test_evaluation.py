@@ -43,7 +43,8 @@ def evaluation(tiny_clip: Path, reference: str | None, **settings: Any) -> Evalu
 def trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
     defaults = {
         "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
-        "enable_checkpointing": False, "num_sanity_val_steps": 1, "val_check_interval": 2, "log_every_n_steps": 1,
+        "enable_checkpointing": False, "num_sanity_val_steps": 1, "val_check_interval": 2,
+        "log_every_n_steps": 1,
         "check_val_every_n_epoch": None, "logger": MetricsCSV(folder), "default_root_dir": folder,
     }  # fmt: skip
     return L.Trainer(callbacks=list(callbacks), **(defaults | settings))
@@ -93,7 +94,8 @@ def test_final_results_hold_student_and_teacher(fitted: Fitted, tiny_clip: Path)
         assert many[name]["value"] != pytest.approx(final.metrics[name]["value"], rel=1e-3)
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("test/frechet_distance")]
-    assert len(rows) == 1 and float(rows[0]["test/clip_score"]) == pytest.approx(final.metrics["clip_score"]["value"])
+    assert len(rows) == 1
+    assert float(rows[0]["test/clip_score"]) == pytest.approx(final.metrics["clip_score"]["value"])
 
 
 def test_manifest_says_what_to_keep_the_same(fitted: Fitted) -> None:
@@ -133,7 +135,8 @@ def test_teacher_is_measured_once(
     assert first.final is not None and second.final is not None
     for row, results in first.final.teacher_metrics.items():
         assert results["clip_score"] == second.final.teacher_metrics[row]["clip_score"]
-        assert results["milliseconds_per_image"] != second.final.teacher_metrics[row]["milliseconds_per_image"]
+        again = second.final.teacher_metrics[row]["milliseconds_per_image"]
+        assert results["milliseconds_per_image"] != again
     run(teacher_guidance=2.0)
     assert len(counted) == 1  # the single step has no guidance
     run(seed=100)
@@ -169,7 +172,9 @@ def test_test_stage_logs_under_test(tiny_sd: Path, tiny_clip: Path, reference: s
     assert set(values) == {"test/frechet_distance", "test/clip_score"}
 
 
-def test_other_captions_are_not_comparable(tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path) -> None:
+def test_other_captions_are_not_comparable(
+    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path
+) -> None:
     callback = evaluation(tiny_clip, reference, teacher_rows=False)
     run = trainer(tmp_path, callback, max_steps=1, limit_val_batches=0)
     with pytest.warns(UserWarning, match="not comparable"):
