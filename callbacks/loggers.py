@@ -152,7 +152,8 @@ class StepAxis(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Values of a validation after n updates stand at n."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            pl_module.log("step", float(trainer.global_step), batch_size=1)
+            # the same on all processes; reduced only because Lightning warns about values that are not
+            pl_module.log("step", float(trainer.global_step), batch_size=1, sync_dist=True, reduce_fx="max")
 
 
 def run_loggers(folder: Path, resume_step: int | None, command: str = "fit") -> list[Logger]:

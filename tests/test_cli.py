@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
 from lightning_modules.errors import UserError
@@ -171,6 +172,8 @@ def test_resume_after_a_crash_inside_a_step(module: str, fit: Callable[..., Path
     assert fit(*options, "--ckpt_path", "last") == broken
     assert_same(weights(broken), weights(whole))
     assert rows(broken) == rows(whole)
+    board = EventAccumulator(str(broken)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_best_checkpoint_continues_exactly_too(fit: Callable[..., Path]) -> None:
@@ -258,6 +261,15 @@ def test_test_command_reads_a_checkpoint_and_leaves_the_training_curves(fit: Cal
     assert (run / "config.yaml").read_text() == config
     measured = float(rows(run, "metrics_test.csv")[-1]["val/frechet_distance"])
     assert measured == pytest.approx(float(table[3]["val/frechet_distance"]), rel=1e-6)
+
+
+def test_loggers_of_the_config_come_in_addition(fit: Callable[..., Path], tmp_path: Path) -> None:
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "more"))
+    run = fit("--trainer.max_steps", "2", *logger)
+    assert [row["step"] for row in rows(run)] == ["1", "2"]
+    assert list((tmp_path / "more").rglob("metrics.csv"))
+    silent = fit("--trainer.max_steps", "2", "--trainer.logger", "false")
+    assert sorted(path.name for path in silent.iterdir()) == ["checkpoints", "config.yaml"]
 
 
 def test_fast_dev_run_leaves_nothing(fit: Callable[..., Path], tmp_path: Path) -> None:
