@@ -111,7 +111,7 @@ class _Frame:
         x_ticks = _ticks(min(xs), max(xs), 5, whole=True)
         if logarithmic:
             first, last = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
-            y_ticks = [10.0**k for k in range(first, last + 1, max(1, (last - first) // 5))]
+            y_ticks = [10.0**k for k in range(first, last + 1, max(1, -(-(last - first) // 5)))]
         else:
             y_ticks = _ticks(min(ys), max(ys), 5)
         return cls(*_range(xs, x_ticks), *_range(ys, y_ticks), x_ticks, y_ticks, logarithmic)
@@ -197,5 +197,5 @@ def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[flo
 
 def _number(value: float) -> str:
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e+")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e+")
     return f"{round(value, 4):,.10g}"

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_modules.errors import UserError
+
 
 class Generator(Protocol):
     """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt, from one seed for each."""
@@ -60,6 +62,16 @@ def evaluating(trainer: Trainer, module: LightningModule, own_weights: bool = Fa
 
 
 def evaluation_captions(trainer: Trainer) -> list[str]:
-    """All evaluation captions of the run's data module, of which validation uses the first ones."""
+    """All evaluation captions of the run's data module, of which validation uses the first ones.
+
+    Raises:
+        UserError: the run has no data module with ``eval_captions``.
+    """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return list(data.eval_captions)
+    captions = getattr(data, "eval_captions", None)
+    if not isinstance(captions, list) or not captions:
+        raise UserError(
+            f"the run's data module ({type(data).__name__}) has no list `eval_captions` to evaluate on: "
+            "use datamodules.prompts.PromptDataModule, or give yours that attribute"
+        )
+    return captions

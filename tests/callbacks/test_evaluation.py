@@ -190,6 +190,10 @@ def test_mistakes_are_named_before_training(tiny_sd: Path, tiny_clip: Path, tmp_
     ]:
         with pytest.raises(UserError, match=message):
             trainer(tmp_path, callback).fit(StandIn(tiny_sd), StandInData())
+    data = StandInData()
+    del data.eval_captions
+    with pytest.raises(UserError, match="StandInData.*eval_captions"):
+        trainer(tmp_path, evaluation(tiny_clip, None)).fit(StandIn(tiny_sd), data)
     with pytest.raises(UserError, match="batch_size is 0"):
         evaluation(tiny_clip, None, batch_size=0)
     with pytest.raises(UserError, match="twice"):

@@ -214,6 +214,14 @@ def test_every_curve_has_axes(values: list[tuple[float, float]]) -> None:
     assert all(0 <= n <= 460 for n in numbers)
 
 
+def test_wide_ranges_get_powers_of_ten() -> None:
+    svg = line_plot("x", [Series("x", [(0.0, 1e-4), (1.0, 1e-2), (2.0, 1.0)])])
+    assert "x (log)" in svg and ">1e-4<" in svg and ">1<" in svg
+    heights = [y for _, y in points_of(svg)]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+    assert "(log)" not in line_plot("x", [Series("x", [(0.0, 0.0), (1.0, 1e4)])])
+
+
 def test_groups() -> None:
     names = ["val/fid", "test/fid", "train/loss", "train/norm/a", "train/norm/b", "norm/a", "norm/b", "lr"]
     groups = grouped({name: Series(name) for name in names})
