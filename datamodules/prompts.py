@@ -200,6 +200,7 @@ class PromptDataModule(LightningDataModule):
                 f"data.eval_size is {eval_size} but data.eval_captions has {len(captions)} captions; "
                 "add captions, lower data.eval_size, or set it to null for all of them"
             )
+        self.eval_captions = captions
         self.eval_prompts = captions[:eval_size]
         self.batch_size = batch_size
         self._micro_batch_size = micro_batch_size

@@ -1,0 +1,28 @@
+"""Write the bundled caption files from the object names of the emoji artwork.
+
+    python scripts/make_captions.py     # after scripts/fetch_emoji.py
+
+``assets/captions.txt``: training captions, four of each picture that is not held out, without repeats.
+``assets/eval_captions.txt``: the captions of the 1,024 held-out evaluation pictures, in their order.
+"""
+
+import random
+from pathlib import Path
+
+from datamodules.pictures import EmojiPictures, EvaluationPictures, caption
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def main() -> None:
+    rng = random.Random("captions")
+    training = {caption(key, rng): None for key in EmojiPictures().keys("a", "b") for _ in range(4)}
+    captions = list(training)
+    rng.shuffle(captions)
+    for name, lines in {"captions.txt": captions, "eval_captions.txt": EvaluationPictures().captions}.items():
+        (ASSETS / name).write_text("".join(f"{line}\n" for line in lines))
+        print(f"{len(lines):6d} captions -> assets/{name}")
+
+
+if __name__ == "__main__":
+    main()
