@@ -23,13 +23,21 @@ VERSION = "16.0.0"
 STYLES = {"noto": "google", "twemoji": "twitter"}
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink")
 # Names that would not tell a reader what the picture shows.
-PLAIN_NAMES = {"hocho": "kitchen knife", "cooking": "fried egg", "steaming bowl": "noodle bowl", "feet": "paw prints"}
+PLAIN_NAMES = {
+    "hocho": "kitchen knife",
+    "cooking": "fried egg",
+    "steaming bowl": "noodle bowl",
+    "feet": "paw prints",
+}
 
 
 def fetch(output: Path) -> list[dict[str, str]]:
     """Download both packages and write the pictures that both styles have. Returns the index of objects."""
     with tempfile.TemporaryDirectory() as temporary:
-        archives = {style: _download(f"emoji-datasource-{name}@{VERSION}", Path(temporary)) for style, name in STYLES.items()}
+        archives = {
+            style: _download(f"emoji-datasource-{name}@{VERSION}", Path(temporary))
+            for style, name in STYLES.items()
+        }
         index = json.loads(_read(archives["noto"], "package/emoji.json"))
         objects = []
         for entry in index:
@@ -64,8 +72,12 @@ def _read(archive: Path, member: str) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("data/emoji"), help="folder to write (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/emoji"), help="folder to write (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     objects = fetch(arguments.output)
     print(f"{len(objects)} objects in {len(STYLES)} styles -> {arguments.output}")
