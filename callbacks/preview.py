@@ -1,6 +1,6 @@
 """Pictures of what a model under pretraining has learnt so far."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torchvision.utils import save_image
@@ -22,4 +22,4 @@ class Preview(L.Callback):
         if trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero:
             folder = run_dir(trainer) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            save_image(module.preview(), folder / f"step_{trainer.global_step}.png", nrow=8)
+            save_image(cast(Any, module).preview(), folder / f"step_{trainer.global_step}.png", nrow=8)

@@ -32,6 +32,11 @@ class StepProgressBar(ProgressBar):
         self._train_bar: tqdm[Any] | None = None
         self._side_bar: tqdm[Any] | None = None
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether it draws; `LightningModule.print` asks."""
+        return self._enabled
+
     def disable(self) -> None:
         """Draw nothing (Lightning calls it on all processes but the first)."""
         self._enabled = False

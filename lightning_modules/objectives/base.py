@@ -78,6 +78,9 @@ class Objective(nn.Module, ABC):
     def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
         """Loss terms of the fake score's turn; ``sample.x0`` is detached."""
 
+    def check_schedule(self, schedule: NoiseSchedule) -> None:  # noqa: B027 - optional
+        """Raise ValueError if the settings do not fit the teacher's schedule; called before training."""
+
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer parameter groups of networks the objective owns (a discriminator …); none by default."""
         return []

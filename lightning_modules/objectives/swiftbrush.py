@@ -52,7 +52,8 @@ class SwiftBrush(Objective):
         dropout_per_sample: decide per sample rather than once for the global batch.
 
     Raises:
-        ValueError: on timesteps or a probability out of range (``max_timestep`` past the schedule: at use).
+        ValueError: on timesteps or a probability out of range (``max_timestep`` past the schedule:
+            in ``check_schedule`` and at use).
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SwiftBrush(Objective):
 
     def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
         """``{"vsd": ½ MSE(x̂, sg[x̂ − g])}``: gradient g / numel at ``sample.x0``, value mean(g²) / 2."""
-        self._check_range(scores.schedule)
+        self.check_schedule(scores.schedule)
         x0 = at_least_float32(sample.x0)
         kappa = self.guidance.draw(random)
         with torch.no_grad():
@@ -123,7 +124,8 @@ class SwiftBrush(Objective):
         self.diagnostics["dropped_prompts"] = float(drop)
         return condition.without_text() if drop else condition
 
-    def _check_range(self, schedule: NoiseSchedule) -> None:
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raise ValueError if ``max_timestep`` lies past the schedule."""
         if self.student_timesteps.high > schedule.num_timesteps:
             raise ValueError(
                 f"max_timestep is {self.student_timesteps.high}, but the teacher's schedule has only "

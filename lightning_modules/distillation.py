@@ -1,0 +1,298 @@
+"""The LightningModule that distils a multi-step teacher into a one-step student."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
+from lightning_modules.errors import UserError
+from lightning_modules.generator import OneStepGenerator, make_generator
+from lightning_modules.memory import Part, memory_by_part
+from lightning_modules.networks.attention import fast_attention
+from lightning_modules.networks.ema import StudentEMA
+from lightning_modules.networks.frozen import hide_from_state_dict
+from lightning_modules.networks.loading import load_parts, noise_schedule
+from lightning_modules.networks.roles import LoraSettings, ScoreModels
+from lightning_modules.networks.student import architecture
+from lightning_modules.objectives.base import Objective, StudentSample
+from lightning_modules.optimization import RoleOptimization
+from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
+
+Batch = dict[str, Any]
+COUNTERS = ("student_steps", "fake_score_steps", "skipped_updates")
+
+
+class OneStepDistillation(L.LightningModule):
+    """Student, frozen teacher and fake score (LoRA teacher), trained in turn by two optimizers.
+
+    One training step is one student update on the global batch, then one fake-score update on the same
+    samples. ``global_step`` counts student updates. Nothing but prompts goes in.
+
+    Args:
+        objective: the method; see ``lightning_modules/objectives``.
+        student: optimization of the student.
+        fake_score: optimization of the fake score and of networks that the objective owns.
+        teacher: diffusers folder or hub name; relative paths also from the repository.
+        start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
+            errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
+        lora: adapter of the fake score on the teacher's weights; null makes the fake score a full copy.
+        ema_decay: largest decay of the student's moving average; null for none.
+        gradient_checkpointing: recompute the student's activations in the backward pass, to save memory.
+        seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
+        max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        student: RoleOptimization,
+        fake_score: RoleOptimization,
+        teacher: str = "assets/emoji-sd",
+        start_timestep: int = 999,
+        lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - read only
+        ema_decay: float | None = 0.9999,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+        max_skipped_updates: int = 20,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters(ignore=["objective", "student", "fake_score", "lora"])
+        self.objective = objective
+        self.student_optimization, self.fake_score_optimization = student, fake_score
+        self.teacher_path, self.start_timestep, self.lora = teacher, start_timestep, lora
+        self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
+        self.seed, self.max_skipped_updates = seed, max_skipped_updates
+        self.student_steps = self.fake_score_steps = self.skipped_updates = 0
+        self._skipped_in_a_row = {"student": 0, "fake_score": 0}
+        self._numbers: dict[str, Tensor] = {}
+        self.student: nn.Module | None = None
+        self.ema: StudentEMA | None = None
+
+    # --- construction ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings of the Trainer that two optimizers can't be trained with (`check_trainer`)."""
+        check_trainer(self.trainer)
+
+    def configure_model(self) -> None:
+        """Load the teacher and build the other roles from it, once; Lightning calls this in every stage.
+
+        Raises:
+            UserError: the teacher can't be used, or the objective's settings don't fit its schedule.
+        """
+        if self.student is not None:
+            return
+        self.parts = load_parts(self.teacher_path)
+        schedule = noise_schedule(self.parts.scheduler)
+        try:
+            self.objective.check_schedule(schedule)
+        except ValueError as error:
+            name = type(self.objective).__name__
+            raise UserError(f"the objective {name} does not fit {self.parts.path}: {error}") from error
+        student = copy.deepcopy(self.parts.unet).requires_grad_(True).train()  # before the adapter goes in
+        if self.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
+        self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
+        hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
+        self.student = student
+        self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
+        cast_frozen([self.scores, self.generator], frozen_dtype(self._trainer))
+
+    def configure_optimizers(self) -> Any:
+        assert self.student is not None
+        steps = int(self.trainer.max_steps)
+        fake_groups = [{"params": self.scores.fake_parameters()}, *self.objective.extra_parameter_groups()]
+        student, schedule = self.student_optimization.build([{"params": [*self.student.parameters()]}], steps)
+        fake, fake_schedule = self.fake_score_optimization.build(fake_groups, steps)
+        schedules = {"student": schedule, "fake_score": fake_schedule}
+        named = [{"scheduler": item, "name": f"learning_rate/{role}"} for role, item in schedules.items()]
+        return [student, fake], named
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Student turn, then fake-score turn on the same samples (SwiftBrush, arXiv 2312.05239, algorithm 1).
+
+        A skipped student update is no step: neither counters nor learning rates move.
+        """
+        student_optimizer, fake_optimizer = self.optimizers()  # type: ignore[attr-defined]
+        # Lightning counts every optimizer's steps in global_step; only the student's are to count.
+        fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
+        step = self.student_steps
+        self._numbers.clear()
+        with fast_attention(self.device):
+            samples = [self._student_turn(part, step) for part in self._micro_batches(batch)]
+            if updated := self._update(student_optimizer, self.student_optimization, "student"):
+                self.student_steps += 1
+                if self.ema is not None:
+                    self.ema.update()
+            for sample in samples:
+                self._fake_score_turn(*sample)
+            if self._update(fake_optimizer, self.fake_score_optimization, "fake_score"):
+                self.fake_score_steps += 1
+        for schedule in self.lr_schedulers() if updated else ():  # type: ignore[union-attr]
+            schedule.step()
+        self._log_numbers()
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[list[str], Tensor, float]]:
+        """Parts (prompts, places in the global batch, share of this process's batch) that fit into memory."""
+        prompts, indices = batch["prompts"], batch["indices"]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        size = getattr(data, "micro_batch_size", None) or len(prompts)
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            yield prompts[part], indices[part], len(prompts[part]) / len(prompts)
+
+    def _student_turn(
+        self, part: tuple[list[str], Tensor, float], step: int
+    ) -> tuple[StudentSample, StepRandom, float]:
+        """Draw samples, have them judged and backpropagate into the student; returns them detached."""
+        prompts, indices, share = part
+        random = StepRandom(self.seed, step, indices, self.device)
+        condition = self.generator.prompt_encoder.encode(prompts)
+        x0 = self.generator.latents(random.normal("start", self.generator.latent_shape), condition)
+        # The terms are differentiated at the student's output first: that yields the norm of each term's
+        # gradient, and whatever the objective did inside reaches no other weight.
+        leaf = x0.detach().requires_grad_()
+        sample = StudentSample(leaf, condition)
+        terms = self._judge("student", sample, random, share)
+        gradient = torch.zeros_like(leaf)
+        for name, term in terms.items():
+            (part_gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
+            gradient += part_gradient
+            # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
+            self._note(f"gradient_at_output/{name}", part_gradient.norm() * len(leaf) ** 0.5, share)
+        del terms, sample  # and with them what they keep for backward passes
+        self.manual_backward(share * (x0 * gradient).sum())
+        self._note("latents/mean", leaf.mean(), share)
+        self._note("latents/std", leaf.std(), share)
+        return StudentSample(x0.detach(), condition), random, share
+
+    def _fake_score_turn(self, sample: StudentSample, random: StepRandom, share: float) -> None:
+        """Train the fake score, and networks of the objective, on detached samples."""
+        terms = self._judge("fake_score", sample, random, share)
+        self.manual_backward(share * torch.stack([*terms.values()]).sum())
+
+    def _judge(self, role: str, sample: StudentSample, random: StepRandom, share: float) -> dict[str, Tensor]:
+        """The objective's loss terms for one role, noted for the log together with its diagnostics."""
+        loss = self.objective.student_loss if role == "student" else self.objective.fake_score_loss
+        self.objective.diagnostics.clear()
+        terms = loss(sample, self.scores, random)
+        for name, value in terms.items():
+            self._note(f"train/{role}_{name}", value, share)
+        for name, number in self.objective.diagnostics.items():
+            is_count = name.startswith("nonfinite")  # counts are added up over all processes, not averaged
+            self._note(f"objective/{name}", number, self.trainer.world_size if is_count else share)
+        # A term that is not finite makes its gradient so: then every process skips the update.
+        return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
+
+    def _update(self, optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
+        """Clip and step; a non-finite gradient skips the update (on all processes alike, as it is averaged).
+
+        Raises:
+            UserError: too many updates in a row were skipped.
+        """
+        norm = optimization.clip(p for group in optimizer.param_groups for p in group["params"])
+        self._note(f"gradient_norm/{role}", norm)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+            self._skipped_in_a_row[role] = 0
+        else:
+            self.skipped_updates += 1
+            self._skipped_in_a_row[role] += 1
+        optimizer.zero_grad(set_to_none=True)
+        if (count := self._skipped_in_a_row[role]) >= self.max_skipped_updates:
+            raise UserError(
+                f"{count} updates of the {role} in a row, the last after step {self.student_steps}, had a "
+                "loss or gradient that is not finite: lower its learning rate or the guidance scale"
+            )
+        return finite
+
+    def _note(self, name: str, value: float | Tensor, share: float = 1.0) -> None:
+        """Keep a number of this step for the log; the shares of micro-batches are added up."""
+        number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() * share
+        self._numbers[name] = self._numbers[name] + number if name in self._numbers else number
+
+    def _log_numbers(self) -> None:
+        """Log what was noted in this step, averaged over the processes, and the counters."""
+        values = torch.stack([*self._numbers.values()])
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        for name, value in zip(self._numbers, values, strict=True):
+            self.log(name, value, prog_bar=name.startswith("train/"), batch_size=1)
+        self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[str]:
+        """The student with the weights that are judged: its moving average if there is one; yields which."""
+        if self.ema is None:
+            yield "online"
+            return
+        with self.ema.swapped():
+            yield "ema"
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Draw the pictures that all callbacks measure, once; the seed is the place of the prompt."""
+        with self.evaluation_weights():
+            images = self.generator.images(batch["prompts"], batch["indices"].tolist())
+        return {"images": images, **batch}
+
+    test_step = predict_step = validation_step
+
+    @torch.no_grad()
+    def score_views(self, prompts: list[str], seeds: list[int], at: float = 0.5) -> dict[str, Tensor]:
+        """Pictures [B, 3, H, W] in [0, 1] of what each role sees as x0: the student's sample, and what
+        teacher and fake score, unguided, make of it when noised to ``at`` times the schedule's length."""
+        schedule, condition = self.scores.schedule, self.generator.prompt_encoder.encode(prompts)
+        with self.evaluation_weights():
+            x0 = self.generator.latents(self.generator.noise(seeds), condition)
+        t = torch.full((len(x0),), int(at * schedule.num_timesteps), device=x0.device)
+        noise = seeded_noise([seed + 1_000_000 for seed in seeds], x0.shape[1:], x0.device)
+        x_t = schedule.add_noise(x0, noise, t)
+        views = {
+            "student": x0,
+            "teacher x0": self.scores.teacher(x_t, t, condition).x0,
+            "fake score x0": self.scores.fake_score(x_t, t, condition).x0,
+        }
+        return {name: self.generator.decoder.decode(latents) for name, latents in views.items()}
+
+    def memory_parts(self) -> dict[str, Part]:
+        """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""
+        return memory_by_part(self)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the moving average, the counters and what generate and export need to rebuild the student."""
+        assert self.student is not None
+        checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
+        checkpoint["counters"] = {name: getattr(self, name) for name in COUNTERS}
+        checkpoint["one_step"] = {
+            "teacher": self.teacher_path,
+            "start_timestep": self.start_timestep,
+            "architecture": architecture(self.student),
+            "weights": self.ema is not None,
+            "student_steps": self.student_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over average and counters; without an average in the checkpoint it starts from its weights."""
+        for name, value in checkpoint.get("counters", {}).items():
+            setattr(self, name, value)
+        if self.ema is None:
+            return
+        if checkpoint.get("ema"):
+            self.ema.load_state_dict(checkpoint["ema"])
+        else:
+            student = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items()}
+            self.ema.shadow = {name: student[name].float().clone() for name in self.ema.shadow}

@@ -1,0 +1,70 @@
+"""How one role (student or fake score) is optimized."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from lightning.pytorch.cli import OptimizerCallable
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_modules.errors import UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class RoleOptimization:
+    """Optimizer, learning-rate schedule and gradient clipping of one role.
+
+    Attributes:
+        optimizer: class and settings of the optimizer.
+        schedule: ``constant``, ``linear`` or ``cosine``; the last two fall to zero at ``trainer.max_steps``.
+        warmup_steps: student updates over which the learning rate rises linearly from zero.
+        clip_norm: largest gradient norm of the role; null for no clipping.
+    """
+
+    optimizer: OptimizerCallable
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.warmup_steps < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise UserError(
+                f"warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: the first must not be "
+                "negative, the second must be positive or null"
+            )
+
+    def build(self, groups: list[dict[str, Any]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """Optimizer of these parameter groups and the schedule that is stepped once per student update.
+
+        Raises:
+            UserError: the schedule needs a number of steps and there is none.
+        """
+        if self.schedule != "constant" and max_steps <= 0:
+            raise UserError(f"the {self.schedule} schedule needs trainer.max_steps: it falls to zero there")
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        optimizer = self.optimizer(groups)
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max_steps
+        )
+        return optimizer, schedule
+
+    def state_values_per_weight(self) -> float:
+        """How many values the optimizer keeps for each weight (Adam 2), seen by a step on a small matrix."""
+        weight = torch.nn.Parameter(torch.zeros(16, 16))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = self.optimizer([{"params": [weight]}])
+        optimizer.step()
+        state = optimizer.state[weight].values()
+        kept = sum(value.numel() for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
+        return kept / weight.numel()
+
+    def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+        """Clip the gradients in place; returns their norm before, a scalar tensor."""
+        return torch.nn.utils.clip_grad_norm_(list(parameters), self.clip_norm or float("inf"))

@@ -1,0 +1,47 @@
+"""Which settings of the Trainer two optimizers in turn can be trained with."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_modules.errors import UserError
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse precisions that don't work, and let DDP expect weights that a turn leaves without gradient.
+
+    Raises:
+        UserError: a precision other than fp32 and bf16-mixed; DDP with a static graph.
+    """
+    precision = str(trainer.precision)
+    if precision not in ("32-true", "bf16-mixed"):
+        raise UserError(
+            f"trainer.precision is {precision}: use 32-true or bf16-mixed. fp16 needs one loss scaler per "
+            "optimizer, and x0 = (z - sigma eps) / alpha overflows it; trained weights are kept in float32."
+        )
+    if isinstance(trainer.strategy, DDPStrategy):
+        options = trainer.strategy._ddp_kwargs
+        if options.get("static_graph"):
+            raise UserError(
+                "trainer.strategy is DDP with static_graph, but student and fake score are trained in turn, "
+                "so the graph changes: leave static_graph out"
+            )
+        options["find_unused_parameters"] = True  # each turn leaves the weights of the other one unused
+
+
+def frozen_dtype(trainer: Trainer | None) -> torch.dtype:
+    """Type of weights that are not trained: bfloat16 where a bf16 run is on an accelerator, else float32."""
+    if trainer is None or str(trainer.precision) != "bf16-mixed":
+        return torch.float32
+    return torch.float32 if trainer.strategy.root_device.type == "cpu" else torch.bfloat16
+
+
+def cast_frozen(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Cast in place all floating-point parameters that require no gradient."""
+    for module in modules:
+        for parameter in module.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
