@@ -1,8 +1,9 @@
 """Captioned emoji pictures: what the bundled models are pretrained on and measured against.
 
-A *picture* is one object (375 of them) in one style (noto, twemoji) on one plain background (8 colours), 64x64 RGB.
-Every (object, background) pair whose hash falls in the held-out fifth is never trained on, in either style. The
-other pictures are split by hash into two disjoint halves ``a`` and ``b``, one for each of the two bundled CLIPs.
+A *picture* is one object (375 of them) in one style (noto, twemoji) on one plain background (8 colours), as
+64x64 RGB. Every (object, background) pair whose hash falls in the held-out fifth is never trained on, in
+either style. The other pictures are split by hash into two disjoint halves ``a`` and ``b``, one for each of
+the two bundled CLIPs.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ def _percent(*names: str) -> int:
 
 
 def caption(key: PictureKey, rng: random.Random) -> str:
-    """A caption of the picture: style and background are each left out in 30 % of the draws; word order varies."""
+    """A caption of the picture: style and background are each left out in 30 % of the draws; order varies."""
     style = f"{key.style} style" if rng.random() >= OMIT_PROBABILITY else ""
     background = f"on a {key.background} background" if rng.random() >= OMIT_PROBABILITY else ""
     article = "an" if key.object[0] in "aeiou" else "a"
@@ -82,10 +83,15 @@ class EmojiPictures:
     def __init__(self, data_dir: str = "data/emoji") -> None:
         index = Path(data_dir) / "objects.json"
         if not index.is_file():
-            raise UserError(f"no emoji artwork in {data_dir!r} ({index.name} is missing): run python scripts/fetch_emoji.py")
+            raise UserError(
+                f"no emoji artwork in {data_dir!r} ({index.name} is missing): "
+                "run python scripts/fetch_emoji.py"
+            )
         self.objects: list[str] = [item["name"] for item in json.loads(index.read_text())]
         self.artwork = {
-            (name, style): _rgba(Path(data_dir) / style / f"{name}.png") for name in self.objects for style in STYLES
+            (name, style): _rgba(Path(data_dir) / style / f"{name}.png")
+            for name in self.objects
+            for style in STYLES
         }
 
     def keys(self, *splits: str) -> list[PictureKey]:
@@ -96,7 +102,9 @@ class EmojiPictures:
     def composite(self, keys: list[PictureKey]) -> Tensor:
         """Pictures [B, 3, 64, 64], fp32 in [0, 1]."""
         rgba = torch.stack([self.artwork[key.object, key.style] for key in keys]).float() / 255
-        background = torch.tensor([BACKGROUNDS[key.background] for key in keys]).float()[:, :, None, None] / 255
+        background = (
+            torch.tensor([BACKGROUNDS[key.background] for key in keys]).float()[:, :, None, None] / 255
+        )
         alpha = rgba[:, 3:]
         return rgba[:, :3] * alpha + background * (1 - alpha)
 
@@ -110,7 +118,7 @@ def _rgba(path: Path) -> Tensor:
 class EvaluationPictures:
     """The held-out evaluation set: ``count`` real pictures, each with its caption, in a fixed order.
 
-    ``keys[i]``, ``captions[i]`` and ``picture(i)`` belong together. Captions and order depend on the names alone.
+    ``keys[i]``, ``captions[i]`` and picture i belong together. Captions and order depend on the names alone.
     """
 
     def __init__(self, data_dir: str = "data/emoji", count: int = 1024) -> None:
@@ -119,7 +127,9 @@ class EvaluationPictures:
         self.keys = self.source.keys("held_out")
         rng.shuffle(self.keys)
         if len(self.keys) < count:
-            raise UserError(f"only {len(self.keys)} held-out pictures in {data_dir!r}, {count} wanted: lower the count")
+            raise UserError(
+                f"only {len(self.keys)} held-out pictures in {data_dir!r}, {count} wanted: lower the count"
+            )
         self.keys = self.keys[:count]
         self.captions = [caption(key, rng) for key in self.keys]
 
@@ -134,7 +144,9 @@ class EvaluationPictures:
 class _PictureBatches(IterableDataset):
     """Batch ``k`` is a pure function of (seed, k), so a resumed run sees what an uninterrupted one would."""
 
-    def __init__(self, source: EmojiPictures, keys: list[PictureKey], batch_size: int, seed: int, first: int) -> None:
+    def __init__(
+        self, source: EmojiPictures, keys: list[PictureKey], batch_size: int, seed: int, first: int
+    ) -> None:
         self.source, self.keys, self.batch_size, self.seed, self.first = source, keys, batch_size, seed, first
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -157,12 +169,14 @@ class PictureDataModule(L.LightningDataModule):
 
     Args:
         data_dir: the folder that ``scripts/fetch_emoji.py`` wrote.
-        split: ``all`` trains on both halves, ``a`` or ``b`` on one of them; held-out pictures are never drawn.
+        split: ``all`` trains on both halves, ``a`` or ``b`` on one; held-out pictures are never drawn.
         batch_size: pictures per step.
         seed: of the draws of pictures and captions.
     """
 
-    def __init__(self, data_dir: str = "data/emoji", split: str = "all", batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, data_dir: str = "data/emoji", split: str = "all", batch_size: int = 64, seed: int = 0
+    ) -> None:
         super().__init__()
         if split not in ("all", "a", "b"):
             raise UserError(f"data.split is {split!r}: choose all, a or b")
@@ -174,4 +188,5 @@ class PictureDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.global_step if self.trainer else 0
-        return DataLoader(_PictureBatches(self.source, self.keys, self.batch_size, self.seed, first), batch_size=None)
+        batches = _PictureBatches(self.source, self.keys, self.batch_size, self.seed, first)
+        return DataLoader(batches, batch_size=None)

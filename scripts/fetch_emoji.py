@@ -7,8 +7,8 @@ The pictures come from two npm packages (``npm`` must be on the PATH) and are no
 * ``emoji-datasource-google``  - Noto Emoji, Apache License 2.0
 * ``emoji-datasource-twitter`` - Twemoji, CC-BY 4.0
 
-Writes ``<output>/{noto,twemoji}/<object name>.png`` (64x64 RGBA) and ``<output>/objects.json``: the object names,
-lower case, sorted, with the category of each.
+Writes ``<output>/{noto,twemoji}/<object name>.png`` (64x64 RGBA) and ``<output>/objects.json``: the object
+names, lower case, sorted, with the category of each.
 """
 
 import argparse

@@ -3,12 +3,13 @@
     python scripts/fetch_emoji.py
     PYTHONPATH=. python scripts/score_assets.py [--count 512] [--output outputs/scores]
 
-For real held-out pictures, the teacher (25 DDIM steps, guidance 4.5) and the shipped student (1 step), all judged by
-the scoring CLIP ``assets/emoji-clip``:
+For real held-out pictures, the teacher (25 DDIM steps, guidance 4.5) and the shipped student (1 step), all
+judged by the scoring CLIP ``assets/emoji-clip``:
 
 * retrieval R@1: how often a picture is closest to its own caption among 64;
-* object, style, background: zero-shot choice by CLIP of the object (among 375) and the style (among 2), the rest of the
-  description being given; background by the colour of the corners. Style and background only where the caption names it;
+* object, style, background: zero-shot choice by CLIP of the object (among 375) and the style (among 2), the
+  rest of the description being given; background by the colour of the corners. Style and background only
+  where the caption names it;
 * how often each style and background is drawn when the caption names neither.
 
 Also writes a picture of each (captions in the order of ``assets/eval_captions.txt``).
@@ -39,7 +40,7 @@ def normalized(features: Tensor) -> Tensor:
 
 
 def retrieval(images: Tensor, texts: Tensor) -> float:
-    """Share of pictures closest to their own caption among consecutive groups of 64; features [N, D], normalised."""
+    """Share of pictures closest to their own caption in groups of 64; features [N, D], normalised."""
     hits = [
         (a @ b.T).argmax(1) == torch.arange(GROUP) for a, b in zip(images.split(GROUP), texts.split(GROUP))
     ]
@@ -58,7 +59,7 @@ def background(images: Tensor) -> Tensor:
 def choice(
     features: Tensor, keys: list[PictureKey], field: str, options: list[str], clip: ClipExtractor
 ) -> Tensor:
-    """Whether each picture is closest, among full descriptions that differ in one field, to the true one [N]."""
+    """Whether each picture is closest to the true one of descriptions that differ in one field: [N]."""
     kinds = sorted({replace(key, **{field: ""}) for key in keys}, key=str)
     right = torch.zeros(len(keys), dtype=torch.bool)
     for kind in kinds:

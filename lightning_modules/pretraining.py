@@ -1,0 +1,312 @@
+"""How the bundled models were trained, from captioned pictures: autoencoder, two CLIPs, diffusion model.
+
+Each module writes an ordinary Hugging Face folder when ``fit`` ends, so what comes out needs nothing of this
+project to be loaded. Batches come from :class:`datamodules.pictures.PictureDataModule`: ``pictures``
+[B, 3, H, W] in [0, 1] and ``captions``. Step ``k`` draws its noise from (seed, k), so a resumed run follows
+the uninterrupted one.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
+
+from datamodules.pictures import EvaluationPictures
+from lightning_modules.errors import UserError
+from lightning_modules.networks.attention import fast_attention
+from lightning_modules.networks.export import save_pipeline
+from lightning_modules.networks.tokenizer import train_tokenizer
+from lightning_modules.pretraining_tools import (
+    augment,
+    chunks,
+    encode,
+    preview_pictures,
+    text_config,
+    tokenize,
+    training_captions,
+)
+
+
+class Pretraining(L.LightningModule):
+    """What the three have in common: AdamW, warm-up, then cosine decay to zero at ``trainer.max_steps``.
+
+    Args:
+        output: folder that is written when ``fit`` ends.
+        learning_rate: peak value.
+        warmup_steps: linear warm-up.
+        weight_decay: of AdamW, on matrices and kernels only.
+        seed: of the noise that the losses draw.
+    """
+
+    def __init__(
+        self, output: str, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.output = Path(output)
+        self.learning_rate, self.warmup_steps, self.weight_decay, self.seed = (
+            learning_rate, warmup_steps, weight_decay, seed,
+        )  # fmt: skip
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Named loss terms of one batch; their sum is minimised."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def preview(self) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] that show what has been learnt so far."""
+        raise TypeError(f"{type(self).__name__} has no preview: leave the Preview callback out")
+
+    def export(self) -> None:
+        """Write the trained model to ``self.output``."""
+        raise TypeError(f"{type(self).__name__} defines no export")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(batch["step"]))
+        with fast_attention(self.device):
+            terms = self.loss(batch, generator)
+        total = torch.stack(list(terms.values())).sum()
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
+        return total
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99))
+        total = int(self.trainer.max_steps)
+        if total <= 0:
+            raise UserError("pretraining needs trainer.max_steps: the learning rate decays to zero there")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int, total: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.global_step >= self.trainer.max_steps:
+            self.export()
+            print(f"written: {self.output}")
+
+
+class AutoencoderPretraining(Pretraining):
+    """A KL autoencoder: L1 on pixels and on their differences (edges), a small pull towards a unit normal.
+
+    Args:
+        autoencoder: keywords of ``diffusers.AutoencoderKL``.
+        initial: folder of an autoencoder to go on from, in place of random weights.
+        train_encoder: false trains the decoder alone, so that the latents stay what they are.
+        kl_weight: of the KL divergence, averaged over latent elements.
+        edge_weight: of the L1 distance between horizontal and vertical pixel differences.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        autoencoder: dict[str, Any] | None = None,
+        initial: str | None = None,
+        train_encoder: bool = True,
+        kl_weight: float = 2e-5,
+        edge_weight: float = 1.0,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
+        self.save_hyperparameters()
+        if initial is None:
+            self.autoencoder = AutoencoderKL(**(autoencoder or {}))
+        else:
+            self.autoencoder = AutoencoderKL.from_pretrained(initial, torch_dtype=torch.float32)
+        self.train_encoder = train_encoder
+        self.autoencoder.encoder.requires_grad_(train_encoder)
+        self.autoencoder.quant_conv.requires_grad_(train_encoder)
+        self.kl_weight, self.edge_weight = kl_weight, edge_weight
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        pictures = batch["pictures"] * 2 - 1
+        posterior = self.autoencoder.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample.float()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        edges = sum(F.l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (-1, -2))
+        return {
+            "l1": F.l1_loss(decoded, pictures),
+            "edges": self.edge_weight * edges,
+            "kl": self.kl_weight * kl,
+        }
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        pictures = preview_pictures(self.trainer)
+        decoded = self.autoencoder.decode(encode(self.autoencoder, pictures)).sample
+        return torch.cat([pictures, (decoded / 2 + 0.5).clamp(0, 1)])
+
+    @torch.no_grad()
+    def export(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.train_encoder:
+            keys = data.keys[:: max(1, len(data.keys) // 1024)]
+            latents = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(keys, 64)]
+            self.autoencoder.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
+        self.autoencoder.half().save_pretrained(self.output)
+        self.autoencoder.float()
+
+
+class CLIPPretraining(Pretraining):
+    """A contrastive image-text model (Radford et al., 2021, arXiv 2103.00020) in transformers' CLIP format.
+
+    Pictures are shifted, scaled, blurred, recoloured and made noisy at random, so that the score judges what
+    is drawn rather than how exactly it is placed.
+
+    Args:
+        vision: keywords of ``transformers.CLIPVisionConfig``.
+        text: keywords of ``transformers.CLIPTextConfig``; the tokenizer adds vocabulary and special tokens.
+        projection_dim: width of the shared embedding.
+        vocabulary_size: of the tokenizer, which is trained on the captions first.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        vision: dict[str, Any],
+        text: dict[str, Any],
+        projection_dim: int = 128,
+        vocabulary_size: int = 1500,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
+        self.save_hyperparameters()
+        self.tokenizer = train_tokenizer(
+            training_captions(), vocabulary_size, text["max_position_embeddings"]
+        )
+        torch.manual_seed(seed)
+        config = CLIPConfig(
+            text_config=text_config(text, self.tokenizer), vision_config=vision, projection_dim=projection_dim
+        )
+        self.clip = CLIPModel(config)
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        pixels = (augment(batch["pictures"], generator) - 0.5) / 0.5
+        tokens = tokenize(self.tokenizer, batch["captions"], self.device)
+        logits = self.clip(pixel_values=pixels, **tokens).logits_per_image.float()
+        target = torch.arange(len(logits), device=logits.device)
+        accuracy = (logits.argmax(dim=1) == target).float().mean()
+        self.log("train/accuracy", accuracy, prog_bar=True)
+        return {"images": F.cross_entropy(logits, target) / 2, "texts": F.cross_entropy(logits.T, target) / 2}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.clip.logit_scale.data.clamp_(max=math.log(100))  # as in the paper, section 2.5
+
+    def export(self) -> None:
+        size = self.clip.config.vision_config.image_size
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        for part in (self.clip.half(), self.tokenizer, processor):
+            part.save_pretrained(self.output)
+        self.clip.float()
+
+
+class DiffusionPretraining(Pretraining):
+    """A latent diffusion model with its text encoder: noise prediction on Stable Diffusion's schedule.
+
+    Every caption becomes empty with probability ``prompt_dropout``, so that classifier-free guidance works.
+    The loss of each sample is weighted by min(SNR, gamma) / SNR (Hang et al., 2023, arXiv 2303.09556, eq. 8).
+
+    Args:
+        autoencoder: folder of a trained autoencoder.
+        unet: keywords of ``diffusers.UNet2DConditionModel``.
+        text: keywords of ``transformers.CLIPTextConfig``.
+        snr_gamma: the weighting's gamma; infinity weighs all timesteps alike.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        autoencoder: str,
+        unet: dict[str, Any],
+        text: dict[str, Any],
+        vocabulary_size: int = 1500,
+        prompt_dropout: float = 0.1,
+        snr_gamma: float = 5.0,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 200,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
+        self.save_hyperparameters()
+        self.prompt_dropout, self.snr_gamma = prompt_dropout, snr_gamma
+        self.tokenizer = train_tokenizer(
+            training_captions(), vocabulary_size, text["max_position_embeddings"]
+        )
+        torch.manual_seed(seed)
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(text, self.tokenizer)))
+        self.unet = UNet2DConditionModel(**unet)
+        self.autoencoder = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32)
+        self.autoencoder.requires_grad_(False)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing",
+        )  # fmt: skip
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        parts = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(data.keys, 64)]
+        self.latents = torch.cat(parts).cpu() * self.autoencoder.config.scaling_factor
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        x0 = self.latents[batch["index"].cpu()].to(self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        steps = self.scheduler.config.num_train_timesteps
+        t = torch.randint(0, steps, (len(x0),), generator=generator).to(self.device)
+        dropped = torch.rand(len(x0), generator=generator) < self.prompt_dropout
+        captions = ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
+        embeddings = self.text_encoder(tokenize(self.tokenizer, captions, self.device)["input_ids"])[0]
+        predicted = self.unet(self.scheduler.add_noise(x0, noise, t), t, embeddings).sample.float()
+        alpha_squared = self.scheduler.alphas_cumprod.to(self.device)[t]
+        snr = alpha_squared / (1 - alpha_squared)
+        weight = snr.clamp(max=self.snr_gamma) / snr
+        return {"epsilon_mse": (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()}
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The model as a stock pipeline that shares its weights."""
+        return StableDiffusionPipeline(
+            self.autoencoder, self.text_encoder, self.tokenizer, self.unet, self.scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        size = self.unet.config.sample_size
+        shape = (32, self.unet.config.in_channels, size, size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        captions = EvaluationPictures(self.trainer.datamodule.data_dir).captions[:32]  # type: ignore[attr-defined]
+        sampling = {"num_inference_steps": 25, "guidance_scale": 4.5, "output_type": "pt"}
+        return pipe(captions, latents=noise.to(self.device), **sampling).images.float()
+
+    def export(self) -> None:
+        save_pipeline(self.pipeline().to(torch.float16), self.output)
+        self.float()
