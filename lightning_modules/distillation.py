@@ -98,10 +98,10 @@ class OneStepDistillation(L.LightningModule):
         student = copy.deepcopy(self.parts.unet).requires_grad_(True).train()  # before the adapter goes in
         if self.gradient_checkpointing:
             student.enable_gradient_checkpointing()
+        self.student = student
         self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
-        self.student = student
         self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
         cast_frozen([self.scores, self.generator], frozen_dtype(self._trainer))
 
