@@ -17,7 +17,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[\w.+-]+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 
 
-def explain(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
+def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """Return one message for an error of the parser: what is wrong, where, and what to write instead.
 
     Args:

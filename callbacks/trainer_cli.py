@@ -187,9 +187,11 @@ class TrainerCLI(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__
-            if cause is None:
+            if cause is None and "Given value" not in str(error):
                 raise
-            raise UserError(str(cause)) from error
+            raise UserError(
+                explain(error, self.parser, self.args) if cause is None else str(cause)
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, then build the Trainer with the loggers and callbacks every run has."""

@@ -61,6 +61,8 @@ class OneStepDistillation(L.LightningModule):
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
+        if max_skipped_updates < 1:
+            raise UserError(f"max_skipped_updates is {max_skipped_updates}: it must be at least 1")
         self.automatic_optimization = False
         self.save_hyperparameters(ignore=["objective", "student", "fake_score", "lora"])
         self.objective = objective
@@ -76,9 +78,10 @@ class OneStepDistillation(L.LightningModule):
 
     # --- construction ---------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Refuse settings of the Trainer that two optimizers can't be trained with (`check_trainer`)."""
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None; but this is the first hook that sees the Trainer, before Lightning's own checks of it."""
         check_trainer(self.trainer)
+        return []
 
     def configure_model(self) -> None:
         """Load the teacher and build the other roles from it, once; Lightning calls this in every stage.
@@ -93,12 +96,12 @@ class OneStepDistillation(L.LightningModule):
         try:
             self.objective.check_schedule(schedule)
         except ValueError as error:
-            name = type(self.objective).__name__
-            raise UserError(f"the objective {name} does not fit {self.parts.path}: {error}") from error
-        student = copy.deepcopy(self.parts.unet).requires_grad_(True).train()  # before the adapter goes in
+            raise UserError(
+                f"{type(self.objective).__name__} does not fit {self.parts.path}: {error}"
+            ) from error
+        self.student = student = copy.deepcopy(self.parts.unet).requires_grad_(True).train()  # no adapter
         if self.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        self.student = student
         self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
@@ -112,8 +115,9 @@ class OneStepDistillation(L.LightningModule):
         student, schedule = self.student_optimization.build([{"params": [*self.student.parameters()]}], steps)
         fake, fake_schedule = self.fake_score_optimization.build(fake_groups, steps)
         schedules = {"student": schedule, "fake_score": fake_schedule}
-        named = [{"scheduler": item, "name": f"learning_rate/{role}"} for role, item in schedules.items()]
-        return [student, fake], named
+        return [student, fake], [
+            {"scheduler": item, "name": f"learning_rate/{role}"} for role, item in schedules.items()
+        ]
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -182,9 +186,8 @@ class OneStepDistillation(L.LightningModule):
 
     def _judge(self, role: str, sample: StudentSample, random: StepRandom, share: float) -> dict[str, Tensor]:
         """The objective's loss terms for one role, noted for the log together with its diagnostics."""
-        loss = self.objective.student_loss if role == "student" else self.objective.fake_score_loss
         self.objective.diagnostics.clear()
-        terms = loss(sample, self.scores, random)
+        terms = getattr(self.objective, f"{role}_loss")(sample, self.scores, random)
         for name, value in terms.items():
             self._note(f"train/{role}_{name}", value, share)
         for name, number in self.objective.diagnostics.items():

@@ -11,16 +11,27 @@ from lightning_modules.errors import UserError
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse precisions that don't work, and let DDP expect weights that a turn leaves without gradient.
+    """Refuse what doesn't work, and let DDP expect weights that a turn leaves without gradient.
 
     Raises:
-        UserError: a precision other than fp32 and bf16-mixed; DDP with a static graph.
+        UserError: a precision other than fp32 and bf16-mixed; clipping or accumulation by the Trainer; DDP
+            with a static graph.
     """
     precision = str(trainer.precision)
     if precision not in ("32-true", "bf16-mixed"):
         raise UserError(
             f"trainer.precision is {precision}: use 32-true or bf16-mixed. fp16 needs one loss scaler per "
             "optimizer, and x0 = (z - sigma eps) / alpha overflows it; trained weights are kept in float32."
+        )
+    if trainer.gradient_clip_val:
+        raise UserError(
+            "trainer.gradient_clip_val clips all weights as one, but each role is clipped by itself: leave "
+            "it out and set clip_norm of model.init_args.student and model.init_args.fake_score"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches is of no use, since data.batch_size is the batch of a whole "
+            "update: leave it out and set data.init_args.micro_batch_size to what fits into memory"
         )
     if isinstance(trainer.strategy, DDPStrategy):
         options = trainer.strategy._ddp_kwargs

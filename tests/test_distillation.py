@@ -335,13 +335,17 @@ def test_other_precisions_are_refused(precision: Any, tiny_sd: Path, tmp_path: P
 
 def test_fp16_mixed_and_static_graphs_are_refused() -> None:
     """Lightning turns 16-mixed into bf16-mixed on the CPU, so there the check is called by itself."""
+
+    def check(precision: str, strategy: Any) -> None:
+        settings = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
+        check_trainer(SimpleNamespace(precision=precision, strategy=strategy, **settings))  # type: ignore[arg-type]
+
     with pytest.raises(UserError, match="16-mixed.*loss scaler"):
-        check_trainer(SimpleNamespace(precision="16-mixed", strategy=None))  # type: ignore[arg-type]
-    strategy = L.pytorch.strategies.DDPStrategy(static_graph=True)
+        check("16-mixed", None)
     with pytest.raises(UserError, match="static_graph"):
-        check_trainer(SimpleNamespace(precision="32-true", strategy=strategy))  # type: ignore[arg-type]
+        check("32-true", L.pytorch.strategies.DDPStrategy(static_graph=True))
     strategy = L.pytorch.strategies.DDPStrategy()
-    check_trainer(SimpleNamespace(precision="32-true", strategy=strategy))  # type: ignore[arg-type]
+    check("32-true", strategy)
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
 
 

@@ -208,7 +208,11 @@ def test_a_new_objective_needs_a_class_and_a_class_path(tiny_sd: Path, tmp_path:
         ("--model.init_args.lora.targets=[to_x]", r"LoRA targets \['to_x'\] match no layer"),
         ("--model.init_args.student.schedule=step", "schedule is 'step'"),
         ("--model.init_args.teacher=missing/model", "missing/model"),
+        ("--model.init_args.objective.init_args.prompt_dropout=2", "prompt_dropout is a probability, got 2"),
+        ("--model.init_args.max_skipped_updates=0", "max_skipped_updates is 0"),
         ("--trainer.precision=16-true", "trainer.precision is 16-true"),
+        ("--trainer.gradient_clip_val=1", "clip_norm of model.init_args.student"),
+        ("--trainer.accumulate_grad_batches=2", "data.init_args.micro_batch_size"),
         ("--data.init_args.batch_size=10", "fewer than one batch"),
     ],
 )
