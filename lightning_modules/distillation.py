@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -238,11 +238,8 @@ class OneStepDistillation(L.LightningModule):
     @contextmanager
     def evaluation_weights(self) -> Iterator[str]:
         """The student with the weights that are judged: its moving average if there is one; yields which."""
-        if self.ema is None:
-            yield "online"
-            return
-        with self.ema.swapped():
-            yield "ema"
+        with nullcontext() if self.ema is None else self.ema.swapped():
+            yield "online" if self.ema is None else "ema"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Draw the pictures that all callbacks measure, once; the seed is the place of the prompt."""

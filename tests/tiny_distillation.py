@@ -1,24 +1,75 @@
 """Distillations of the tiny Stable Diffusion, from Python and from the command line, for tests."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.prompts import PromptDataModule
+from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.roles import LoraSettings
-from lightning_modules.objectives.base import Objective
+from lightning_modules.objectives.base import Objective, Scores, StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 
 PROMPTS = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "dog", "cup")]
 LORA = LoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v"])
+
+
+class Hooks(L.Callback):
+    """Calls `on_start` when training starts and `after_step` after each batch, with the module."""
+
+    def __init__(
+        self, on_start: Callable[..., Any] | None = None, after_step: Callable[..., Any] | None = None
+    ):
+        self.on_start, self.after_step = on_start, after_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.on_start is not None:
+            self.on_start(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.after_step is not None:
+            self.after_step(pl_module)
+
+
+def watch_updates(module: OneStepDistillation, watcher: Callable[[str, Callable[[], bool]], bool]) -> None:
+    """Put `watcher(role, update)` in place of every optimizer update; it must call `update()`."""
+    update = module._update
+
+    def watched(optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
+        return watcher(role, lambda: update(optimizer, optimization, role))
+
+    module._update = watched  # type: ignore[method-assign]
+
+
+class Pull(Objective):
+    """Draws the student's latents to one value, by way of a trained number of its own."""
+
+    def __init__(self, target: float = 0.0) -> None:
+        super().__init__()
+        self.target = target
+        self.own = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.own.weight)
+
+    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+        touched = self.own(torch.ones(1, 1)).sum()  # a way into the objective's network, never to be taken
+        return {"near": (sample.x0 - self.target).square().mean(), "own": touched * sample.x0.mean()}
+
+    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+        assert not sample.x0.requires_grad
+        t = torch.full((len(sample.x0),), 100)
+        prediction = scores.fake_score(sample.x0, t, sample.condition).epsilon
+        return {"fit": prediction.square().mean(), "own": (self.own.weight - 1).square().sum()}
+
+    def extra_parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [*self.own.parameters()], "lr": 0.25}]
 
 
 def adam(learning_rate: float = 1e-2, **settings: Any) -> RoleOptimization:
