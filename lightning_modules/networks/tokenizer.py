@@ -12,7 +12,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int, max_length: int) -> CLIPTokenizer:
-    """Train byte-level BPE with CLIP's end-of-word mark.
+    """Train byte-level BPE with CLIP's end-of-word mark; the same captions always give the same tokens.
 
     Args:
         captions: the text to learn from.
@@ -28,10 +28,18 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, max_length: i
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    captions = list(captions)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = (
+        tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        for text in map(tokenizer.normalizer.normalize_str, captions)
+    )
+    endings = sorted({f"{word[-1]}</w>" for words in pieces for word, _ in words})
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        # Letters and endings, too: the trainer would number the endings in another order each time, and with
+        # them decide otherwise between pairs that are equally frequent.
+        special_tokens=[START, END, *alphabet, *endings],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -44,9 +52,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, max_length: i
             for line in merges.read_text().splitlines()
             if line and not line.startswith("#")
         ]
-    for symbol in (
-        pre_tokenizers.ByteLevel.alphabet()
-    ):  # so that no text at all is unknown, as in CLIP's own vocabulary
-        for form in (symbol, f"{symbol}</w>"):
-            words.setdefault(form, len(words))
+    for symbol in alphabet:  # so that no text at all is unknown, as in CLIP's own vocabulary
+        words.setdefault(f"{symbol}</w>", len(words))
     return CLIPTokenizer(words, pairs, pad_token=END, model_max_length=max_length)

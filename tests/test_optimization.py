@@ -1,0 +1,100 @@
+"""One role's optimizer, schedule and clipping."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.errors import UserError
+from lightning_modules.optimization import RoleOptimization
+
+
+def role(optimizer: Any = torch.optim.SGD, learning_rate: float = 1.0, **settings: Any) -> RoleOptimization:
+    return RoleOptimization(functools.partial(optimizer, lr=learning_rate), **settings)
+
+
+def rates(optimization: RoleOptimization, max_steps: int, steps: int) -> list[float]:
+    """Learning rates of the first updates."""
+    optimizer, schedule = optimization.build([{"params": [nn.Parameter(torch.zeros(1))]}], max_steps)
+    used = []
+    for _ in range(steps):
+        used.append(round(optimizer.param_groups[0]["lr"], 6))
+        optimizer.step()
+        schedule.step()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_steps", "expected"),
+    [
+        ({}, -1, [1, 1, 1, 1]),
+        ({"warmup_steps": 2}, -1, [0, 0.5, 1, 1]),
+        ({"schedule": "linear"}, 4, [1, 0.75, 0.5, 0.25, 0]),
+        ({"schedule": "linear", "warmup_steps": 2}, 4, [0, 0.5, 1, 0.5, 0]),
+        ({"schedule": "cosine"}, 4, [1, 0.853553, 0.5, 0.146447, 0]),
+    ],
+)
+def test_learning_rates(settings: dict[str, Any], max_steps: int, expected: list[float]) -> None:
+    assert rates(role(**settings), max_steps, len(expected)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_groups_keep_their_own_learning_rate() -> None:
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1))]},
+        {"params": [nn.Parameter(torch.ones(1))], "lr": 3.0},
+    ]
+    optimizer, schedule = role(schedule="linear").build(groups, 2)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "step"}, "schedule is 'step': choose one of constant, linear, cosine"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        role(**settings)
+
+
+def test_falling_schedules_need_an_end() -> None:
+    with pytest.raises(UserError, match="cosine schedule needs trainer.max_steps"):
+        role(schedule="cosine").build([{"params": [nn.Parameter(torch.zeros(1))]}], -1)
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0])]
+)
+def test_clipping(clip_norm: float | None, expected: list[float]) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    norm = role(clip_norm=clip_norm).clip(iter([weight, nn.Parameter(torch.zeros(1))]))
+    assert norm.item() == pytest.approx(5.0)
+    assert weight.grad.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_norm_tells_of_gradients_that_are_not_finite(clip_norm: float | None) -> None:
+    for value in (float("nan"), float("inf")):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([1.0, value])
+        assert not torch.isfinite(role(clip_norm=clip_norm).clip([weight]))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values"),
+    [
+        (torch.optim.Adam, 2), (torch.optim.AdamW, 2), (torch.optim.SGD, 0), (torch.optim.RMSprop, 1),
+        (functools.partial(torch.optim.SGD, momentum=0.9), 1),
+        (functools.partial(torch.optim.Adam, amsgrad=True), 3),
+    ],
+)  # fmt: skip
+def test_state_values_per_weight(optimizer: Any, values: float) -> None:
+    assert role(optimizer).state_values_per_weight() == values
