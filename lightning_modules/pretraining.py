@@ -95,7 +95,7 @@ class Pretraining(L.LightningModule):
     def _rate(self, step: int, total: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def on_fit_end(self) -> None:
