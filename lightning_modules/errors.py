@@ -7,3 +7,9 @@ class UserError(ValueError):
     The message says what is wrong, where, and what to do about it. The command line prints it without a
     traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, for a message of one line; its type's name if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
