@@ -50,6 +50,7 @@ _QUIET_WARNINGS = (
     ".*LightningCLI's args parameter is intended to run.*",  # main(args) is part of the interface
     ".*in eval mode at the start of training.*",  # frozen parts are in eval mode on purpose
     ".*LeafSpec.*is deprecated.*",  # inside Lightning
+    ".*IterableDataset.* has `__len__` defined.*",  # its workers do share the work
 )
 
 
