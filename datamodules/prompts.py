@@ -27,15 +27,22 @@ def read_prompts(path: str | Path) -> list[str]:
     """Read a text file with one prompt a line; empty lines and blanks at the ends are dropped.
 
     Raises:
-        UserError: the file is missing, is a folder, holds no prompt, or is not UTF-8 (the line is named).
+        UserError: the file is missing, is a folder, cannot be read, holds no prompt, or is not UTF-8 (the
+            line is named).
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(
+                f"prompts file {path} {what}; give the path of a UTF-8 text file with one prompt a line"
+            )
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(
-            f"prompts file {path} {what}; give the path of a UTF-8 text file with one prompt a line"
-        )
-    content = path.read_bytes()
+            f"prompts file {path} cannot be read: {error.strerror or error}; change its permissions or give "
+            "another file"
+        ) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -161,7 +168,7 @@ class PromptDataModule(LightningDataModule):
         batch_size: Prompts per student update, over all processes and accumulation.
         micro_batch_size: Prompts per process and pass. None: a process's whole share at once.
         eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
-        eval_size: How many of them are used, from the first on. None: all.
+        eval_size: How many of them validation and predict use, from the first on; test uses all. None: all.
         eval_batch_size: Prompts per process and pass in evaluations.
         seed: Seed of the order of the training prompts.
         num_workers: Worker processes of the loaders; lines of text need none.
@@ -264,13 +271,16 @@ class PromptDataModule(LightningDataModule):
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Each evaluation prompt once over all processes."""
-        prompts = EvaluationPrompts(self.eval_prompts, self.eval_batch_size, self.rank, self.world_size)
+        """Each of the first `eval_size` evaluation captions once over all processes."""
+        return self._evaluation(self.eval_prompts)
+
+    def _evaluation(self, captions: list[str]) -> DataLoader[dict[str, Any]]:
+        prompts = EvaluationPrompts(captions, self.eval_batch_size, self.rank, self.world_size)
         return DataLoader(prompts, batch_size=None, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """As `val_dataloader`."""
-        return self.val_dataloader()
+        """Each of all evaluation captions once, so that `test` measures on as many as the end of `fit`."""
+        return self._evaluation(self.eval_captions)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """As `val_dataloader`."""

@@ -1,8 +1,10 @@
 """The order, the sharing and the resuming of prompt streams, and the messages of bad files."""
 
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +125,29 @@ def test_bad_files_have_one_clear_message(tmp_path: Path, content: bytes | None,
     with pytest.raises(UserError, match=message) as caught:
         PromptDataModule(str(file), eval_captions=PROMPTS)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["is_file", "read_bytes"])
+def test_files_that_may_not_be_read_have_one_clear_message(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "prompts.txt").write_text("a ship")
+    monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(UserError, match=r"prompts\.txt cannot be read: Permission denied"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_validation_and_predict_use_the_first_captions_and_test_all() -> None:
+    module = PromptDataModule(PROMPTS, batch_size=2, eval_captions=PROMPTS, eval_size=3, eval_batch_size=2)
+
+    def places(loader: Iterable[dict[str, Any]]) -> list[int]:
+        return [index for batch in loader for index in batch["indices"].tolist()]
+
+    assert places(module.val_dataloader()) == places(module.predict_dataloader()) == [0, 1, 2]
+    assert places(module.test_dataloader()) == list(range(10))
 
 
 def test_bad_settings() -> None:
