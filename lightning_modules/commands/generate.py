@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.prompts import read_prompts as read_prompts_file
-from lightning_modules.errors import UserError
+from lightning_modules.errors import UserError, first_line
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
 from lightning_modules.networks.loading import pipeline_folder, read_json
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
@@ -234,7 +234,7 @@ def _load_any_pipeline(model: str) -> DiffusionPipeline:
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; the cause stays attached
-        raise UserError(f"The pipeline {model} can't be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"The pipeline {model} can't be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.errors import UserError
+from lightning_modules.errors import UserError, first_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -55,7 +55,7 @@ def asset_path(path: str | Path) -> Path:
     return bundled if bundled.exists() else given
 
 
-def pipeline_folder(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+def pipeline_folder(path: str | Path) -> Path:
     """Local folder of a diffusers pipeline: a folder as it is, a hub name `owner/model` downloaded or cached.
 
     Raises:
@@ -63,7 +63,7 @@ def pipeline_folder(path: str | Path, revision: str | None = None, variant: str 
     """
     folder = asset_path(path)
     if not folder.exists():
-        folder = _download(str(path), revision, variant)
+        folder = _download(str(path))
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
     if not (folder / "model_index.json").is_file():
@@ -74,26 +74,17 @@ def pipeline_folder(path: str | Path, revision: str | None = None, variant: str 
     return folder
 
 
-def load_parts(
-    path: str | Path,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: torch.dtype | None = None,
-    unet: UNet2DConditionModel | None = None,
-) -> TextToImageParts:
-    """Load the parts of a Stable Diffusion folder, in evaluation mode, on the CPU.
+def load_parts(path: str | Path, unet: UNet2DConditionModel | None = None) -> TextToImageParts:
+    """Load the parts of a Stable Diffusion folder, in float32 and evaluation mode, on the CPU.
 
     Args:
         path: a local folder (relative paths: working directory first, then the repository) or a hub name.
-        revision: branch, tag or commit on the hub.
-        variant: weight-file variant such as `fp16`.
-        dtype: of the loaded weights, whatever the files hold; None is float32.
         unet: use this network instead of the folder's (whose weights are then not read).
 
     Raises:
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
     """
-    folder = pipeline_folder(path, revision, variant)
+    folder = pipeline_folder(path)
     index = read_json(folder / "model_index.json")
     needed = ("vae", "text_encoder", "tokenizer", "scheduler") + (("unet",) if unet is None else ())
     for name in needed:
@@ -103,24 +94,10 @@ def load_parts(
         raise UserError(
             f"The scheduler {index['scheduler'][1]!r} named in {folder}/model_index.json is unknown."
         )
-    weights = dtype or torch.float32
-
-    def network(name: str, kind: Any, dtype_keyword: str) -> Any:
-        options = {dtype_keyword: weights, "variant": variant, "output_loading_info": True}
-        module, info = _load(
-            folder, name, lambda: kind.from_pretrained(str(folder), subfolder=name, **options)
-        )
-        if info["missing_keys"]:
-            raise UserError(
-                f"The part {name!r} in {folder} lacks the weights {sorted(info['missing_keys'])[:3]} "
-                f"({len(info['missing_keys'])} missing). Export or download the folder again."
-            )
-        return module.eval()
-
     parts = TextToImageParts(
-        unet=network("unet", UNet2DConditionModel, "torch_dtype") if unet is None else unet,
-        vae=network("vae", AutoencoderKL, "torch_dtype"),
-        text_encoder=network("text_encoder", CLIPTextModel, "dtype"),
+        unet=_network(folder, "unet", UNet2DConditionModel) if unet is None else unet,
+        vae=_network(folder, "vae", AutoencoderKL),
+        text_encoder=_network(folder, "text_encoder", CLIPTextModel),
         tokenizer=_load(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(folder / "tokenizer")),
         scheduler=_load(
             folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
@@ -166,16 +143,20 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _download(name: str, revision: str | None, variant: str | None) -> Path:
+def _download(name: str) -> Path:
     """Fetch a pipeline from the hub (or its local cache); other names are missing folders."""
-    missing = f"The model folder {name} does not exist. Check the path"
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "assets/", "runs/", "outputs/")):
-        raise UserError(f"{missing}.")
+    missing = f"The model folder {name} does not exist"
+    parent = name.split("/")[0]
+    local = name.startswith((".", "/", "~")) or parent in ("assets", "runs", "outputs")
+    # A hub name is owner/model. Where the first word is a folder that is here, it is a mistyped path.
+    if name.count("/") != 1 or local or asset_path(parent).is_dir():
+        raise UserError(f"{missing}. Check the path.")
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+        return Path(DiffusionPipeline.download(name))
     except Exception as error:  # the hub client raises many kinds; the cause stays attached
         raise UserError(
-            f"{missing}; as a Hugging Face hub name it can't be fetched either: {error}"
+            f"{missing} here, and as a Hugging Face hub name it can't be fetched: {first_line(error)} "
+            "Check the path or the name."
         ) from error
 
 
@@ -213,15 +194,32 @@ def _check_listed(folder: Path, index: dict[str, Any], name: str) -> None:
         raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
 
 
+def _network(folder: Path, name: str, kind: Any) -> Any:
+    """A network of the folder in float32, whatever its files hold, and in evaluation mode."""
+    # transformers keeps the dtype of the files unless told otherwise, under another keyword than diffusers
+    dtype = {"dtype" if name == "text_encoder" else "torch_dtype": torch.float32}
+    module, info = _load(
+        folder,
+        name,
+        lambda: kind.from_pretrained(str(folder), subfolder=name, output_loading_info=True, **dtype),
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"The part {name!r} in {folder} lacks the weights {missing[:3]} ({len(missing)} missing). "
+            "Export or download the folder again."
+        )
+    return module.eval()
+
+
 def _load(folder: Path, name: str, load: Callable[[], Any]) -> Any:
     """Run a loader without its progress bar; whatever it raises becomes a message that names the part."""
     try:
         with no_progress_bars():
             return load()
     except Exception as error:  # loaders raise OSError, ValueError, RuntimeError, SafetensorError, KeyError …
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The part {name!r} in {folder} can't be loaded: {reason} Export or download the folder again."
+            f"The part {name!r} in {folder} can't be loaded: {first_line(error)} "
+            "Export or download the folder again."
         ) from error
 
 

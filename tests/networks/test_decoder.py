@@ -43,7 +43,7 @@ def test_slices_do_not_matter_and_gradients_flow(tiny_sd: Path) -> None:
 
 
 def test_decoder_is_in_evaluation_mode_and_not_stored(tiny_sd: Path) -> None:
-    decoder = LatentDecoder(load_parts(tiny_sd, dtype=torch.bfloat16).vae).train()
+    decoder = LatentDecoder(load_parts(tiny_sd).vae.bfloat16()).train()
     assert not any(module.training for module in decoder.modules())
     assert decoder.state_dict() == {}
     assert decoder.decode(latents(1)).dtype == torch.float32

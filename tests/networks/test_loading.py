@@ -33,9 +33,6 @@ def test_parts_are_complete_and_ready(tiny_sd: Path) -> None:
     assert parts.latent_shape == (4, 8, 8) and parts.path == str(tiny_sd)
     for module in (parts.unet, parts.vae, parts.text_encoder):
         assert not module.training and {p.dtype for p in module.parameters()} == {torch.float32}
-    assert {p.dtype for p in load_parts(tiny_sd, dtype=torch.bfloat16).text_encoder.parameters()} == {
-        torch.bfloat16
-    }
 
 
 def test_half_precision_files_are_read_as_float32(tiny_sd: Path, tmp_path: Path) -> None:
@@ -180,24 +177,39 @@ def test_missing_paths_and_files_are_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="is a file, not a model folder"):
         load_parts(tmp_path / "file")
 
-    def offline(name: str, **options: Any) -> str:
-        raise OSError(f"no network for {name}")
+    def offline(name: str) -> str:
+        raise OSError(f"no network for {name}\nLong advice\nof the hub's client")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", offline)
-    with pytest.raises(UserError, match=r"owner/model does not exist.*hub.*no network"):
+    with pytest.raises(UserError, match=r"owner/model does not exist here.*hub.*no network") as caught:
         load_parts("owner/model")
+    assert "\n" not in str(caught.value) and "advice" not in str(caught.value)
+
+
+def test_a_slip_in_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models/sd` looks like owner/model, but the folder `models` is here: nothing is asked of the hub."""
+    asked: list[str] = []
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", asked.append)
+    monkeypatch.setattr(loading, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", "repository/bundled"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("models/sd", "bundled/sd"):
+        with pytest.raises(UserError, match=f"The model folder {name} does not exist. Check the path"):
+            load_parts(name)
+    assert not asked
 
 
 def test_hub_names_are_fetched(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    asked: list[str] = []
 
-    def download(name: str, **options: Any) -> str:
-        asked.append((name, options))
+    def download(name: str) -> str:
+        asked.append(name)
         return str(tiny_sd)
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
-    assert load_parts("owner/model", revision="main").path == str(tiny_sd)
-    assert asked == [("owner/model", {"revision": "main", "variant": None})]
+    assert load_parts("owner/model").path == str(tiny_sd)
+    assert asked == ["owner/model"]
 
 
 def test_scheduler_class_is_the_folders(tiny_sd: Path) -> None:
