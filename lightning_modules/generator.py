@@ -145,9 +145,8 @@ def stock_pipeline(
     """Stock diffusers pipeline of the parts (shared, not copied), without safety checker and progress bar."""
     sampler = copy.deepcopy(parts.scheduler if scheduler is None else scheduler)
     if sampler.config.get("timestep_spacing") == "trailing":
-        sampler.register_to_config(
-            steps_offset=1
-        )  # has no effect in trailing spacing, but the pipeline insists
+        # has no effect in trailing spacing, but the pipeline insists
+        sampler.register_to_config(steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,

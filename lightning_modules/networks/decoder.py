@@ -24,8 +24,7 @@ class LatentDecoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
         config, dtype = self.vae.config, next(self.vae.parameters()).dtype
-        # The UNet's latents are (code - shift) * scale, of about unit deviation (arXiv 2112.10752, appendix
-        # G).
+        # The UNet's latents are (code - shift) * scale, of unit deviation (arXiv 2112.10752, appendix G).
         codes = (latents.float() / config.scaling_factor + (config.shift_factor or 0.0)).to(dtype)
         slices = [self.vae.decode(part, return_dict=False)[0] for part in codes.split(self.slice_size)]
         return (torch.cat(slices).float() / 2 + 0.5).clamp(0.0, 1.0)

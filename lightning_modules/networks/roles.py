@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -46,8 +46,8 @@ class LoraSettings:
         if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0 or not self.targets:
             raise UserError(
                 f"LoRA settings rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, "
-                f"targets={self.targets} "
-                "can't work: rank must be at least 1, alpha above 0, dropout in [0, 1), targets not empty."
+                f"targets={self.targets} can't work: rank must be at least 1, alpha above 0, dropout in "
+                "[0, 1), targets not empty."
             )
 
 
@@ -63,9 +63,8 @@ class ScoreModels(nn.Module):
     """Teacher and fake score as functions of (x_t, t, condition); implements the objectives' `Scores`.
 
     With `lora`, an adapter is put **into `base_unet` itself** (copy the student from it before), and at rest
-    the
-    adapter is on; `teacher` switches it off for the duration of the call. Without, the fake score is a full
-    copy. The state dict holds only what is trained. Frozen weights stay in evaluation mode.
+    the adapter is on; `teacher` switches it off for the duration of the call. Without, the fake score is a
+    full copy. The state dict holds only what is trained. Frozen weights stay in evaluation mode.
 
     Raises:
         UserError: a LoRA target matches no layer.
@@ -87,8 +86,7 @@ class ScoreModels(nn.Module):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
 
-    # --- the two roles
-    # ------------------------------------------------------------------------------------------
+    # --- the two roles --------------------------------------------------------------------------------------
 
     def teacher(
         self,
@@ -140,40 +138,13 @@ class ScoreModels(nn.Module):
         finally:
             _switch(layers, before)
 
-    # --- training and storage
-    # -----------------------------------------------------------------------------------
+    # --- training and storage -------------------------------------------------------------------------------
 
     def fake_parameters(self) -> list[nn.Parameter]:
         """Parameters of the fake score, whether or not they require a gradient at the moment."""
         if self.full_copy is not None:
             return list(self.full_copy.parameters())
         return [p for layer in self._adapter_layers() for p in _adapter_parameters(layer)]
-
-    def fake_score_state_dict(self) -> dict[str, Tensor]:
-        """Weights of the fake score by portable names: PEFT's adapter keys, or the UNet's of a full copy."""
-        if self.full_copy is not None:
-            return dict(self.full_copy.state_dict())
-        return dict(get_peft_model_state_dict(self.base_unet, adapter_name=ADAPTER))
-
-    def load_fake_score_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `fake_score_state_dict` returned.
-
-        Raises:
-            UserError: keys or shapes differ (other rank, other targets, LoRA against full copy).
-        """
-        expected = {name: tuple(tensor.shape) for name, tensor in self.fake_score_state_dict().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if given != expected:
-            odd = sorted(name for name in {*given, *expected} if given.get(name) != expected.get(name))
-            raise UserError(
-                f"The fake score's weights do not fit: {len(odd)} tensors differ in name or shape, "
-                f"first {odd[0]}. "
-                "Use the LoRA rank and targets (or full copy) that they were trained with."
-            )
-        if self.full_copy is not None:
-            self.full_copy.load_state_dict(state)
-        else:
-            set_peft_model_state_dict(self.base_unet, state, adapter_name=ADAPTER)
 
     def train(self, mode: bool = True) -> "ScoreModels":
         """Training mode reaches the fake score only: the teacher must not drop anything out."""
@@ -185,18 +156,6 @@ class ScoreModels(nn.Module):
 
     def _adapter_layers(self) -> list[BaseTunerLayer]:
         return [module for module in self.base_unet.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def fold_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Copy of a UNet with its active adapter added into the weights; keys are those of a plain UNet."""
-    folded = copy.deepcopy(unet)
-    for name, module in list(folded.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            folded.set_submodule(name, module.get_base_layer())
-    if hasattr(folded, "peft_config"):
-        del folded.peft_config
-    return folded.requires_grad_(False)
 
 
 def adaptable_layers(unet: nn.Module) -> list[str]:
@@ -226,9 +185,8 @@ def _inject(unet: UNet2DConditionModel, lora: LoraSettings) -> None:
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in _adapter_parameters(module):
-                parameter.data = (
-                    parameter.data.float()
-                )  # trained weights are float32 on half-precision bases too
+                # trained weights are float32 on half-precision bases too
+                parameter.data = parameter.data.float()
 
 
 def _caller(unet: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
