@@ -19,15 +19,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, max_length: i
         vocabulary_size: number of tokens, the two special ones included.
         max_length: ``model_max_length`` of the result, start and end tokens included (CLIP itself: 77).
     """
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Punctuation(),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer = _untrained()
     captions = list(captions)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = (
@@ -44,14 +36,30 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, max_length: i
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary, merges = (Path(path) for path in tokenizer.model.save(folder))
-        words = json.loads(vocabulary.read_text())
-        pairs = [
-            tuple(line.split(" "))
-            for line in merges.read_text().splitlines()
-            if line and not line.startswith("#")
-        ]
+    words, pairs = _learnt(tokenizer)
     for symbol in alphabet:  # so that no text at all is unknown, as in CLIP's own vocabulary
         words.setdefault(f"{symbol}</w>", len(words))
     return CLIPTokenizer(words, pairs, pad_token=END, model_max_length=max_length)
+
+
+def _untrained() -> Tokenizer:
+    """Byte-level BPE that splits text as CLIP does: lower case, words and punctuation apart."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
+
+
+def _learnt(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """Vocabulary and merges, in their order; the library hands them out as files only."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = (Path(path) for path in tokenizer.model.save(folder))
+        lines = merges.read_text().splitlines()
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#")]
+        return json.loads(vocabulary.read_text()), pairs

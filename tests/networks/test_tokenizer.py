@@ -1,5 +1,8 @@
 """The byte-pair tokenizer in CLIP's format."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,23 @@ def test_ids_are_dense_and_training_is_deterministic(tokenizer: CLIPTokenizer) -
     vocabulary = tokenizer.get_vocab()
     assert sorted(vocabulary.values()) == list(range(len(tokenizer)))
     assert vocabulary == train_tokenizer(CAPTIONS * 3, 700, 24).get_vocab()
+
+
+def test_another_process_writes_the_same_files(tmp_path: Path) -> None:
+    """Python's hashes, and with them the order of sets, differ from process to process."""
+    code = (
+        "import sys; from lightning_modules.networks.tokenizer import train_tokenizer; "
+        f"train_tokenizer({CAPTIONS!r} * 3, 700, 24).save_pretrained(sys.argv[1])"
+    )
+    contents = []
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed)], check=True, cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        files = sorted((tmp_path / seed).iterdir())
+        contents.append({file.name: file.read_bytes() for file in files})
+    assert len(contents[0]) >= 2 and contents[0] == contents[1]
 
 
 def test_saved_folder_reads_back(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
