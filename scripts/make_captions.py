@@ -2,7 +2,8 @@
 
     python scripts/make_captions.py     # after scripts/fetch_emoji.py
 
-``assets/captions.txt``: training captions, four of each picture that is not held out, without repeats.
+``assets/captions.txt``: training captions, two of each picture that is not held out, without repeats
+and without those that also describe a held-out picture (they name no background).
 ``assets/eval_captions.txt``: the captions of the 1,024 held-out evaluation pictures, in their order.
 """
 
@@ -16,10 +17,11 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 def main() -> None:
     rng = random.Random("captions")
-    training = {caption(key, rng): None for key in EmojiPictures().keys("a", "b") for _ in range(4)}
-    captions = list(training)
+    held_out = EvaluationPictures().captions
+    training = {caption(key, rng): None for key in EmojiPictures().keys("a", "b") for _ in range(2)}
+    captions = [text for text in training if text not in set(held_out)]
     rng.shuffle(captions)
-    for name, lines in {"captions.txt": captions, "eval_captions.txt": EvaluationPictures().captions}.items():
+    for name, lines in {"captions.txt": captions, "eval_captions.txt": held_out}.items():
         (ASSETS / name).write_text("".join(f"{line}\n" for line in lines))
         print(f"{len(lines):6d} captions -> assets/{name}")
 
