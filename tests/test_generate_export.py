@@ -156,7 +156,7 @@ def test_card_opens_with_a_snippet_that_runs(
     exec(snippet, {})
     assert Image.open(tmp_path / "apple.png").size == (16, 16)
     for fact in (
-        f"| teacher | {tiny_sd} |",
+        f"| teacher | {tiny_sd.name} |",
         "| start timestep | 625 |",
         "| student steps | 40 |",
         "| weights | ema |",
@@ -185,6 +185,48 @@ def test_best_and_last_are_those_of_the_newest_run(
     assert "a/version_1/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
+def test_newest_run_of_a_distillation_is_taken(tiny_sd: Path, tmp_path: Path) -> None:
+    """A pretraining run that ended later is passed over, a damaged checkpoint is reported."""
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match="no last.ckpt of a distillation under"):
+        resolve_checkpoint("last", runs)
+    student = write_checkpoint(runs / "a/version_0/checkpoints/last.ckpt", tiny_sd)
+    later = runs / "b/version_0/checkpoints/last.ckpt"
+    later.parent.mkdir(parents=True)
+    torch.save({"state_dict": {"clip.weight": torch.zeros(1)}, "global_step": 5}, later)
+    for age, file in enumerate((student, later)):
+        os.utime(file, (1000 + age, 1000 + age))
+    assert resolve_checkpoint("last", runs) == student
+    student.unlink()
+    with pytest.raises(UserError, match="no last.ckpt of a distillation under"):
+        resolve_checkpoint("last", runs)
+    later.write_text("cut short")
+    with pytest.raises(UserError, match="b/version_0/checkpoints/last.ckpt can't be read"):
+        resolve_checkpoint("last", runs)
+
+
+def test_exports_tell_nothing_of_the_machine(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No absolute path in any file; a relative path to the teacher stays."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    call(export, "--checkpoint", "a.ckpt", "--output", tmp_path / "absolute")
+    (tmp_path / "models").symlink_to(tiny_sd.parent)
+    content = torch.load("a.ckpt", weights_only=True)
+    relative = f"models/{tiny_sd.name}"
+    torch.save({**content, "one_step": {**content["one_step"], "teacher": relative}}, "b.ckpt")
+    call(export, "--checkpoint", "b.ckpt", "--output", "relative")
+    for name, teacher in (("absolute", tiny_sd.name), ("relative", relative)):
+        assert json.loads((tmp_path / name / MARKER).read_text())["teacher"] == teacher
+        assert f"| teacher | {teacher} |" in (tmp_path / name / "README.md").read_text()
+        files = [file for file in (tmp_path / name).rglob("*") if file.suffix in (".json", ".md", ".txt")]
+        assert len(files) >= 8
+        for file in files:
+            for place in (tiny_sd.parent, tmp_path):
+                assert str(place) not in file.read_text(encoding="utf-8"), file
+
+
 def test_a_former_export_is_replaced_and_other_folders_are_not(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
     for weights in ("ema", "online"):
@@ -209,7 +251,7 @@ def test_bad_checkpoints_are_named_and_nothing_is_written(
     torch.save({**good, "one_step": {**good["one_step"], "architecture": narrow}}, tmp_path / "narrow.ckpt")
     for name, message in {
         "missing.ckpt": "missing.ckpt does not exist",
-        "best": "There is no best.ckpt under runs",
+        "best": "There is no best.ckpt of a distillation under runs",
         "text.ckpt": "text.ckpt can't be read as a checkpoint",
         "other.ckpt": "not a checkpoint of a one-step distillation",
         "orphan.ckpt": "teacher of orphan.ckpt can't be loaded: .*gone does not exist",

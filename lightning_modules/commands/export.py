@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a .ckpt file, or best or last: that of the newest run under runs/",
+        help="a .ckpt file, or best or last: that of the newest distillation under runs/",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="folder to write; a former export is replaced"

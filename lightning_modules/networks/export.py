@@ -6,6 +6,8 @@ schedule to alpha = 1 returns the predicted x0, which is all that a one-step gen
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +81,23 @@ def export_student(
     target = check_output_folder(
         Path(output), lambda folder: FOLDER_NAMES if is_own_export(folder) else set()
     )
-    facts = {**(card or {}), "start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
-    pipeline = StableDiffusionPipeline(
-        vae=_cast(parts.vae, dtype),
-        text_encoder=_cast(parts.text_encoder, dtype),
-        tokenizer=parts.tokenizer,
-        unet=_cast(unet, dtype),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    facts = {name: without_place(value) for name, value in (card or {}).items()}
+    facts |= {"start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
     with written_at_once(target) as folder:
-        save_pipeline(pipeline, folder)
+        save_pipeline(_pipeline(unet, parts, scheduler, dtype), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(Path(output), facts), encoding="utf-8")
     return target
+
+
+def without_place(value: Any) -> Any:
+    """The value, but an absolute path without its folders: exports are passed on, and they tell of a machine.
+
+    Relative paths (`assets/...`) and hub names stay as they are.
+    """
+    if isinstance(value, (str, Path)) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
@@ -105,10 +108,12 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """
     with no_progress_bars():
         pipeline.save_pretrained(folder)
-    path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with _edited(folder / "text_encoder" / "config.json") as config:
+        config["dtype"] = "float32"
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        with _edited(path) as config:  # both libraries note where a part was read from
+            for name in {"_name_or_path", "name_or_path"} & config.keys():
+                config[name] = without_place(config[name])
 
 
 def model_card(output: Path, facts: dict[str, Any]) -> str:
@@ -135,6 +140,32 @@ scheduler of this folder, which holds the timestep the student starts from.
 
 The licence is that of the teacher it was distilled from.
 """
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file, written back afterwards if it was changed."""
+    text = path.read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    yield content
+    if content != json.loads(text):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _pipeline(
+    unet: UNet2DConditionModel, parts: TextToImageParts, scheduler: SchedulerMixin, dtype: torch.dtype
+) -> StableDiffusionPipeline:
+    """Stock pipeline of the student and the teacher's other parts, in `dtype`."""
+    return StableDiffusionPipeline(
+        vae=_cast(parts.vae, dtype),
+        text_encoder=_cast(parts.text_encoder, dtype),
+        tokenizer=parts.tokenizer,
+        unet=_cast(unet, dtype),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
