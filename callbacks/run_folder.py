@@ -10,17 +10,31 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_modules.errors import UserError
+from lightning_modules.errors import UserError, first_line
 
 CONFIG_NAME = "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
 _STEP = re.compile(r"step_(\d+)\.ckpt")
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a UserError; Path.exists and is_dir raise, too."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {error.filename or place}: {error.strerror or error}; change its permissions, "
+            "or choose another --trainer.default_root_dir or checkpoint"
+        ) from error
 
 
 def versions(experiment_folder: Path) -> list[Path]:
@@ -62,8 +76,13 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
         The path; None if `last` was asked for and no version holds a checkpoint.
 
     Raises:
-        UserError: the path does not exist, or there is no best checkpoint.
+        UserError: the path does not exist or cannot be read, or there is no best checkpoint.
     """
+    with _readable(root / experiment if which in ("last", "best") else Path(which)):
+        return _find_checkpoint(which, root, experiment)
+
+
+def _find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
     newest_first = versions(root / experiment)[::-1]
     if which == "last":
         return next((found for folder in newest_first if (found := newest_checkpoint(folder))), None)
@@ -88,15 +107,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is not a Lightning checkpoint, is cut short, or holds more than plain data and
             tensors.
     """
-    if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
-        path = path / "meta.pt"
+    with _readable(path):
+        if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
+            path = path / "meta.pt"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises a different type for each kind of damage
         raise UserError(
-            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; "
+            f"cannot read the checkpoint {path}: {first_line(error)}; "
             "give --ckpt_path a checkpoint written by fit"
         ) from error
     needed = {"global_step"} if path.name == "meta.pt" else {"global_step", "state_dict"}
@@ -108,27 +128,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def new_version(root: Path, experiment: str) -> Path:
-    """Create and return the next free `version_<n>` folder of an experiment.
+def new_version(root: Path, experiment: str) -> list[Path]:
+    """Create the next free `version_<n>` folder of an experiment.
+
+    Returns:
+        The folders made: first the version's, then those of its parents that did not exist, deepest first.
 
     Raises:
         UserError: the root (or a part of the path) is a file, or cannot be written.
     """
     folder = root / experiment
-    for part in (folder, *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise UserError(
-                f"the output folder {folder} cannot be made: {part} is a file; "
-                "choose another --trainer.default_root_dir or --experiment"
-            )
     try:
+        absent = [part for part in (folder, *folder.parents) if not part.exists()]
+        for part in (folder, *folder.parents):
+            if part.exists() and not part.is_dir():
+                raise UserError(
+                    f"the output folder {folder} cannot be made: {part} is a file; "
+                    "choose another --trainer.default_root_dir or --experiment"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         taken = versions(folder)
         number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
         while True:  # another run may take the same number at the same moment
             try:
                 (folder / f"version_{number}").mkdir()
-                return folder / f"version_{number}"
+                return [folder / f"version_{number}", *absent]
             except FileExistsError:
                 number += 1
     except OSError as error:
@@ -160,13 +184,16 @@ class RunFolder(Callback):
         path: The folder on rank zero; None on other processes, which learn it in `setup`.
         config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that
             a resumed run can say what has changed. None: nothing is written.
-        is_new: Whether this process made the folder; then it is removed again if no training starts.
+        made: The folders this process made for the run, the deepest first (see `new_version`); they are
+            removed again if no training starts.
     """
 
-    def __init__(self, path: Path | None = None, config: str | None = None, is_new: bool = False) -> None:
+    def __init__(
+        self, path: Path | None = None, config: str | None = None, made: Sequence[Path] = ()
+    ) -> None:
         self.path = path
         self.config = config
-        self.is_new = is_new
+        self.made = list(made)
         self.started = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -191,13 +218,15 @@ class RunFolder(Callback):
         return {"config": self.config}
 
     def discard(self) -> None:
-        """Remove the folder, and parents left empty, if this process made it."""
-        if not self.is_new or self.path is None or not self.path.is_dir():
+        """Remove the folder and those of its parents that were made for it and hold nothing else."""
+        made, self.made = self.made, []
+        if not made or not made[0].is_dir():
             return
-        shutil.rmtree(self.path)
-        for folder in (self.path.parent, self.path.parent.parent):
-            if folder.is_dir() and folder != Path.cwd() and not any(folder.iterdir()):
-                folder.rmdir()
+        shutil.rmtree(made[0])
+        for folder in made[1:]:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def run_dir(trainer: Trainer) -> Path:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import pkgutil
 import signal
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,15 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.config_errors import explain
 from callbacks.loggers import StepAxis, run_loggers
+from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
+from callbacks.quiet import quieten
+from callbacks.report import RunReport
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import (
     RunFolder,
@@ -32,6 +33,7 @@ from callbacks.run_folder import (
     new_version,
     read_checkpoint,
 )
+from callbacks.start_summary import StartSummary
 from lightning_modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -45,13 +47,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # the module prints its own, by role
 }
-_QUIET_WARNINGS = (
-    ".*does not have many workers.*",  # batches here are a few lines of text
-    ".*LightningCLI's args parameter is intended to run.*",  # main(args) is part of the interface
-    ".*in eval mode at the start of training.*",  # frozen parts are in eval mode on purpose
-    ".*LeafSpec.*is deprecated.*",  # inside Lightning
-    ".*IterableDataset.* has `__len__` defined.*",  # its workers do share the work
-)
 
 
 def import_components() -> None:
@@ -69,23 +64,6 @@ def experiment_name(args: list[str]) -> str:
     parser.add_argument("-c", "--config", action="append", default=[])
     known, _ = parser.parse_known_args(args)
     return Path(known.config[-1]).stem if known.config else "experiment"
-
-
-def quieten() -> None:
-    """Silence messages of Lightning that ask nothing of the user; every other warning stays."""
-    for pattern in _QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message=pattern)
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, _Tips) for known in logger.filters):
-        logger.addFilter(_Tips())
-
-
-class _Tips(logging.Filter):
-    """Drops Lightning's advertisements and its list of accelerators that are not there."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not ("litlogger" in message or "Tip:" in message or message.startswith("TPU available"))
 
 
 class TrainerCLI(LightningCLI):
@@ -123,6 +101,15 @@ class TrainerCLI(LightningCLI):
     def _discard_folder(self, even_if_used: bool = False) -> None:
         if self.run_folder is not None and (even_if_used or not self.run_folder.started):
             self.run_folder.discard()
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say in the help what `--seed_everything` means here."""
+        super().add_default_arguments_to_parser(parser)
+        for action in parser._actions:
+            if action.dest == "seed_everything":
+                action.help = (
+                    f"{action.help} Also the seed of model and data, unless they are given their own."
+                )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--experiment`."""
@@ -167,7 +154,8 @@ class TrainerCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Check what can be checked before anything is built."""
+        """Hand on the seed; check what can be checked before anything is built."""
+        self._share_seed()
         trainer = self.settings.trainer
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
@@ -176,6 +164,20 @@ class TrainerCLI(LightningCLI):
                 "trainer.max_steps is not set, so training would never end; "
                 "give --trainer.max_steps N or set it in the config"
             )
+
+    def _share_seed(self) -> None:
+        """Make `--seed_everything N` the seed of model and data where they take one and none is given.
+
+        Their noise and order are functions of those seeds alone; who gives another N means other numbers.
+        """
+        number = self.settings.seed_everything
+        if isinstance(number, bool):  # false: nothing is seeded
+            return
+        given = self.parser.parse_args(self.args, defaults=False)[self.subcommand]
+        for part in ("model", "data"):
+            takes = (self.settings.get(part) or {}).get("init_args") or {}
+            if "seed" in takes and "seed" not in ((given.get(part) or {}).get("init_args") or {}):
+                takes["seed"] = number
 
     def instantiate_classes(self) -> None:
         """Build data, model and Trainer; errors of the parser are explained, UserErrors pass through."""
@@ -195,7 +197,11 @@ class TrainerCLI(LightningCLI):
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Choose the run folder, then build the Trainer with the loggers and callbacks every run has."""
+        """Choose the run folder, then build the Trainer with the loggers and callbacks every run has.
+
+        Raises:
+            UserError: settings the Trainer refuses, such as devices that are not there.
+        """
         checkpoint = read_checkpoint(self.checkpoint_path) if self.checkpoint_path else None
         folder, resume_step = self._claim_folder(checkpoint)
         given = self._get(self.config_init, "trainer", default={})
@@ -204,7 +210,11 @@ class TrainerCLI(LightningCLI):
         place = folder or Path(given["default_root_dir"])
         kwargs["logger"] = self._loggers(given.get("logger"), place, resume_step)
         given["callbacks"] = self._callbacks(given)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        # values out of range, of a wrong type, and accelerators whose package is not installed
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise UserError(f"the Trainer refuses its settings: {error}") from error
 
     def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
         """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
@@ -217,14 +227,16 @@ class TrainerCLI(LightningCLI):
         if continues and not (own_folder and own_folder.name.startswith("version_")):
             continues = False
         folder: Path | None = None
+        made: list[Path] = []
         if getattr(rank_zero_only, "rank", 0) == 0:
             if continues and own_folder is not None:
                 check_writable(own_folder)
                 folder = own_folder
             else:
-                folder = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+                made = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+                folder = made[0]
         config = self._resolved_config() if is_fit else None
-        self.run_folder = RunFolder(folder, config, is_new=folder is not None and not continues)
+        self.run_folder = RunFolder(folder, config, made)
         step = int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
         return folder, step
 
@@ -255,12 +267,27 @@ class TrainerCLI(LightningCLI):
             callbacks.append(StepProgressBar())
         if trainer.get("enable_checkpointing") is not False and not _has(callbacks, Checkpoint):
             callbacks.append(RunCheckpoint())
-        return callbacks
+        return [*callbacks, *self._callbacks_of_the_command(callbacks)]
+
+    def _callbacks_of_the_command(self, callbacks: list[Callback]) -> list[Callback]:
+        """Summary and report of a distillation, the pictures of `predict`."""
+        added: list[Callback] = []
+        if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
+            added.append(PredictionFiles())
+        if self.subcommand == "fit":
+            offers = {StartSummary: "memory_parts", RunReport: "evaluation_weights"}
+            added += [
+                kind() for kind, method in offers.items()
+                if callable(getattr(self.model, method, None)) and not _has(callbacks, kind)
+            ]  # fmt: skip
+        return added
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Give the Trainer the path of the checkpoint in place of `last` or `best`."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = str(self.checkpoint_path) if self.checkpoint_path else None
+        if subcommand == "predict" and kwargs.get("return_predictions") is None:
+            kwargs["return_predictions"] = False  # they are saved; nobody takes what would fill the memory
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:

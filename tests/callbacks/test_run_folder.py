@@ -34,11 +34,11 @@ def test_versions_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
 
 
 def test_new_version_takes_the_next_free_number(tmp_path: Path) -> None:
-    assert new_version(tmp_path, "a").name == "version_0"
+    assert new_version(tmp_path, "a")[0].name == "version_0"
     (tmp_path / "a" / "version_7").mkdir()
     (tmp_path / "a" / "version_8").touch()  # something else in the way
-    assert new_version(tmp_path, "a").name == "version_9"
-    assert new_version(tmp_path, "b").name == "version_0"
+    assert new_version(tmp_path, "a")[0].name == "version_9"
+    assert new_version(tmp_path, "b")[0].name == "version_0"
 
 
 def test_last_is_the_newest_version_with_a_checkpoint(tmp_path: Path) -> None:
@@ -76,12 +76,62 @@ def test_checkpoints_do_not_run_code(tmp_path: Path) -> None:
 
 def test_a_folder_is_removed_only_by_the_one_who_made_it(tmp_path: Path) -> None:
     theirs = make(tmp_path / "runs" / "a" / "version_0", "last.ckpt")
-    RunFolder(theirs, is_new=False).discard()
+    RunFolder(theirs).discard()
     assert theirs.is_dir()
-    mine = new_version(tmp_path / "runs", "b")
-    RunFolder(mine, is_new=True).discard()
-    assert not mine.parent.exists()
+    made = new_version(tmp_path / "runs", "b")
+    RunFolder(made[0], made=made).discard()
+    assert not made[0].parent.exists()
     assert theirs.is_dir()
+
+
+def test_folders_that_were_there_before_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "given").mkdir()
+    made = new_version(tmp_path / "given" / "deep", "a")
+    assert made == [tmp_path / "given" / "deep" / path for path in ("a/version_0", "a", ".")]
+    RunFolder(made[0], made=made).discard()
+    assert [path.name for path in tmp_path.rglob("*")] == ["given"]
+    monkeypatch.chdir(tmp_path / "given")
+    made = new_version(Path("."), "a")
+    RunFolder(made[0], made=made).discard()
+    assert [path.name for path in tmp_path.rglob("*")] == ["given"]
+
+
+def test_a_folder_another_run_has_begun_to_use_stays(tmp_path: Path) -> None:
+    mine = new_version(tmp_path / "runs", "a")
+    theirs = new_version(tmp_path / "runs", "a")[0]
+    RunFolder(mine[0], made=mine).discard()
+    assert theirs.is_dir() and not mine[0].exists()
+
+
+@pytest.mark.parametrize("name", ["is_dir", "exists"])
+def test_places_that_may_not_be_looked_into(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make(tmp_path / "a" / "version_0", "last.ckpt", "best.ckpt")
+    monkeypatch.setattr(Path, name, refuse)
+    for which in ("last", "best"):
+        with pytest.raises(UserError, match="Permission denied"):
+            find_checkpoint(which, tmp_path, "a")
+    with pytest.raises(UserError, match="Permission denied"):
+        new_version(tmp_path, "a")
+    if name == "is_dir":
+        with pytest.raises(UserError, match="Permission denied"):
+            read_checkpoint(tmp_path / "x.ckpt")
+    else:
+        with pytest.raises(UserError, match="Permission denied"):
+            find_checkpoint(str(tmp_path / "x.ckpt"), tmp_path, "a")
+
+
+def test_an_error_without_words_names_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="cannot read the checkpoint .*: EOFError;"):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_run_dir_of_a_trainer_from_python(tmp_path: Path) -> None:
