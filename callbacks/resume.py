@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 _SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
@@ -92,7 +93,8 @@ class ConfigWins(Callback):
     `Optimizer.load_state_dict` brings back the learning rate of the checkpoint, whatever the configuration
     says. The settings as the configuration gave them are kept in the checkpoint; of these, the ones that are
     different now are set again. A schedule's progress is kept: its current factor scales the new base
-    learning rate.
+    learning rate, and where the factor is a function of the step, as in LambdaLR, it is that of the schedule
+    as it is now (another trainer.max_steps is another slope).
     """
 
     def __init__(self) -> None:
@@ -121,6 +123,8 @@ class ConfigWins(Callback):
             for name, value in now.items():
                 if name not in _SCHEDULE_PROGRESS and name in before and before[name] != value:
                     setattr(schedule, name, value)
+            if isinstance(schedule, LambdaLR):
+                _apply_factors(schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings as the configuration gave them."""
@@ -143,6 +147,18 @@ def _apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[
             group[name] = value
         if "initial_lr" not in new and old.get("lr") != new["lr"]:
             group["lr"] = new["lr"]
+
+
+def _apply_factors(schedule: LambdaLR) -> None:
+    """Set the learning rates to base rate x factor at the schedule's place, as its next step would."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        rate = base * factor(schedule.last_epoch)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    schedule._last_lr = [group["lr"] for group in groups]
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers.optimization import get_scheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
@@ -237,6 +238,60 @@ def test_values_given_now_win_and_are_printed(
     ] == pytest.approx(0.6)
 
 
+class TinyLinear(TinyModule):
+    """A rate that falls to zero at the last step; notes the rate of each step, and its seed."""
+
+    rates: list[float] = []
+    seeds: list[int] = []
+
+    def __init__(self, learning_rate: float = 0.1, seed: int = 0) -> None:
+        super().__init__(3, learning_rate)
+        self.seeds.append(seed)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        schedule = get_scheduler(
+            "linear", optimizer, num_warmup_steps=0, num_training_steps=self.trainer.max_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.fixture
+def linear(monkeypatch: pytest.MonkeyPatch) -> type[TinyLinear]:
+    monkeypatch.setattr(TinyLinear, "rates", [])
+    monkeypatch.setattr(TinyLinear, "seeds", [])
+    return TinyLinear
+
+
+def test_a_longer_run_follows_its_own_slope_from_the_first_update(
+    fit: Callable[..., Path], linear: type[TinyLinear]
+) -> None:
+    model = ("--model", "tests.test_cli.TinyLinear")
+    fit(*model, "--trainer.max_steps", "2")
+    assert linear.rates == pytest.approx([0.1, 0.05])
+    fit(*model, "--trainer.max_steps", "4", "--ckpt_path", "last")
+    assert linear.rates[2:] == pytest.approx([0.05, 0.025])
+    fit(*model, "--trainer.max_steps", "8", "--ckpt_path", "last", "--model.learning_rate", "0.8")
+    assert linear.rates[4:] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_seed_everything_is_the_seed_of_the_model_unless_it_has_its_own(
+    fit: Callable[..., Path], linear: type[TinyLinear], tmp_path: Path
+) -> None:
+    model = ("--model", "tests.test_cli.TinyLinear", "--trainer.max_steps", "1")
+    run = fit(*model, "--seed_everything", "7")
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["seed"] == 7
+    fit(*model, "--seed_everything", "7", "--model.seed", "0")
+    (tmp_path / "own.yaml").write_text("model: {init_args: {seed: 3}}\n")
+    fit(*model, "--seed_everything", "7", "--config", str(tmp_path / "own.yaml"), "--experiment", "tiny")
+    fit(*model)
+    assert linear.seeds == [7, 0, 3, 0]
+
+
 def test_last_without_a_checkpoint_starts_afresh_with_a_notice(
     fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +407,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]] | list[str], list[str]]] =
     ),
     "endless": (["--trainer.max_steps", "-1"], ["max_steps"]),
     "missing prompts": (missing_prompts, ["none.txt", "does not exist"]),
+    "devices that are not there": (["--trainer.accelerator=cuda", "--trainer.devices=64"], ["the Trainer"]),
+    "no device": (["--trainer.devices=0"], ["the Trainer", "devices"]),
+    "no such accelerator": (["--trainer.accelerator=abacus"], ["the Trainer", "abacus"]),
 }
 
 
