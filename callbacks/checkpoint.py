@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.random_states import random_states, restore_random_states
@@ -32,8 +32,9 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Steps between checkpoints.
-        monitor: Validation metric that decides `best.ckpt`; without it among the metrics there is no
-            best.ckpt.
+        monitor: Validation metric that decides `best.ckpt`. Where the metric is not logged there is no
+            best.ckpt, with a warning; a run that ends before its first validation leaves its last checkpoint
+            as best.ckpt, with a notice. None: no best.ckpt.
         mode: "min" or "max".
         keep_step_checkpoints: How many `step_<n>.ckpt` are kept: 0 none, n the newest n, -1 all of them.
 
@@ -65,6 +66,8 @@ class RunCheckpoint(Checkpoint):
         self.saved_step = -1
         self._between_steps = False
         self._interrupted = False
+        self._has_validated = False
+        self._has_warned = False
         self._sigint_handler: Any = None
         self._random_states: list[dict[str, Any]] | None = None
 
@@ -82,7 +85,10 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.folder(trainer).glob("*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self._between_steps, self._interrupted = True, False
+        self._between_steps, self._interrupted, self._has_validated = True, False, False
+        # a checkpoint named by its path brings the best score of another run, whose best.ckpt is not here
+        if not trainer.strategy.broadcast((self.folder(trainer) / "best.ckpt").exists()):
+            self.best_score = self.best_step = None
         if threading.current_thread() is threading.main_thread():
             self._sigint_handler = signal.signal(signal.SIGINT, self._on_sigint)
 
@@ -113,7 +119,15 @@ class RunCheckpoint(Checkpoint):
         """Keep the best."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.monitor is None:
             return
+        self._has_validated = True
         value = trainer.callback_metrics.get(self.monitor)
+        if value is None and not self._has_warned:
+            self._has_warned = True
+            names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            rank_zero_warn(
+                f"RunCheckpoint.monitor is {self.monitor!r}, which this validation does not log, so nothing "
+                f"decides best.ckpt; its metrics are: {', '.join(names) or 'none'}"
+            )
         if value is None or not math.isfinite(score := float(value)):
             return
         sign = 1 if self.mode == "min" else -1
@@ -123,9 +137,12 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, best=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save a run that ended otherwise than by its number of steps."""
+        """Save a run that ended otherwise than by its number of steps, or before its first validation."""
         if trainer.global_step != self.saved_step:
             self.save(trainer)
+        undecided = self.best_score is None and not self._has_validated
+        if self.monitor is not None and trainer.enable_validation and undecided:
+            self._take_last_for_best(trainer)
         self._restore_sigint()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -161,6 +178,17 @@ class RunCheckpoint(Checkpoint):
         raise SIGTERMException if trainer.received_sigterm else KeyboardInterrupt
 
     # How
+
+    def _take_last_for_best(self, trainer: Trainer) -> None:
+        """Without a score: the first validation of a continued run decides anew."""
+        last, best = (self.folder(trainer) / f"{name}.ckpt" for name in ("last", "best"))
+        if trainer.is_global_zero:
+            _give_name(last, best)
+            rank_zero_info(
+                "the run ended before its first validation (trainer.val_check_interval is "
+                f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by {self.monitor}"
+            )
+        trainer.strategy.barrier("run-checkpoint-best")
 
     def save(self, trainer: Trainer, keep: bool = False, best: bool = False) -> None:
         """Write the present state once and give it its names; every process must call this.
@@ -204,19 +232,24 @@ def _publish(temporary: Path, targets: list[Path]) -> None:
     """Give a complete checkpoint its names, each atomically; a reader sees the old file or the new one."""
     _flush_to_disk(temporary)
     for target in targets[1:]:
-        staged = target.with_suffix(".link.tmp")
-        _remove(staged)
-        if temporary.is_dir():
-            shutil.copytree(temporary, staged)
-        else:
-            try:
-                os.link(temporary, staged)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(temporary, staged)
-                _flush_to_disk(staged)
-        _replace(staged, target)
+        _give_name(temporary, target)
     _replace(temporary, targets[0])
     _flush_to_disk(targets[0].parent)
+
+
+def _give_name(source: Path, target: Path) -> None:
+    """Give a complete checkpoint another name, too."""
+    staged = target.with_suffix(".link.tmp")
+    _remove(staged)
+    if source.is_dir():
+        shutil.copytree(source, staged)
+    else:
+        try:
+            os.link(source, staged)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, staged)
+            _flush_to_disk(staged)
+    _replace(staged, target)
 
 
 def _replace(source: Path, target: Path) -> None:

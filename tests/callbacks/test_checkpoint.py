@@ -66,6 +66,30 @@ def test_best_follows_the_metric(mode: str, expected: int, tmp_path: Path, monke
     assert step_of(tmp_path, "last.ckpt") == 8
 
 
+def test_a_run_shorter_than_its_first_validation_has_a_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = RunCheckpoint(every_n_steps=2)
+    train(tmp_path, callback, 3, limit_val_batches=1, val_check_interval=5)
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
+    assert step_of(tmp_path, "best.ckpt") == 3 and callback.best_score is None
+    assert "best.ckpt is last.ckpt, not decided by val/frechet_distance" in caplog.text
+
+
+def test_no_validation_no_best(tmp_path: Path) -> None:
+    train(tmp_path / "off", RunCheckpoint(), 1)
+    train(tmp_path / "unwanted", RunCheckpoint(monitor=None), 1, limit_val_batches=1, val_check_interval=5)
+    assert names(tmp_path / "off") == names(tmp_path / "unwanted") == ["last.ckpt"]
+
+
+def test_a_metric_that_is_not_logged_is_named_once(tmp_path: Path) -> None:
+    callback = RunCheckpoint(monitor="val/fid")
+    with pytest.warns(UserWarning, match="val/fid.*its metrics are: val/frechet_distance") as caught:
+        train(tmp_path, callback, 4, limit_val_batches=1, val_check_interval=2)
+    assert len([one for one in caught if "val/fid" in str(one.message)]) == 1
+    assert names(tmp_path) == ["last.ckpt"]
+
+
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     train(tmp_path, RunCheckpoint(), 1)
     real = os.replace
