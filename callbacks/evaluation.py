@@ -256,10 +256,16 @@ class Evaluation(Callback):
     def _log_final(self, trainer: Trainer) -> None:
         assert self.final is not None
         values = {f"test/{metric.name}": self.final.metrics[metric.name]["value"] for metric in self.metrics}
+        step = self.final.step
+        tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        # A finished run that is completed again is measured again: the values are in the loggers already.
+        amended = [table.amend(values, step) for table in tables if values]
+        if any(amended):
+            return
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=self.final.step)
-            if isinstance(logger, MetricsCSV):
-                logger.flush()
+            logger.log_metrics(values, step=step)
+        for table in tables:
+            table.flush()
 
     def _manifest(self, captions: list[str], every: list[str], weights: str) -> dict[str, Any]:
         assert self.extractor is not None

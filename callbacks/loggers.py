@@ -76,6 +76,23 @@ class MetricsCSV(Logger):
         self._pending = {**self._pending, "step": step_text, **row}
 
     @rank_zero_only
+    def amend(self, metrics: dict[str, Any], step: int) -> bool:
+        """Replace values in the row of a step that holds all of them already; False if no row does.
+
+        For a measurement repeated at the same step: a second row would count it twice.
+        """
+        if not self._opened:
+            self._open()
+        self._flush()
+        rows = self._read()
+        for row in rows:
+            if row["step"] == str(int(step)) and all(row.get(name) for name in metrics):
+                row.update({name: _text(value) for name, value in metrics.items()})
+                self._rewrite(rows)
+                return True
+        return False
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is pending."""
         self._flush()

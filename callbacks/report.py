@@ -40,6 +40,10 @@ class StepTimer:
             self._start = None
             self.images_per_step = images
 
+    def has_measured(self) -> bool:
+        """Whether any step has been timed."""
+        return bool(self._marks)
+
     def seconds_per_step(self) -> float | None:
         """The median once warm, None before any step."""
         if not self._marks:
@@ -68,11 +72,13 @@ class RunReport(Callback):
     """report.json, report.md, report.html and manifest.json in the run folder, at the end of ``fit``.
 
     Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves
-    from ``metrics.csv``. Prints the table of results and where report.html lies.
+    from ``metrics.csv``. Prints the table of results and where report.html lies. The timing goes into
+    checkpoints, so that a finished run whose report is completed later keeps that of its training.
     """
 
     def __init__(self) -> None:
         self.timer = StepTimer()
+        self._earlier: dict[str, Any] = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -133,7 +139,18 @@ class RunReport(Callback):
         curves = folder / "metrics.csv"
         return Report(content, manifest, sample_pictures(folder), curves if curves.is_file() else None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the timing so far."""
+        return {"timing": self._timing()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the timing of an earlier session, for the case that this one trains nothing."""
+        self._earlier = state_dict["timing"]
+
     def _timing(self) -> dict[str, float | None]:
+        if self._earlier and not self.timer.has_measured():
+            peak = max(self._earlier["peak_memory_gib"], peak_memory_gib())
+            return self._earlier | {"peak_memory_gib": peak}
         seconds = self.timer.seconds_per_step()
         return {
             "seconds_per_step": seconds,

@@ -64,3 +64,21 @@ def test_a_log_without_values_leaves_no_row(tmp_path: Path) -> None:
     logger.log_metrics({}, step=1)
     logger.finalize("success")
     assert read(tmp_path / "metrics.csv") == []
+
+
+def test_a_repeated_measurement_replaces_the_row_that_holds_it(tmp_path: Path) -> None:
+    first = MetricsCSV(tmp_path)
+    assert first.amend({"test/fd": 1.0}, step=2) is False, "there is none yet"
+    first.log_metrics({"loss": 0.5}, step=2)
+    first.flush()
+    first.log_metrics({"test/fd": 3.0, "test/clip": 0.25}, step=2)
+    first.finalize("success")
+    second = MetricsCSV(tmp_path, resume_step=2)
+    assert second.amend({"test/fd": 3.5, "test/clip": 0.5}, step=2) is True
+    assert second.amend({"test/fd": 4.0}, step=3) is False
+    assert second.amend({"loss": 1.0, "test/fd": 4.0}, step=2) is False, "no row holds both"
+    second.finalize("success")
+    assert read(tmp_path / "metrics.csv") == [
+        {"step": "2", "loss": "0.5", "test/fd": "", "test/clip": ""},
+        {"step": "2", "loss": "", "test/fd": "3.5", "test/clip": "0.5"},
+    ]

@@ -60,7 +60,11 @@ class Page(HTMLParser):
 
 
 def test_a_run_of_one_step_leaves_a_whole_report(
-    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    tiny_sd: Path,
+    tiny_clip: Path,
+    reference: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "emoji" / "version_3"
     callbacks = [RunReport(), evaluation(tiny_clip, reference), SampleGrid(num_images=2, teacher_steps=2)]
@@ -94,7 +98,10 @@ def test_a_run_of_one_step_leaves_a_whole_report(
 
 
 def test_page_fetches_nothing_and_holds_pictures_and_curves(
-    tiny_sd: Path, tiny_clip: Path, reference: str, tmp_path: Path  # noqa: F811
+    tiny_sd: Path,
+    tiny_clip: Path,
+    reference: str,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "a<b>&c" / "version_0"
     callbacks = [evaluation(tiny_clip, reference), SampleGrid(num_images=2, teacher_steps=2), RunReport()]
@@ -107,6 +114,30 @@ def test_page_fetches_nothing_and_holds_pictures_and_curves(
     assert page.tags.count("svg") == 3  # frechet_distance, clip_score, train/loss
     assert "a<b>&c, step 4" in page.text and "a<b>" not in text
     assert "student updates" in page.text and "teacher, 2 steps" in page.text
+
+
+def test_completing_a_finished_run_keeps_its_timing_and_its_rows(
+    tiny_sd: Path,
+    tiny_clip: Path,
+    reference: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "emoji" / "version_0"
+    first = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2)
+    first.fit(StandIn(tiny_sd), StandInData())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    before, rows = json.loads((folder / "report.json").read_text()), (folder / "metrics.csv").read_text()
+    assert rows.count("\n") == 4  # header, two steps (validation stands with the second), the final values
+    (folder / "report.json").unlink()
+    module = StandIn(tiny_sd)
+    module.student_steps = 2  # a distillation takes it from the checkpoint
+    again = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2)
+    again.fit(module, StandInData(), ckpt_path=tmp_path / "last.ckpt")
+    after = json.loads((folder / "report.json").read_text())
+    for name in ("seconds_per_step", "images_per_second"):
+        assert after["timing"][name] == before["timing"][name] > 0
+    assert after["timing"]["peak_memory_gib"] >= before["timing"]["peak_memory_gib"] * 0.99
+    assert (folder / "metrics.csv").read_text().count("\n") == 4
 
 
 def test_report_without_evaluation(tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,8 +234,13 @@ def test_long_curves_keep_their_extremes() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[(5.0, 2.0)], [(0.0, 0.0), (1.0, 0.0)], [(1.0, -3.0), (2.0, 1e-9)], [(0.0, 1e12)],
-     [(1.0, 1e-7), (9.0, 2.0)]],  # fmt: skip
+    [
+        [(5.0, 2.0)],
+        [(0.0, 0.0), (1.0, 0.0)],
+        [(1.0, -3.0), (2.0, 1e-9)],
+        [(0.0, 1e12)],
+        [(1.0, 1e-7), (9.0, 2.0)],
+    ],  # fmt: skip
 )
 def test_every_curve_has_axes(values: list[tuple[float, float]]) -> None:
     svg = line_plot("a<b", [Series("a<b", values)], {"teacher": 1.0, "none": float("nan")})
