@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,11 +23,10 @@ from transformers import (
 )
 
 from datamodules.pictures import EvaluationPictures
-from lightning_modules.errors import UserError
-from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.export import save_pipeline
 from lightning_modules.networks.tokenizer import train_tokenizer
 from lightning_modules.pretraining_tools import (
+    Pretraining,
     augment,
     chunks,
     encode,
@@ -37,71 +35,6 @@ from lightning_modules.pretraining_tools import (
     tokenize,
     training_captions,
 )
-
-
-class Pretraining(L.LightningModule):
-    """What the three have in common: AdamW, warm-up, then cosine decay to zero at ``trainer.max_steps``.
-
-    Args:
-        output: folder that is written when ``fit`` ends.
-        learning_rate: peak value.
-        warmup_steps: linear warm-up.
-        weight_decay: of AdamW, on matrices and kernels only.
-        seed: of the noise that the losses draw.
-    """
-
-    def __init__(
-        self, output: str, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int
-    ) -> None:
-        super().__init__()
-        self.output = Path(output)
-        self.learning_rate, self.warmup_steps, self.weight_decay, self.seed = (
-            learning_rate, warmup_steps, weight_decay, seed,
-        )  # fmt: skip
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Named loss terms of one batch; their sum is minimised."""
-        raise TypeError(f"{type(self).__name__} defines no loss")
-
-    def preview(self) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] that show what has been learnt so far."""
-        raise TypeError(f"{type(self).__name__} has no preview: leave the Preview callback out")
-
-    def export(self) -> None:
-        """Write the trained model to ``self.output``."""
-        raise TypeError(f"{type(self).__name__} defines no export")
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(batch["step"]))
-        with fast_attention(self.device):
-            terms = self.loss(batch, generator)
-        total = torch.stack(list(terms.values())).sum()
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
-        return total
-
-    def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99))
-        total = int(self.trainer.max_steps)
-        if total <= 0:
-            raise UserError("pretraining needs trainer.max_steps: the learning rate decays to zero there")
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _rate(self, step: int, total: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-        return 0.5 * (1 + math.cos(math.pi * done))
-
-    def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and self.trainer.global_step >= self.trainer.max_steps:
-            self.export()
-            print(f"written: {self.output}")
 
 
 class AutoencoderPretraining(Pretraining):
@@ -159,13 +92,13 @@ class AutoencoderPretraining(Pretraining):
         return torch.cat([pictures, (decoded / 2 + 0.5).clamp(0, 1)])
 
     @torch.no_grad()
-    def export(self) -> None:
+    def export(self, folder: Path) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.train_encoder:
             keys = data.keys[:: max(1, len(data.keys) // 1024)]
             latents = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(keys, 64)]
             self.autoencoder.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
-        self.autoencoder.half().save_pretrained(self.output)
+        self.autoencoder.half().save_pretrained(folder)
         self.autoencoder.float()
 
 
@@ -217,13 +150,13 @@ class CLIPPretraining(Pretraining):
     def on_train_batch_start(self, *_: Any) -> None:
         self.clip.logit_scale.data.clamp_(max=math.log(100))  # as in the paper, section 2.5
 
-    def export(self) -> None:
+    def export(self, folder: Path) -> None:
         size = self.clip.config.vision_config.image_size
         processor = CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )
         for part in (self.clip.half(), self.tokenizer, processor):
-            part.save_pretrained(self.output)
+            part.save_pretrained(folder)
         self.clip.float()
 
 
@@ -307,6 +240,6 @@ class DiffusionPretraining(Pretraining):
         sampling = {"num_inference_steps": 25, "guidance_scale": 4.5, "output_type": "pt"}
         return pipe(captions, latents=noise.to(self.device), **sampling).images.float()
 
-    def export(self) -> None:
-        save_pipeline(self.pipeline().to(torch.float16), self.output)
+    def export(self, folder: Path) -> None:
+        save_pipeline(self.pipeline().to(torch.float16), folder)
         self.float()

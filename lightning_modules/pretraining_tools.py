@@ -1,7 +1,9 @@
-"""What the pretraining modules share: captions, tokens, augmentation, encoding."""
+"""What the pretraining modules share: base class, captions, tokens, augmentation, encoding."""
 
+import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +14,84 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from datamodules.pictures import EmojiPictures, EvaluationPictures, caption
+from lightning_modules.errors import UserError
+from lightning_modules.networks.attention import fast_attention
+from lightning_modules.networks.output_folder import check_writable_folder, filled_at_once
+
+
+class Pretraining(L.LightningModule):
+    """What the three have in common: AdamW, warm-up, then cosine decay to zero at ``trainer.max_steps``.
+
+    Args:
+        output: folder that is written when ``fit`` ends.
+        learning_rate: peak value.
+        warmup_steps: linear warm-up.
+        weight_decay: of AdamW, on matrices and kernels only.
+        seed: of the noise that the losses draw.
+    """
+
+    def __init__(
+        self, output: str, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.output = Path(output)
+        self.learning_rate, self.warmup_steps, self.weight_decay, self.seed = (
+            learning_rate, warmup_steps, weight_decay, seed,
+        )  # fmt: skip
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Named loss terms of one batch; their sum is minimised."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def preview(self) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] that show what has been learnt so far."""
+        raise TypeError(f"{type(self).__name__} has no preview: leave the Preview callback out")
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model into ``folder``, whose files are then moved to ``self.output``."""
+        raise TypeError(f"{type(self).__name__} defines no export")
+
+    def setup(self, stage: str) -> None:
+        """Before hours of training: make sure that the result can be written.
+
+        Raises:
+            UserError: ``output`` is a file, or can't be written.
+        """
+        if stage == "fit":
+            check_writable_folder(self.output, "model.init_args.output")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(batch["step"]))
+        with fast_attention(self.device):
+            terms = self.loss(batch, generator)
+        total = torch.stack(list(terms.values())).sum()
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
+        return total
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99))
+        total = int(self.trainer.max_steps)
+        if total <= 0:
+            raise UserError("pretraining needs trainer.max_steps: the learning rate decays to zero there")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int, total: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.global_step >= self.trainer.max_steps:
+            with filled_at_once(self.output.expanduser().resolve()) as folder:
+                self.export(folder)
+            print(f"written: {self.output}")
 
 
 def training_captions() -> list[str]:

@@ -17,9 +17,15 @@ from lightning_modules.pretraining import (
     AutoencoderPretraining,
     CLIPPretraining,
     DiffusionPretraining,
-    Pretraining,
 )
-from lightning_modules.pretraining_tools import augment, chunks, encode, tokenize, training_captions
+from lightning_modules.pretraining_tools import (
+    Pretraining,
+    augment,
+    chunks,
+    encode,
+    tokenize,
+    training_captions,
+)
 from tests.fake_emoji import make_artwork
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -224,6 +230,52 @@ def test_pretraining_needs_an_end(tmp_path: Path) -> None:
     module = CLIPPretraining(str(tmp_path), VISION, TEXT, 8, vocabulary_size=700)
     with pytest.raises(UserError, match="needs trainer.max_steps"):
         trainer(tmp_path, -1).fit(module, PictureDataModule(batch_size=2))
+
+
+@pytest.mark.parametrize("output", ["file", "file/inside"])
+def test_an_output_that_cannot_be_written_is_refused_before_training(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = CLIPPretraining(str(tmp_path / output), VISION, TEXT, 8, vocabulary_size=700)
+    watch = Watch()
+    with pytest.raises(UserError, match=r"file is a file.*model\.init_args\.output"):
+        trainer(tmp_path, 1, watch).fit(module, PictureDataModule(batch_size=2))
+    assert not watch.seen
+
+
+class Small(Pretraining):
+    """One number, written into two files; the second may fail."""
+
+    def __init__(self, output: Path, fails: bool = False) -> None:
+        super().__init__(str(output), 1e-2, 0, 0.0, 0)
+        self.number, self.fails = torch.nn.Parameter(torch.zeros(())), fails
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"square": (self.number - 1) ** 2}
+
+    def export(self, folder: Path) -> None:
+        for part in ("unet", "text_encoder"):
+            if self.fails and part == "text_encoder":
+                raise KeyboardInterrupt
+            (folder / part).mkdir(parents=True)
+            (folder / part / "weights").write_text("new")
+
+
+def test_an_interrupted_export_leaves_the_former_files(tmp_path: Path) -> None:
+    """Parts that the export doesn't write (the autoencoder's) stay in any case."""
+    output = tmp_path / "sd"
+    for part in ("vae", "unet"):
+        (output / part).mkdir(parents=True)
+        (output / part / "weights").write_text("old")
+    exported = ["new text_encoder", "new unet", "old vae"]
+    for fails, expected in ((True, ["old unet", "old vae"]), (False, exported)):
+        run, data = trainer(tmp_path, 1), PictureDataModule(batch_size=2)
+        try:
+            run.fit(Small(output, fails), data)
+        except (KeyboardInterrupt, SystemExit):
+            assert fails
+        found = [f"{file.read_text()} {file.parent.name}" for file in output.glob("*/*")]
+        assert sorted(found) == sorted(expected)
+        assert [entry.name for entry in tmp_path.iterdir() if "sd" in entry.name] == ["sd"]
 
 
 def test_augmentation_keeps_range_and_depends_on_the_generator() -> None:

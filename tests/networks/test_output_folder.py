@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.errors import UserError
-from lightning_modules.networks.output_folder import check_output_folder, written_at_once
+from lightning_modules.networks.output_folder import (
+    check_output_folder,
+    check_writable_folder,
+    filled_at_once,
+    written_at_once,
+)
 
 
 def nothing(folder: Path) -> set[str]:
@@ -37,6 +42,42 @@ def test_missing_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write anywhere
     with pytest.raises(UserError, match="no permission in"):
         check_output_folder(tmp_path / "new", nothing)
+
+
+def test_the_option_to_change_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/other").touch()
+    assert check_writable_folder(tmp_path / "full") == tmp_path / "full"
+    for path in (tmp_path / "file", tmp_path / "file/inside"):
+        with pytest.raises(UserError, match="is a file. Give .* model.output"):
+            check_writable_folder(path, "model.output")
+
+
+def test_a_folder_is_filled_without_losing_its_other_files(tmp_path: Path) -> None:
+    target = tmp_path / "deep/model"
+    for text, part in (("one", "vae"), ("two", "unet"), ("three", "unet")):
+        with filled_at_once(target) as folder:
+            (folder / part).mkdir()
+            (folder / part / "weights").write_text(text)
+            (folder / "index").write_text(text)
+            assert not target.exists() or (target / "index").read_text() != text
+    files = [file for file in target.rglob("*") if file.is_file()]
+    contents = {str(file.relative_to(target)): file.read_text() for file in files}
+    assert contents == {"vae/weights": "one", "unet/weights": "three", "index": "three"}
+    assert [entry.name for entry in target.parent.iterdir()] == ["model"]
+
+
+def test_a_failure_while_filling_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights").write_text("former")
+    for error, seen in ((KeyError(), KeyError), (OSError("disk full"), UserError)):
+        with pytest.raises(seen), filled_at_once(target) as folder:
+            (folder / "weights").write_text("ha")
+            raise error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert [entry.read_text() for entry in target.iterdir()] == ["former"]
 
 
 def test_success_replaces_the_whole_folder(tmp_path: Path) -> None:
