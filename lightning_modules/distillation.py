@@ -167,14 +167,12 @@ class OneStepDistillation(L.LightningModule):
         leaf = x0.detach().requires_grad_()
         sample = StudentSample(leaf, condition)
         terms = self._judge("student", sample, random, share)
-        gradient = torch.zeros_like(leaf)
-        for name, term in terms.items():
-            (part_gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
-            gradient += part_gradient
-            # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
-            self._note(f"gradient_at_output/{name}", part_gradient.norm() * len(leaf) ** 0.5, share)
+        parts = {n: torch.autograd.grad(term, leaf, retain_graph=True)[0] for n, term in terms.items()}
         del terms, sample  # and with them what they keep for backward passes
-        self.manual_backward(share * (x0 * gradient).sum())
+        self.manual_backward(share * (x0 * torch.stack([*parts.values()]).sum(0)).sum())
+        for name, gradient in parts.items():
+            # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
+            self._note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
         self._note("latents/mean", leaf.mean(), share)
         self._note("latents/std", leaf.std(), share)
         return StudentSample(x0.detach(), condition), random, share
