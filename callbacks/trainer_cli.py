@@ -173,7 +173,7 @@ class TrainerCLI(LightningCLI):
         number = self.settings.seed_everything
         if isinstance(number, bool):  # false: nothing is seeded
             return
-        given = self.parser.parse_args(self.args, defaults=False)[self.subcommand]
+        given = self.parser.parse_args(self.args, defaults=False)[self.config.subcommand]
         for part in ("model", "data"):
             takes = (self.settings.get(part) or {}).get("init_args") or {}
             if "seed" in takes and "seed" not in ((given.get(part) or {}).get("init_args") or {}):

@@ -79,6 +79,12 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert "usage" in capsys.readouterr().out
 
 
+def test_help_says_what_the_seed_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    assert "Also the seed of model and data, unless" in " ".join(capsys.readouterr().out.split())
+
+
 # Runs
 
 

@@ -74,6 +74,15 @@ def test_a_run_shorter_than_its_first_validation_has_a_best(
     assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
     assert step_of(tmp_path, "best.ckpt") == 3 and callback.best_score is None
     assert "best.ckpt is last.ckpt, not decided by val/frechet_distance" in caplog.text
+    train(tmp_path, RunCheckpoint(), 4, limit_val_batches=1, val_check_interval=5)
+    assert step_of(tmp_path, "best.ckpt") == 4, "still the last one"
+
+
+def test_the_best_score_of_another_run_does_not_count(tmp_path: Path) -> None:
+    callback = RunCheckpoint()
+    callback.load_state_dict({"best_score": -1.0, "best_step": 7, "random_states": None})
+    train(tmp_path, callback, 2, limit_val_batches=1, val_check_interval=2)
+    assert callback.best_step == step_of(tmp_path, "best.ckpt") == 2
 
 
 def test_no_validation_no_best(tmp_path: Path) -> None:
