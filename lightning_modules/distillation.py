@@ -15,6 +15,7 @@ from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.memory import Part, memory_by_part
 from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.ema import StudentEMA
+from lightning_modules.networks.fitting import check_fit
 from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.roles import LoraSettings, ScoreModels
@@ -284,7 +285,10 @@ class OneStepDistillation(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over average and counters; without an average in the checkpoint it starts from its weights."""
+        """Take over average and counters, or raise a UserError if the checkpoint is of another model.
+
+        Without an average in the checkpoint, it starts from the student's weights."""
+        check_fit(checkpoint["state_dict"], self.state_dict())
         for name, value in checkpoint.get("counters", {}).items():
             setattr(self, name, value)
         if self.ema is None:

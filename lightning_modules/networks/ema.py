@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.errors import UserError
+from lightning_modules.networks.fitting import difference
 
 
 class StudentEMA:
@@ -71,10 +72,10 @@ class StudentEMA:
         Raises:
             UserError: names or shapes are not those of the module.
         """
-        shapes = {name: tensor.shape for name, tensor in self.shadow.items()}
-        if {name: tensor.shape for name, tensor in state["shadow"].items()} != shapes:
+        if found := difference(state["shadow"], self.shadow):
             raise UserError(
-                "The EMA weights in the checkpoint are those of another architecture than the student's."
+                "The EMA weights in the checkpoint are those of another architecture than the student's: "
+                f"{found}. Give a checkpoint of the same model."
             )
         self.shadow = {
             name: state["shadow"][name].to(device=own.device, dtype=torch.float32, copy=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
+from lightning_modules.networks.fitting import difference
 from lightning_modules.networks.loading import (
     TextToImageParts,
     asset_path,
@@ -70,7 +71,10 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
 
 
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
-    """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the runs under `runs`.
+    """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
+
+    Runs of other modules (pretraining) are passed over; a damaged file is not, so that no older one is taken
+    in its place unnoticed.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -80,14 +84,19 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
         if not path.is_file():
             raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
         return path
-    found = list(Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"))
-    if not found:
+    # Two files can carry the same time on coarse clocks; the higher version is the later run then.
+    files = sorted(
+        Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
+        key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
+        reverse=True,
+    )
+    newest = next((file for file in files if _is_distillation(_read(file, mmap=True))), None)
+    if newest is None:
         raise UserError(
-            f"There is no {name}.ckpt under {runs}/*/version_*/checkpoints. "
+            f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
             "Run `fit` first, or give a .ckpt file."
         )
-    # Two files can carry the same time on coarse clocks; the higher version is the later run then.
-    return max(found, key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)))
+    return newest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -98,16 +107,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and runtime errors alike
-        raise UserError(
-            f"{path} can't be read as a checkpoint: it is damaged or holds more than tensors and plain data. "
-            "Give one that `fit` wrote."
-        ) from error
-    if not isinstance(content, dict) or "one_step" not in content or "state_dict" not in content:
+    content = _read(path)
+    if not _is_distillation(content):
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
-    return content
+    return dict(content)
 
 
 def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -136,19 +139,32 @@ def student_weights(
     return state, chosen
 
 
+def _read(path: Path, mmap: bool = False) -> Any:
+    """Content of a file; with `mmap` its tensors stay on disk until they are used."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # pickle, zip and runtime errors alike
+        raise UserError(
+            f"{path} can't be read as a checkpoint: it is damaged or holds more than tensors and plain data. "
+            "Give one that `fit` wrote."
+        ) from error
+
+
+def _is_distillation(content: Any) -> bool:
+    """Whether the content of a checkpoint is what a one-step distillation writes."""
+    return isinstance(content, dict) and {"one_step", "state_dict"} <= content.keys()
+
+
 def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     """Build the student of a checkpoint and put it in its teacher's place."""
     content = read_checkpoint(path)
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
     unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
-    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in state.items()}
-    wrong = sorted(n for n in {*expected, *given} if expected.get(n) != given.get(n))
-    if wrong:
+    if found := difference(state, unet.state_dict()):
         raise UserError(
-            f"The student in {path} is of another architecture than the checkpoint says: "
-            f"{len(wrong)} weights differ in name or shape, first {wrong[0]}."
+            f"The student in {path} is of another architecture than the checkpoint says: {found}. "
+            "Give another checkpoint."
         )
     unet.load_state_dict(state)
     try:
