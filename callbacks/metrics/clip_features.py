@@ -14,7 +14,8 @@ from torchvision.transforms.v2.functional import InterpolationMode
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from callbacks.hashing import hash_folder, to_uint8
-from lightning_modules.errors import UserError
+from lightning_modules.errors import UserError, first_line
+from lightning_modules.networks.loading import no_progress_bars
 
 # PIL's resampling numbers, which image processors store.
 _INTERPOLATION = {
@@ -88,7 +89,7 @@ class ClipExtractor:
         path: a folder that ``CLIPModel``, ``AutoTokenizer`` and ``AutoImageProcessor`` load.
 
     Raises:
-        UserError: the folder is missing or is not such a folder.
+        UserError: the folder is missing, is not such a folder, is damaged or lacks weights.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,17 +100,24 @@ class ClipExtractor:
                 f"no CLIP model in {str(path)!r} (config.json is missing): give a folder that CLIPModel loads"
             )
         try:
-            # transformers keeps a half-precision folder in half precision; features are wanted in fp32.
-            self.model = (
-                CLIPModel.from_pretrained(self.path, local_files_only=True)
-                .float()
-                .eval()
-                .requires_grad_(False)
+            with no_progress_bars():
+                model, info = CLIPModel.from_pretrained(
+                    self.path, local_files_only=True, output_loading_info=True
+                )
+                self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+                processor = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError …
+            raise UserError(
+                f"{str(path)!r} can't be loaded as a CLIP model: {first_line(error)} "
+                "Make or fetch the folder again."
+            ) from error
+        if missing := sorted(info["missing_keys"]):  # they would be random numbers, and so would the scores
+            raise UserError(
+                f"the CLIP model in {str(path)!r} lacks the weights {missing[0]} ({len(missing)} missing): "
+                "make or fetch the folder again"
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-            processor = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} can't be loaded as a CLIP model: {error}") from error
+        # transformers keeps a half-precision folder in half precision; features are wanted in fp32.
+        self.model = model.float().eval().requires_grad_(False)
         self.preprocessing = ClipPreprocessing(processor.to_dict())
         self.width = int(self.model.config.projection_dim)
         self.max_length = min(

@@ -1,5 +1,6 @@
 """What is measured: against closed forms, scipy, transformers, and over two processes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from callbacks.hashing import to_uint8
@@ -189,6 +191,35 @@ def test_reference_is_bound_to_its_extractor(
         ReferenceStatistics.load(file)
     with pytest.raises(UserError, match="no CLIP model"):
         ClipExtractor(tmp_path)
+
+
+def test_damaged_clip_folders_are_refused_in_one_line(tiny_clip: Path, tmp_path: Path) -> None:
+    file = "model.safetensors"
+
+    def cut(folder: Path) -> None:
+        (folder / file).write_bytes((folder / file).read_bytes()[:1000])
+
+    def forget(folder: Path) -> None:
+        weights = load_file(folder / file)
+        del weights["visual_projection.weight"]
+        save_file(weights, folder / file, metadata={"format": "pt"})
+
+    damages = {
+        "cut": (cut, "cut' can't be loaded as a CLIP model"),
+        "forgotten": (forget, r"forgotten' lacks the weights visual_projection.weight \(1 missing\)"),
+        "config": (lambda folder: (folder / "config.json").write_text("{"), "config' can't be loaded"),
+    }
+    for name, (spoil, message) in damages.items():
+        shutil.copytree(tiny_clip, tmp_path / name)
+        spoil(tmp_path / name)
+        with pytest.raises(UserError, match=message) as caught:
+            ClipExtractor(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_loading_a_clip_draws_no_progress_bar(tiny_clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ClipExtractor(tiny_clip)
+    assert "Loading weights" not in "".join(capfd.readouterr())
 
 
 def drawn(prompts: list[str], seeds: list[int]) -> torch.Tensor:
