@@ -267,20 +267,13 @@ class TrainerCLI(LightningCLI):
             callbacks.append(StepProgressBar())
         if trainer.get("enable_checkpointing") is not False and not _has(callbacks, Checkpoint):
             callbacks.append(RunCheckpoint())
-        return [*callbacks, *self._callbacks_of_the_command(callbacks)]
-
-    def _callbacks_of_the_command(self, callbacks: list[Callback]) -> list[Callback]:
-        """Summary and report of a distillation, the pictures of `predict`."""
-        added: list[Callback] = []
         if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
-            added.append(PredictionFiles())
-        if self.subcommand == "fit":
-            offers = {StartSummary: "memory_parts", RunReport: "evaluation_weights"}
-            added += [
-                kind() for kind, method in offers.items()
-                if callable(getattr(self.model, method, None)) and not _has(callbacks, kind)
-            ]  # fmt: skip
-        return added
+            callbacks.append(PredictionFiles())
+        # summary and report of a distillation; they speak in `fit` alone, but others read their checkpoints
+        for kind, method in {StartSummary: "memory_parts", RunReport: "evaluation_weights"}.items():
+            if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):
+                callbacks.append(kind())
+        return callbacks
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Give the Trainer the path of the checkpoint in place of `last` or `best`."""

@@ -1,6 +1,7 @@
 """What the commands leave of a distillation whose configuration names no callbacks."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def test_fit_reports_and_predict_draws_without_being_asked(
     again = json.loads((run / "report.json").read_text())
     assert again["timing"]["seconds_per_step"] == report["timing"]["seconds_per_step"]
 
-    cli.main(["predict", "--config", str(config), "--ckpt_path=last", "--data.eval_batch_size=2"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint.*")
+        cli.main(["predict", "--config", str(config), "--ckpt_path=last", "--data.eval_batch_size=2"])
     listed: list[dict[str, Any]] = json.loads((run / "predictions" / "predictions.json").read_text())
     assert [entry["prompt"] for entry in listed] == PROMPTS[:2]
     assert all((run / "predictions" / entry["file"]).stat().st_size > 50 for entry in listed)
