@@ -16,11 +16,15 @@ TRAINER_COMMANDS = {
     "test": "measure a checkpoint on the test captions",
     "predict": "draw the pictures of the prediction captions",
 }
-# A tool command is a module of lightning_modules/commands with add_arguments(parser) and run(namespace);
-# a new one is one line here.
+# A tool command is a module with add_arguments(parser) and run(namespace), and one line here. Those that
+# measure or draw reports live in callbacks/commands, the others in lightning_modules/commands.
 TOOL_COMMANDS = {
     "generate": "one-step images from a checkpoint or a pipeline folder",
     "export": "write a student as a complete diffusers pipeline folder",
+}
+TOOL_MODULES = {
+    "generate": "lightning_modules.commands.generate",
+    "export": "lightning_modules.commands.export",
 }
 
 
@@ -48,7 +52,7 @@ def run_command(args: list[str]) -> None:
         raise SystemExit(0 if args else 2)
     command = args[0]
     if command in TOOL_COMMANDS:
-        module = importlib.import_module(f"lightning_modules.commands.{command.replace('-', '_')}")
+        module = importlib.import_module(TOOL_MODULES[command])
         parser = argparse.ArgumentParser(prog=f"cli.py {command}", description=TOOL_COMMANDS[command])
         module.add_arguments(parser)
         module.run(parser.parse_args(args[1:]))

@@ -1,0 +1,1 @@
+"""Commands that measure or draw reports; one module each."""
