@@ -9,23 +9,23 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
+from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
+from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.memory import Part, memory_by_part
 from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.fitting import check_fit
 from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.roles import LoraSettings, ScoreModels
-from lightning_modules.networks.student import architecture
 from lightning_modules.objectives.base import Objective, StudentSample
-from lightning_modules.optimization import RoleOptimization
+from lightning_modules.optimization import RoleOptimization, UpdateGuard
+from lightning_modules.score_views import score_views
+from lightning_modules.step_numbers import StepNumbers
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
 
 Batch = dict[str, Any]
-COUNTERS = ("student_steps", "fake_score_steps", "skipped_updates")
 
 
 class OneStepDistillation(L.LightningModule):
@@ -62,20 +62,26 @@ class OneStepDistillation(L.LightningModule):
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
-        if max_skipped_updates < 1:
-            raise UserError(f"max_skipped_updates is {max_skipped_updates}: it must be at least 1")
         self.automatic_optimization = False
         self.save_hyperparameters(ignore=["objective", "student", "fake_score", "lora"])
         self.objective = objective
         self.student_optimization, self.fake_score_optimization = student, fake_score
         self.teacher_path, self.start_timestep, self.lora = teacher, start_timestep, lora
         self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
-        self.seed, self.max_skipped_updates = seed, max_skipped_updates
-        self.student_steps = self.fake_score_steps = self.skipped_updates = 0
-        self._skipped_in_a_row = {"student": 0, "fake_score": 0}
-        self._numbers: dict[str, Tensor] = {}
+        self.seed = seed
+        self.student_steps = self.fake_score_steps = 0
+        self._guard, self._numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
         self.ema: StudentEMA | None = None
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of either role so far whose gradient was not finite."""
+        return self._guard.skipped
+
+    @skipped_updates.setter
+    def skipped_updates(self, count: int) -> None:
+        self._guard.skipped = count
 
     # --- construction ---------------------------------------------------------------------------------------
 
@@ -144,7 +150,8 @@ class OneStepDistillation(L.LightningModule):
                 self.fake_score_steps += 1
         for schedule in self.lr_schedulers() if updated else ():  # type: ignore[union-attr]
             schedule.step()
-        self._log_numbers()
+        self._numbers.log(self)
+        self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[list[str], Tensor, float]]:
         """Parts (prompts, places in the global batch, share of this process's batch) that fit into memory."""
@@ -173,9 +180,9 @@ class OneStepDistillation(L.LightningModule):
         self.manual_backward(share * (x0 * torch.stack([*parts.values()]).sum(0)).sum())
         for name, gradient in parts.items():
             # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
-            self._note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
-        self._note("latents/mean", leaf.mean(), share)
-        self._note("latents/std", leaf.std(), share)
+            self._numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
+        self._numbers.note("latents/mean", leaf.mean(), share)
+        self._numbers.note("latents/std", leaf.std(), share)
         return StudentSample(x0.detach(), condition), random, share
 
     def _fake_score_turn(self, sample: StudentSample, random: StepRandom, share: float) -> None:
@@ -188,49 +195,18 @@ class OneStepDistillation(L.LightningModule):
         self.objective.diagnostics.clear()
         terms = getattr(self.objective, f"{role}_loss")(sample, self.scores, random)
         for name, value in terms.items():
-            self._note(f"train/{role}_{name}", value, share)
+            self._numbers.note(f"train/{role}_{name}", value, share)
         for name, number in self.objective.diagnostics.items():
             is_count = name.startswith("nonfinite")  # counts are added up over all processes, not averaged
-            self._note(f"objective/{name}", number, self.trainer.world_size if is_count else share)
+            self._numbers.note(f"objective/{name}", number, self.trainer.world_size if is_count else share)
         # A term that is not finite makes its gradient so: then every process skips the update.
         return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
 
     def _update(self, optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
-        """Clip and step; a non-finite gradient skips the update (on all processes alike, as it is averaged).
-
-        Raises:
-            UserError: too many updates in a row were skipped.
-        """
-        norm = optimization.clip(p for group in optimizer.param_groups for p in group["params"])
-        self._note(f"gradient_norm/{role}", norm)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            optimizer.step()
-            self._skipped_in_a_row[role] = 0
-        else:
-            self.skipped_updates += 1
-            self._skipped_in_a_row[role] += 1
-        optimizer.zero_grad(set_to_none=True)
-        if (count := self._skipped_in_a_row[role]) >= self.max_skipped_updates:
-            raise UserError(
-                f"{count} updates of the {role} in a row, the last after step {self.student_steps}, had a "
-                "loss or gradient that is not finite: lower its learning rate or the guidance scale"
-            )
+        """Clip and step, unless the gradient is not finite; whether it was (the same on all processes)."""
+        finite, norm = self._guard.step(optimizer, optimization, role, self.student_steps)
+        self._numbers.note(f"gradient_norm/{role}", norm)
         return finite
-
-    def _note(self, name: str, value: float | Tensor, share: float = 1.0) -> None:
-        """Keep a number of this step for the log; the shares of micro-batches are added up."""
-        number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() * share
-        self._numbers[name] = self._numbers[name] + number if name in self._numbers else number
-
-    def _log_numbers(self) -> None:
-        """Log what was noted in this step, averaged over the processes, and the counters."""
-        values = torch.stack([*self._numbers.values()])
-        if self.trainer.world_size > 1:
-            values = self.trainer.strategy.reduce(values, reduce_op="mean")
-        for name, value in zip(self._numbers, values, strict=True):
-            self.log(name, value, prog_bar=name.startswith("train/"), batch_size=1)
-        self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -248,22 +224,9 @@ class OneStepDistillation(L.LightningModule):
 
     test_step = predict_step = validation_step
 
-    @torch.no_grad()
     def score_views(self, prompts: list[str], seeds: list[int], at: float = 0.5) -> dict[str, Tensor]:
-        """Pictures [B, 3, H, W] in [0, 1] of what each role sees as x0: the student's sample, and what
-        teacher and fake score, unguided, make of it when noised to ``at`` times the schedule's length."""
-        schedule, condition = self.scores.schedule, self.generator.prompt_encoder.encode(prompts)
-        with self.evaluation_weights():
-            x0 = self.generator.latents(self.generator.noise(seeds), condition)
-        t = torch.full((len(x0),), int(at * schedule.num_timesteps), device=x0.device)
-        noise = seeded_noise([seed + 1_000_000 for seed in seeds], x0.shape[1:], x0.device)
-        x_t = schedule.add_noise(x0, noise, t)
-        views = {
-            "student": x0,
-            "teacher x0": self.scores.teacher(x_t, t, condition).x0,
-            "fake score x0": self.scores.fake_score(x_t, t, condition).x0,
-        }
-        return {name: self.generator.decoder.decode(latents) for name, latents in views.items()}
+        """Pictures [B, 3, H, W] of what each role sees as x0; see `score_views`."""
+        return score_views(self, prompts, seeds, at)
 
     def memory_parts(self) -> dict[str, Part]:
         """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""
@@ -272,29 +235,9 @@ class OneStepDistillation(L.LightningModule):
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average, the counters and what generate and export need to rebuild the student."""
-        assert self.student is not None
-        checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
-        checkpoint["counters"] = {name: getattr(self, name) for name in COUNTERS}
-        checkpoint["one_step"] = {
-            "teacher": self.teacher_path,
-            "start_timestep": self.start_timestep,
-            "architecture": architecture(self.student),
-            "weights": self.ema is not None,
-            "student_steps": self.student_steps,
-        }
+        """See `add_to_checkpoint`."""
+        add_to_checkpoint(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over average and counters, or raise a UserError if the checkpoint is of another model.
-
-        Without an average in the checkpoint, it starts from the student's weights."""
-        check_fit(checkpoint["state_dict"], self.state_dict())
-        for name, value in checkpoint.get("counters", {}).items():
-            setattr(self, name, value)
-        if self.ema is None:
-            return
-        if checkpoint.get("ema"):
-            self.ema.load_state_dict(checkpoint["ema"])
-        else:
-            student = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items()}
-            self.ema.shadow = {name: student[name].float().clone() for name in self.ema.shadow}
+        """See `take_from_checkpoint`."""
+        take_from_checkpoint(self, checkpoint)

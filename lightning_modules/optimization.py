@@ -1,5 +1,6 @@
-"""How one role (student or fake score) is optimized."""
+"""How one role (student or fake score) is optimized, and what happens when it can't be."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,3 +69,50 @@ class RoleOptimization:
     def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         """Clip the gradients in place; returns their norm before, a scalar tensor."""
         return torch.nn.utils.clip_grad_norm_(list(parameters), self.clip_norm or float("inf"))
+
+
+class UpdateGuard:
+    """Steps the optimizers, but never by a gradient that is not finite.
+
+    Args:
+        most_in_a_row: skipped updates of one role in a row that stop the run.
+
+    Attributes:
+        skipped: updates of any role that were skipped so far.
+
+    Raises:
+        UserError: ``most_in_a_row`` is below 1.
+    """
+
+    def __init__(self, most_in_a_row: int) -> None:
+        if most_in_a_row < 1:
+            raise UserError(f"max_skipped_updates is {most_in_a_row}: it must be at least 1")
+        self.most_in_a_row = most_in_a_row
+        self.skipped = 0
+        self._in_a_row: Counter[str] = Counter()
+
+    def step(
+        self, optimizer: Any, optimization: RoleOptimization, role: str, student_steps: int
+    ) -> tuple[bool, torch.Tensor]:
+        """Clip, step or skip, and drop the gradients; whether they were finite, and their norm before.
+
+        Gradients are averaged over the processes by now, so all of them decide alike.
+
+        Raises:
+            UserError: too many updates of this role in a row were skipped.
+        """
+        norm = optimization.clip(p for group in optimizer.param_groups for p in group["params"])
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+            self._in_a_row[role] = 0
+        else:
+            self.skipped += 1
+            self._in_a_row[role] += 1
+        optimizer.zero_grad(set_to_none=True)
+        if (count := self._in_a_row[role]) >= self.most_in_a_row:
+            raise UserError(
+                f"{count} updates of the {role} in a row, the last after step {student_steps}, had a loss or "
+                "gradient that is not finite: lower its learning rate or the guidance scale"
+            )
+        return finite, norm

@@ -1,0 +1,45 @@
+"""What a distillation adds to Lightning's checkpoints, and how it takes it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.networks.fitting import check_fit
+from lightning_modules.networks.student import architecture
+
+if TYPE_CHECKING:
+    from lightning_modules.distillation import OneStepDistillation
+
+COUNTERS = ("student_steps", "fake_score_steps", "skipped_updates")
+
+
+def add_to_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -> None:
+    """Add the moving average, the counters and what generate and export need to rebuild the student."""
+    assert module.student is not None
+    checkpoint["ema"] = module.ema.state_dict() if module.ema is not None else None
+    checkpoint["counters"] = {name: getattr(module, name) for name in COUNTERS}
+    checkpoint["one_step"] = {
+        "teacher": module.teacher_path,
+        "start_timestep": module.start_timestep,
+        "architecture": architecture(module.student),
+        "weights": module.ema is not None,
+        "student_steps": module.student_steps,
+    }
+
+
+def take_from_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -> None:
+    """Take over average and counters. Without an average in it, one starts from the student's weights.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    check_fit(checkpoint["state_dict"], module.state_dict())
+    for name, value in checkpoint.get("counters", {}).items():
+        setattr(module, name, value)
+    if module.ema is None:
+        return
+    if checkpoint.get("ema"):
+        module.ema.load_state_dict(checkpoint["ema"])
+    else:
+        student = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items()}
+        module.ema.shadow = {name: student[name].float().clone() for name in module.ema.shadow}

@@ -1,0 +1,30 @@
+"""The numbers of one training step, gathered from its micro-batches and logged over all processes."""
+
+import lightning as L
+import torch
+from torch import Tensor
+
+
+class StepNumbers:
+    """Named scalars of the step in progress; stays on the device, so that nothing waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget the last step's."""
+        self._values.clear()
+
+    def note(self, name: str, value: float | Tensor, share: float = 1.0) -> None:
+        """Keep a number; those of one name are added up, each times its micro-batch's share of the batch."""
+        device = value.device if isinstance(value, Tensor) else None
+        number = torch.as_tensor(value, dtype=torch.float32, device=device).detach() * share
+        self._values[name] = self._values[name] + number if name in self._values else number
+
+    def log(self, module: L.LightningModule) -> None:
+        """Log them by the module, averaged over the processes, which all must have noted the same names."""
+        values = torch.stack([value.to(module.device) for value in self._values.values()])
+        if module.trainer.world_size > 1:
+            values = module.trainer.strategy.reduce(values, reduce_op="mean")
+        for name, value in zip(self._values, values, strict=True):
+            module.log(name, value, prog_bar=name.startswith("train/"), batch_size=1)
