@@ -1,0 +1,151 @@
+"""Every kind of file gives the same texts; damaged ones give one message that says where."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from backports import zstd
+
+from datamodules.readers import read_texts
+from lightning_modules.errors import UserError
+
+TEXTS = ["a café, at night", "", "日本の山", 'the words "Fly away"', "a ship"]
+
+
+def write_txt(path: Path) -> None:
+    path.write_bytes(("\ufeff" + "\r\n".join(f"  {text}" for text in TEXTS)).encode())
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["id", "Caption"], *enumerate(TEXTS)])
+
+
+def write_tsv(path: Path) -> None:
+    path.write_text("Caption\tNote\n" + "".join(f"{text}\t\n" for text in TEXTS), encoding="utf-8")
+
+
+def write_jsonl(path: Path) -> None:
+    rows = [{"id": i, "caption": text or None} for i, text in enumerate(TEXTS)]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+
+
+def write_parquet(path: Path) -> None:
+    table = pa.table({"id": range(5), "caption": [text or None for text in TEXTS]})
+    pq.write_table(table, path, row_group_size=2)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    ".txt": write_txt, ".csv": write_csv, ".tsv": write_tsv, ".jsonl": write_jsonl, ".parquet": write_parquet,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_kind_of_file_gives_the_same_texts(suffix: str, compression: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file{suffix}"
+    WRITERS[suffix](path)
+    if compression:
+        pack = gzip.compress if compression == ".gz" else zstd.compress
+        path = tmp_path / f"file{suffix}{compression}"
+        path.write_bytes(pack((tmp_path / f"file{suffix}").read_bytes()))
+    seen: list[int] = []
+    assert list(read_texts(path, on_bytes=seen.append)) == TEXTS
+    assert sum(seen) >= path.stat().st_size // 2  # Parquet reads no other columns
+
+
+def test_dataset_folders(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"id": list(range(5)), "text": TEXTS})
+    data.save_to_disk(tmp_path / "data")
+    assert list(read_texts(tmp_path / "data")) == TEXTS
+    data.select([4, 0]).save_to_disk(tmp_path / "some")
+    assert list(read_texts(tmp_path / "some", "text")) == [TEXTS[4], TEXTS[0]]
+    with pytest.raises(UserError, match="no column 'caption'; it has 'id', 'text'"):
+        list(read_texts(tmp_path / "data", "caption"))
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="several splits.*splits/train"):
+        list(read_texts(tmp_path / "splits"))
+    with pytest.raises(UserError, match="no Hugging Face dataset"):
+        list(read_texts(tmp_path))
+    arrow = next((tmp_path / "data").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:300])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        list(read_texts(tmp_path / "data"))
+
+
+def test_columns_are_chosen_by_name_or_when_it_is_clear(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    path.write_text("prompt,Text\na,b\n")
+    assert list(read_texts(path, "Text")) == ["b"]
+    with pytest.raises(UserError, match=r"file\.csv has the columns 'prompt', 'Text'; name the one"):
+        list(read_texts(path))
+    with pytest.raises(UserError, match=r"no column 'text'; it has 'prompt', 'Text'"):
+        list(read_texts(path, "text"))
+    path.write_text("words\na\n")
+    assert list(read_texts(path)) == ["a"]
+
+
+BAD = {
+    "encoding.txt": (b"good\nbad \xff\n", "line 2 holds the byte 0xff"),
+    "encoding.csv": (b"prompt\ngood\nbad \xe9\n", "line 3 holds the byte 0xe9"),
+    "fields.csv": (b"id,prompt,style\n1,a,b\n2,a sh", "line 3 has 2 fields and the header 3; .*cut off"),
+    "quote.csv": (b'id,prompt\n1,"a ship"\n2,"a sh', "line 3 can't be read .*cut off"),
+    "fields.tsv": (b"prompt\tnote\na\tb\na sh", "line 3 has 1 fields and the header 2"),
+    "cut.jsonl": (b'{"prompt": "a"}\n\n{"prompt": "b', "line 3 is no JSON .*cut off"),
+    "list.jsonl": (b'["a"]\n', "line 1 is no JSON object"),
+    "key.jsonl": (b'{"prompt": "a"}\n{"caption": "b"}\n', "line 2 has no column 'prompt'; it has 'caption'"),
+    "number.jsonl": (b'{"prompt": 3}\n', "line 1: column 'prompt' holds a int"),
+    "one.json": (b"[]", "one JSON document"),
+    "cut.txt.gz": (gzip.compress(b"a ship\n" * 99)[:-12], "cut off after line"),
+    "no.csv.gz": (b"prompt\na\n", "damaged or cut off after line 0"),
+    "cut.txt.zst": (zstd.compress(b"a ship\n" * 99)[:-4], "cut off after line"),
+    "no.jsonl.zst": (b"prompt", "damaged or cut off after line 0"),
+    "cut.parquet": (b"PAR1\x15\x04", "damaged or cut off"),
+    "cut.parquet.gz": (gzip.compress(b"PAR1" * 9)[:-9], "damaged or cut off"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_damage_is_one_message_with_the_place(name: str, tmp_path: Path) -> None:
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_texts(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_wrong_bytes_and_types_in_parquet_are_found_by_row(tmp_path: Path) -> None:
+    texts = pa.array([b"good", b"bad \xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": texts, "id": [1, 2]}), tmp_path / "file.parquet")
+    with pytest.raises(UserError, match="row 2 of column 'prompt' is not UTF-8"):
+        list(read_texts(tmp_path / "file.parquet", "prompt"))
+    with pytest.raises(UserError, match="row 1: column 'id' holds a int"):
+        list(read_texts(tmp_path / "file.parquet", "id"))
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *rest: Any) -> Any:
+        raise ImportError(name)
+
+    write_parquet(tmp_path / "file.parquet")
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(UserError, match=r'needs the package pyarrow: run pip install -e "\.\[datasets\]"'):
+        list(read_texts(tmp_path / "file.parquet"))
+
+
+def test_reading_holds_one_block_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_bytes(b"a ship\n" * 300_000)
+    read: list[int] = []
+    texts = read_texts(tmp_path / "file.txt", on_bytes=read.append)
+    assert next(texts) == "a ship"
+    assert 0 < sum(read) <= 1 << 20 < (tmp_path / "file.txt").stat().st_size
