@@ -1,4 +1,4 @@
-"""The three questions that evaluation asks of torch.distributed, answered also where it is not in use."""
+"""The few questions that evaluation asks of torch.distributed, answered also where it is not in use."""
 
 from typing import Any
 
@@ -22,3 +22,12 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_every_rank(value: Any) -> list[Any]:
+    """Every process's ``value``, in the order of the ranks, on every process. Collective."""
+    if not in_use():
+        return [value]
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

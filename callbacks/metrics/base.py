@@ -1,13 +1,39 @@
-"""What an image metric is to the rest of the project."""
+"""What an image metric is to the rest of the project.
+
+How a metric is used, in this order:
+
+1. ``metric = FID(mode="clean", reference=…)``: the constructor names the metric's settings, and by ``spec``
+   the network that sees the pictures; with ``spec`` None it is the one given to ``bind``.
+2. ``metric.bind(extractor=None, reference=None, device=None)``: ``extractor`` is the default network, for
+   metrics that name none; ``reference`` is a ``ReferenceStatistics`` or a ``ReferenceFolder`` (which computes
+   or finds the statistics of its pictures for any network), for metrics that name none themselves;
+   ``device`` is where the network goes. Metrics that name equal networks share one, and if all are given the
+   same tensor it sees each batch once.
+3. ``metric.prepare(captions, groups=None)``: optional; the whole evaluation list, for metrics that group
+   their pictures (``hpsv2``: groups are its styles). Others ignore it.
+4. ``metric.update(images, prompts, is_padding=None, positions=None)`` for each batch: ``positions`` are the
+   places of the prompts in the list of ``prepare``; only metrics that were told groups need them.
+5. ``metric.results()``: ``{NAME: {"value", "num_images", "details"}}``, the same on every process: one entry
+   for most, ``hpsv2`` and ``hpsv2/<style>`` for HPSv2. ``metric.result()`` is the entry of ``metric.name``.
+   Collective under torch.distributed.
+6. ``metric.reset()`` forgets the pictures.
+
+``snapshot()`` and ``restore(snapshot)`` carry what this process has seen over an interruption; ``key()`` is
+everything but the pictures that the value depends on. ``metric.extractor.to(device)`` moves the network
+later.
+"""
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from callbacks.metrics.clip_features import ClipExtractor
-from callbacks.metrics.reference import ReferenceStatistics
+from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, shared_extractor
+from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
+from callbacks.metrics.reference_folder import open_reference
 from lightning_modules.errors import UserError
 
 
@@ -16,8 +42,12 @@ class ImageMetric(Metric):
 
     A subclass sets ``name`` (the stable name in reports and logs), ``version`` (raised when the number
     changes meaning), adds its states in ``setup_states`` and implements ``_add``, ``_value`` and, if it has
-    more to tell, ``details``. States are sums with ``dist_reduce_fx="sum"``, so every sample counts once on
-    any number of processes.
+    more to tell, ``settings`` and ``details``. States are sums with ``dist_reduce_fx="sum"``, so every sample
+    counts once on any number of processes.
+
+    Args:
+        spec: the network that sees the pictures; None: the one given to ``bind``.
+        reference: file or folder of real pictures; None: the one given to ``bind``.
     """
 
     full_state_update = False
@@ -25,20 +55,22 @@ class ImageMetric(Metric):
     version: int = 1
     higher_is_better: bool | None = None
     needs_reference: bool = False
+    needs_reference_features: bool = False
     minimum_images: int = 1
     num_images: int = 0
     """Pictures behind the last computed value, over all processes."""
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ExtractorSpec | None = None, reference: str | None = None) -> None:
         super().__init__()
-        # Through __dict__, past torch's module registry: the CLIP is shared, and is nobody's child.
+        self.spec, self.reference_path = spec, reference
+        # Through __dict__, past torch's module registry: the network is shared, and is nobody's child.
         self.__dict__["_extractor"] = None
         self.__dict__["reference"] = None
 
     @property
-    def extractor(self) -> ClipExtractor:
-        """The CLIP that sees the pictures.
+    def extractor(self) -> FeatureExtractor:
+        """The network that sees the pictures.
 
         Raises:
             RuntimeError: ``bind`` was not called.
@@ -48,38 +80,94 @@ class ImageMetric(Metric):
             raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
         return extractor
 
-    def bind(self, extractor: ClipExtractor, reference: ReferenceStatistics | None = None) -> "ImageMetric":
+    def bind(
+        self,
+        extractor: FeatureExtractor | None = None,
+        reference: ReferenceSource | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ImageMetric":
         """Give the metric its eyes and, if it needs one, its reference; returns itself.
 
+        Args:
+            extractor: for metrics that name no network of their own.
+            reference: for metrics that name none of their own; a folder's statistics are computed here,
+                with all processes, unless they are cached.
+            device: where the network goes (default: it stays where it is).
+
         Raises:
-            UserError: it needs a reference and there is none, or one of another extractor.
+            UserError: there is no network, or no reference where one is needed, or one of another extractor.
         """
-        if self.needs_reference:
-            if reference is None:
-                raise UserError(
-                    f"{self.name} needs statistics of real pictures: set `reference`, make one with "
-                    "scripts/make_reference.py, or take the metric out of `metrics`"
-                )
-            reference.require_extractor(extractor)
-        self.__dict__["_extractor"], self.__dict__["reference"] = extractor, reference
+        chosen = shared_extractor(self.spec) if self.spec is not None else extractor
+        if chosen is None:
+            raise UserError(f"{self.name} needs a network that sees the pictures: name one in its settings")
+        if device is not None:
+            chosen.to(device)
+        self.__dict__["_extractor"] = chosen
+        self.__dict__["reference"] = self._reference_for(chosen, reference) if self.needs_reference else None
         if "count" not in self._defaults:
-            self.setup_states(extractor.width)
+            self.setup_states(chosen.width)
         return self
 
-    def update(self, images: Tensor, prompts: list[str], is_padding: Tensor | None = None) -> None:
+    def _reference_for(
+        self, extractor: FeatureExtractor, given: ReferenceSource | None
+    ) -> ReferenceStatistics:
+        source = open_reference(self.reference_path) if self.reference_path is not None else given
+        if source is None:
+            raise UserError(
+                f"{self.name} needs statistics of real pictures: set `reference`, make one with "
+                "scripts/make_reference.py, or take the metric out of `metrics`"
+            )
+        reference = source.statistics(extractor, self.needs_reference_features)
+        reference.require_extractor(extractor)
+        return reference
+
+    def prepare(self, captions: Sequence[str], groups: Sequence[str] | None = None) -> None:
+        """Learn the whole evaluation list before the first update: its captions and the group of each.
+
+        Most metrics have no use for it.
+        """
+
+    def update(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        is_padding: Tensor | None = None,
+        positions: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Take in pictures [B, 3, H, W] in [0, 1] and their B prompts; padding samples are left out.
 
+        Args:
+            positions: [B], the places of the prompts in the list given to ``prepare``.
+
         Raises:
-            ValueError: numbers of pictures and prompts differ.
+            ValueError: numbers of pictures, prompts and positions differ.
+            UserError: a picture holds NaN or infinity.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures, but {len(prompts)} prompts")
+        places = list(range(len(prompts))) if positions is None else [int(place) for place in positions]
+        if not len(images) == len(prompts) == len(places):
+            raise ValueError(
+                f"{len(images)} pictures, but {len(prompts)} prompts"
+                + ("" if positions is None else f" and {len(places)} positions")
+            )
         keep = [i for i in range(len(prompts)) if is_padding is None or not bool(is_padding[i])]
         if not keep:
             return
+        self._refuse_broken(images, prompts, keep)
         # The whole batch goes through the extractor, whose memory of the last batch the metrics share.
-        self._add(self.extractor.image_features(images)[keep], [prompts[i] for i in keep])
+        features = self.extractor.image_features(images)[keep]
+        kept_places = None if positions is None else [places[i] for i in keep]
+        self._add_at(features, [prompts[i] for i in keep], kept_places)
         self.count += len(keep)
+
+    def _refuse_broken(self, images: Tensor, prompts: list[str], keep: list[int]) -> None:
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        broken = [i for i in keep if not finite[i]]
+        if broken:
+            raise UserError(
+                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or infinity, "
+                f"the first one that of the prompt {prompts[broken[0]]!r}; look for the step where the "
+                "generator's output stops being finite (in half precision: try bf16 or fp32)"
+            )
 
     def compute(self) -> Tensor:
         """The value over all processes, as a float64 scalar.
@@ -100,6 +188,28 @@ class ImageMetric(Metric):
         value = float(self.compute())
         return {"value": value, "num_images": self.num_images, "details": self.details()}
 
+    def results(self) -> dict[str, dict[str, Any]]:
+        """``{NAME: {"value", "num_images", "details"}}`` of everything measured. Collective."""
+        return {self.name: self.result()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What this process has taken in so far, as tensors on the CPU, for ``restore``."""
+        return {name: getattr(self, name).detach().cpu().clone() for name in self._defaults}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Add what a ``snapshot`` holds, possibly one of another process; the settings must be the same.
+
+        Raises:
+            ValueError: it is a snapshot of another metric or other settings.
+        """
+        states = {name: getattr(self, name) for name in self._defaults}
+        if {n: s.shape for n, s in states.items()} != {n: snapshot[n].shape for n in snapshot if n in states}:
+            raise ValueError(f"this is no snapshot of {self.name} with these settings: {sorted(snapshot)}")
+        for name, state in states.items():
+            state += snapshot[name].to(state.device)
+        self._update_count += 1  # torchmetrics warns about values computed before any update
+        self._computed = None
+
     def key(self) -> dict[str, Any]:
         """Everything but the pictures that the value depends on, for caches."""
         reference = self.__dict__["reference"]
@@ -108,7 +218,11 @@ class ImageMetric(Metric):
             "metric_version": self.version,
             "extractor": self.extractor.content_hash,
             "reference": reference.content_hash if self.needs_reference else None,
-        }
+        } | self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """Settings other than the defaults on which the value depends; part of ``key``."""
+        return {}
 
     def details(self) -> dict[str, Any]:
         """What the value depends on."""
@@ -117,11 +231,15 @@ class ImageMetric(Metric):
             "extractor_hash": self.extractor.content_hash,
             "preprocessing": self.extractor.preprocessing.describe(),
             "metric_version": self.version,
-        }
+        } | self.settings()
 
     @abstractmethod
     def setup_states(self, width: int) -> None:
         """Add the states, ``count`` (a long scalar) among them; ``width`` is the number of features."""
+
+    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+        """``_add`` for metrics that need the places of the prompts in the evaluation list."""
+        self._add(features, prompts)
 
     @abstractmethod
     def _add(self, features: Tensor, prompts: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""Image and text features of a CLIP folder: the eyes of ``frechet_distance`` and ``clip_score``.
+"""Image and text features of a CLIP folder: the default eyes of ``frechet_distance`` and ``clip_score``.
 
 Pictures are judged as the 8-bit files a user would save, so that a folder of PNGs and the tensors they were
 saved from score the same.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from callbacks.hashing import hash_folder, to_uint8
+from callbacks.metrics.extractors import TextImageExtractor
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.loading import no_progress_bars
 
@@ -82,8 +84,8 @@ class ClipPreprocessing:
         return ", ".join(parts)
 
 
-class ClipExtractor:
-    """A frozen CLIP. A plain object, not a module, so that no checkpoint ever holds its weights.
+class ClipExtractor(TextImageExtractor):
+    """A frozen CLIP in transformers' format; features are projected and not normalised.
 
     Args:
         path: a folder that ``CLIPModel``, ``AutoTokenizer`` and ``AutoImageProcessor`` load.
@@ -93,6 +95,7 @@ class ClipExtractor:
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
         self.name = self.path.name
         if not (self.path / "config.json").is_file():
@@ -124,33 +127,11 @@ class ClipExtractor:
             int(self.tokenizer.model_max_length), int(self.model.config.text_config.max_position_embeddings)
         )
         self.content_hash = hash_folder(self.path)
-        self._last: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
-
-    def to(self, device: torch.device | str) -> "ClipExtractor":
-        """Move the model; returns itself."""
-        self.model.to(device)
-        self._last = None
-        return self
-
-    @torch.no_grad()
-    def image_features(self, images: Tensor) -> Tensor:
-        """Projected features [B, D], fp32, not normalised, of pictures [B, 3, H, W] in [0, 1].
-
-        The features of the last batch are kept, so that several metrics cost one pass.
-        """
-        if self._last is not None and self._last[0] is images:
-            return self._last[1]
-        with torch.autocast(self.device.type, enabled=False):
-            features = _pooled(
-                self.model.get_image_features(pixel_values=self.preprocessing(images.to(self.device)))
-            )
-        self._last = (images, features)
-        return features
+    def _image_features(self, images: Tensor) -> Tensor:
+        return _pooled(
+            self.model.get_image_features(pixel_values=self.preprocessing(images.to(self.device)))
+        )
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
@@ -165,6 +146,22 @@ class ClipExtractor:
                     attention_mask=tokens.attention_mask.to(self.device),
                 )
             )
+
+    def count_truncated(self, texts: list[str]) -> int:
+        """How many of the texts are longer than ``max_length`` tokens."""
+        tokens = self.tokenizer(texts, truncation=False, verbose=False).input_ids
+        return sum(len(ids) > self.max_length for ids in tokens)
+
+
+@dataclass(frozen=True)
+class ClipFolder:
+    """A CLIP folder as a specification: equal folders are one network."""
+
+    path: Path
+
+    def load(self) -> ClipExtractor:
+        """Load it, on the CPU."""
+        return ClipExtractor(self.path)
 
 
 def _pooled(output: Any) -> Tensor:

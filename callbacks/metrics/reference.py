@@ -1,11 +1,15 @@
-"""Statistics of real pictures: mean and covariance of their features, and the hashes of their origin."""
+"""Statistics of real pictures: mean and covariance of their features, and the hashes of their origin.
+
+For precision and recall the features themselves too.
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from callbacks.hashing import hash_tensors, hash_texts, to_uint8
-from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.extractors import FeatureExtractor
 from lightning_modules.errors import UserError
+
+_TENSORS = ("mean", "covariance", "features")
 
 
 class FeatureSums:
@@ -60,6 +66,7 @@ class ReferenceStatistics:
         values.
         preprocessing: crop and resize before the network.
         source: where the pictures come from, in words.
+        features: the features themselves [num_images, D], fp32, if they were kept.
     """
 
     mean: Tensor
@@ -71,6 +78,7 @@ class ReferenceStatistics:
     pictures_hash: str
     preprocessing: str
     source: str
+    features: Tensor | None = None
 
     @property
     def content_hash(self) -> str:
@@ -79,12 +87,11 @@ class ReferenceStatistics:
         return hashlib.sha256((hash_tensors(self._tensors()) + said).encode()).hexdigest()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "covariance": self.covariance}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _words(self) -> dict[str, str]:
-        return {
-            f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in ("mean", "covariance")
-        }
+        return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in _TENSORS}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -110,7 +117,7 @@ class ReferenceStatistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 words = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in ("mean", "covariance")}
+                tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
             stored = words.pop("content_hash")
             statistics = cls(**tensors, **(words | {"num_images": int(words["num_images"])}))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -123,7 +130,21 @@ class ReferenceStatistics:
             )
         return statistics
 
-    def require_extractor(self, extractor: ClipExtractor) -> None:
+    def statistics(self, extractor: FeatureExtractor, features: bool = False) -> "ReferenceStatistics":
+        """Itself: a reference that is ready, for one extractor.
+
+        Raises:
+            UserError: it is of another extractor, or holds no features where they are needed.
+        """
+        self.require_extractor(extractor)
+        if features and self.features is None:
+            raise UserError(
+                f"the reference statistics of {self.source} hold no features of single pictures, which "
+                "precision and recall compare: name the folder of real pictures as the reference instead"
+            )
+        return self
+
+    def require_extractor(self, extractor: FeatureExtractor) -> None:
         """Refuse features of another network.
 
         Raises:
@@ -132,28 +153,39 @@ class ReferenceStatistics:
         if self.extractor_hash != extractor.content_hash:
             raise UserError(
                 f"the reference statistics were made with {self.extractor} ({self.extractor_hash[:12]}), the "
-                f"scoring CLIP {str(extractor.path)!r} is {extractor.content_hash[:12]}, so a distance "
-                "means nothing: "
-                "use that CLIP, or make new statistics with scripts/make_reference.py"
+                f"network {str(extractor.path)!r} that sees the pictures is {extractor.content_hash[:12]}, "
+                "so a distance means nothing: use that network, or make new statistics (of a CLIP folder by "
+                "scripts/make_reference.py, else from a folder of real pictures)"
             )
 
     def describe(self) -> dict[str, str | int]:
         """For manifests: every hash and count, without the numbers."""
         words: dict[str, str | int] = {
-            k: v for k, v in asdict(self).items() if k not in ("mean", "covariance")
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS
         }
         return words | {"content_hash": self.content_hash}
 
 
+class ReferenceSource(Protocol):
+    """Where a metric gets its statistics of real pictures from: a file's contents, or a folder."""
+
+    def statistics(self, extractor: FeatureExtractor, features: bool = False) -> ReferenceStatistics:
+        """The statistics in the features of this network; collective. ``features``: keep the features too.
+
+        Raises:
+            UserError: there are none for this network.
+        """
+
+
 def compute_reference(
-    pictures: Iterable[Tensor], captions: Sequence[str], extractor: ClipExtractor, source: str
+    pictures: Iterable[Tensor], captions: Sequence[str], extractor: FeatureExtractor, source: str
 ) -> ReferenceStatistics:
     """Statistics of real pictures.
 
     Args:
         pictures: batches [B, 3, H, W] in [0, 1].
         captions: one for each picture, in the same order.
-        extractor: the scoring CLIP.
+        extractor: the network that sees them.
         source: where the pictures come from, in words.
 
     Raises:
