@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from datamodules.pictures import EvaluationPictures
+from lightning_modules.errors import UserError
 from lightning_modules.networks.export import save_pipeline
+from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.tokenizer import train_tokenizer
 from lightning_modules.pretraining_tools import (
     Pretraining,
@@ -161,24 +163,33 @@ class CLIPPretraining(Pretraining):
 
 
 class DiffusionPretraining(Pretraining):
-    """A latent diffusion model with its text encoder: noise prediction on Stable Diffusion's schedule.
+    """A latent diffusion model with its text encoder, on Stable Diffusion's schedule.
 
     Every caption becomes empty with probability ``prompt_dropout``, so that classifier-free guidance works.
-    The loss of each sample is weighted by min(SNR, gamma) / SNR (Hang et al., 2023, arXiv 2303.09556, eq. 8).
+    The loss of each sample is weighted as min(SNR, gamma) on x0 (Hang et al., 2023, arXiv 2303.09556, eq. 8):
+    min(SNR, gamma) / SNR on the noise, min(SNR, gamma) / (SNR + 1) on the velocity.
 
     Args:
         autoencoder: folder of a trained autoencoder.
         unet: keywords of ``diffusers.UNet2DConditionModel``.
         text: keywords of ``transformers.CLIPTextConfig``.
-        snr_gamma: the weighting's gamma; infinity weighs all timesteps alike.
+        initial: folder of a Stable Diffusion to go on from, in place of ``unet`` and ``text``; its text
+            encoder is kept as it is.
+        prediction_type: what the UNet predicts, ``epsilon`` or ``v_prediction``.
+        snr_gamma: the weighting's gamma; infinity weighs all timesteps of the noise loss alike.
+
+    Raises:
+        UserError: neither ``initial`` nor both of ``unet`` and ``text`` are given; another prediction type.
     """
 
     def __init__(
         self,
         output: str,
         autoencoder: str,
-        unet: dict[str, Any],
-        text: dict[str, Any],
+        unet: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        initial: str | None = None,
+        prediction_type: str = "epsilon",
         vocabulary_size: int = 1500,
         prompt_dropout: float = 0.1,
         snr_gamma: float = 5.0,
@@ -189,18 +200,29 @@ class DiffusionPretraining(Pretraining):
     ) -> None:
         super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
         self.save_hyperparameters()
-        self.prompt_dropout, self.snr_gamma = prompt_dropout, snr_gamma
-        self.tokenizer = train_tokenizer(
-            training_captions(), vocabulary_size, text["max_position_embeddings"]
-        )
-        torch.manual_seed(seed)
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(text, self.tokenizer)))
-        self.unet = UNet2DConditionModel(**unet)
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction_type is {prediction_type!r}: it must be epsilon or v_prediction")
+        self.prompt_dropout, self.snr_gamma, self.prediction_type = prompt_dropout, snr_gamma, prediction_type
+        if initial is not None:
+            parts = load_parts(initial)
+            self.tokenizer, self.text_encoder, self.unet = parts.tokenizer, parts.text_encoder, parts.unet
+            self.text_encoder.requires_grad_(False)
+            self.unet.requires_grad_(True)
+        elif unet is not None and text is not None:
+            self.tokenizer = train_tokenizer(
+                training_captions(), vocabulary_size, text["max_position_embeddings"]
+            )
+            torch.manual_seed(seed)
+            self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(text, self.tokenizer)))
+            self.unet = UNet2DConditionModel(**unet)
+        else:
+            raise UserError("DiffusionPretraining needs unet and text, or initial: set them in the config")
         self.autoencoder = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32)
         self.autoencoder.requires_grad_(False)
         self.scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing",
+            prediction_type=prediction_type,
         )  # fmt: skip
 
     def on_fit_start(self) -> None:
@@ -219,8 +241,12 @@ class DiffusionPretraining(Pretraining):
         predicted = self.unet(self.scheduler.add_noise(x0, noise, t), t, embeddings).sample.float()
         alpha_squared = self.scheduler.alphas_cumprod.to(self.device)[t]
         snr = alpha_squared / (1 - alpha_squared)
-        weight = snr.clamp(max=self.snr_gamma) / snr
-        return {"epsilon_mse": (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()}
+        if self.prediction_type == "epsilon":
+            name, target, scale = "epsilon_mse", noise, snr
+        else:
+            name, target, scale = "v_mse", self.scheduler.get_velocity(x0, noise, t), snr + 1
+        weight = snr.clamp(max=self.snr_gamma) / scale
+        return {name: (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()}
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The model as a stock pipeline that shares its weights."""

@@ -2,17 +2,20 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from callbacks.preview import Preview
 from datamodules.pictures import PictureDataModule
 from lightning_modules.errors import UserError
+from lightning_modules.networks.loading import load_parts
 from lightning_modules.pretraining import (
     AutoencoderPretraining,
     CLIPPretraining,
@@ -165,6 +168,46 @@ def test_loss_weights_of_the_diffusion_model(autoencoder_folder: Path, tmp_path:
         x_t = module.scheduler.add_noise(module.latents, noise, steps)
         predicted = module.unet(x_t, steps, module.text_encoder(tokens)[0]).sample
     assert losses[2] == pytest.approx((predicted - noise).square().mean().item(), rel=1e-5)
+
+
+def test_velocity_and_noise_loss_weigh_the_same_error_alike(
+    autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that say the same x0, one as noise and one as velocity, have the same min-SNR loss."""
+    first = DiffusionPretraining(
+        str(tmp_path / "sd"), str(autoencoder_folder), UNET, TEXT, vocabulary_size=700, warmup_steps=1
+    )
+    train(first, tmp_path)
+    second = DiffusionPretraining(
+        str(tmp_path / "v"), str(autoencoder_folder), initial=str(tmp_path / "sd"),
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    text_before = {name: x.clone() for name, x in second.text_encoder.state_dict().items()}
+    train(second, tmp_path)
+    assert all(torch.equal(x, text_before[name]) for name, x in second.text_encoder.state_dict().items())
+    assert load_parts(tmp_path / "v").scheduler.config.prediction_type == "v_prediction"
+
+    def velocity_of_no_noise(x_t: Tensor, t: Tensor, *_: Any) -> SimpleNamespace:
+        ratio = (1 / second.scheduler.alphas_cumprod[t] - 1).sqrt()[:, None, None, None]  # sigma / alpha
+        return SimpleNamespace(sample=-ratio * x_t)
+
+    monkeypatch.setattr(first.unet, "forward", lambda x_t, *_: SimpleNamespace(sample=torch.zeros_like(x_t)))
+    monkeypatch.setattr(second.unet, "forward", velocity_of_no_noise)
+    losses = []
+    for module in (first, second):
+        module.latents = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        batch = {"index": torch.arange(32), "captions": ["a cat"] * 32}
+        losses += module.loss(batch, torch.Generator().manual_seed(1)).values()
+    assert losses[0] == pytest.approx(losses[1].item(), rel=1e-4) and losses[0] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({}, "or initial"), ({"unet": UNET, "text": TEXT, "prediction_type": "x0"}, "epsilon or v_prediction")],
+)
+def test_unusable_diffusion_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DiffusionPretraining("sd", "vae", **arguments)
 
 
 class Watch(L.Callback):
