@@ -8,11 +8,17 @@ the uninterrupted one.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -162,21 +168,89 @@ class CLIPPretraining(Pretraining):
         self.clip.float()
 
 
-class DiffusionPretraining(Pretraining):
-    """A latent diffusion model with its text encoder, on Stable Diffusion's schedule.
+class LatentDiffusionPretraining(Pretraining):
+    """What text-to-image models on the latents of a frozen autoencoder have in common.
 
-    Every caption becomes empty with probability ``prompt_dropout``, so that classifier-free guidance works.
-    The loss of each sample is weighted as min(SNR, gamma) on x0 (Hang et al., 2023, arXiv 2303.09556, eq. 8):
-    min(SNR, gamma) / SNR on the noise, min(SNR, gamma) / (SNR + 1) on the velocity.
+    A subclass builds its networks and overrides ``denoise`` and ``pipeline``. Every caption is emptied with
+    probability ``prompt_dropout``, so that classifier-free guidance works. Samples are weighted as min(SNR,
+    gamma) on x0 (Hang et al., 2023, arXiv 2303.09556, eq. 8): min(SNR, gamma) / SNR on the noise, min(SNR,
+    gamma) / (SNR + 1) on the velocity.
 
     Args:
         autoencoder: folder of a trained autoencoder.
+        scheduler: noise schedule and prediction type (``epsilon`` or ``v_prediction``).
+        snr_gamma: the weighting's gamma; infinity weighs all timesteps of the noise loss alike.
+
+    Raises:
+        UserError: another prediction type.
+    """
+
+    sampling: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 25, "guidance_scale": 4.5, "output_type": "pt",
+    }  # fmt: skip
+
+    def __init__(
+        self, autoencoder: str, scheduler: DDIMScheduler, prompt_dropout: float, snr_gamma: float, **base: Any
+    ) -> None:
+        super().__init__(**base)
+        if (kind := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction_type is {kind!r}: it must be epsilon or v_prediction")
+        self.scheduler, self.prompt_dropout, self.snr_gamma = scheduler, prompt_dropout, snr_gamma
+        self.autoencoder = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32)
+        self.autoencoder.requires_grad_(False)
+
+    def denoise(self, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+        """Raw prediction [B, C, h, w] at x_t [B, C, h, w], t [B], for B captions."""
+        raise TypeError(f"{type(self).__name__} defines no denoise")
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The model as a stock pipeline that shares its weights."""
+        raise TypeError(f"{type(self).__name__} defines no pipeline")
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        parts = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(data.keys, 64)]
+        self.latents = torch.cat(parts).cpu() * self.autoencoder.config.scaling_factor
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        x0 = self.latents[batch["index"].cpu()].to(self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        steps = self.scheduler.config.num_train_timesteps
+        t = torch.randint(0, steps, (len(x0),), generator=generator).to(self.device)
+        dropped = torch.rand(len(x0), generator=generator) < self.prompt_dropout
+        captions = ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
+        predicted = self.denoise(self.scheduler.add_noise(x0, noise, t), t, captions).float()
+        alpha_squared = self.scheduler.alphas_cumprod.to(self.device)[t]
+        snr = alpha_squared / (1 - alpha_squared)
+        if self.scheduler.config.prediction_type == "epsilon":
+            name, target, scale = "epsilon_mse", noise, snr
+        else:
+            name, target, scale = "v_mse", self.scheduler.get_velocity(x0, noise, t), snr + 1
+        weight = snr.clamp(max=self.snr_gamma) / scale
+        return {name: (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()}
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.randn((32, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(0))
+        captions = EvaluationPictures(self.trainer.datamodule.data_dir).captions[:32]  # type: ignore[attr-defined]
+        return pipe(captions, latents=noise.to(self.device), **self.sampling).images.float()
+
+    def export(self, folder: Path) -> None:
+        save_pipeline(self.pipeline().to(torch.float16), folder)
+        self.float()
+
+
+class DiffusionPretraining(LatentDiffusionPretraining):
+    """A Stable Diffusion: UNet and CLIP text encoder, on the scaled-linear schedule.
+
+    Args:
         unet: keywords of ``diffusers.UNet2DConditionModel``.
         text: keywords of ``transformers.CLIPTextConfig``.
         initial: folder of a Stable Diffusion to go on from, in place of ``unet`` and ``text``; its text
             encoder is kept as it is.
         prediction_type: what the UNet predicts, ``epsilon`` or ``v_prediction``.
-        snr_gamma: the weighting's gamma; infinity weighs all timesteps of the noise loss alike.
 
     Raises:
         UserError: neither ``initial`` nor both of ``unet`` and ``text`` are given; another prediction type.
@@ -198,11 +272,16 @@ class DiffusionPretraining(Pretraining):
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
+        scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing",
+            prediction_type=prediction_type,
+        )  # fmt: skip
+        super().__init__(
+            autoencoder, scheduler, prompt_dropout, snr_gamma, output=output, learning_rate=learning_rate,
+            warmup_steps=warmup_steps, weight_decay=weight_decay, seed=seed,
+        )  # fmt: skip
         self.save_hyperparameters()
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction_type is {prediction_type!r}: it must be epsilon or v_prediction")
-        self.prompt_dropout, self.snr_gamma, self.prediction_type = prompt_dropout, snr_gamma, prediction_type
         if initial is not None:
             parts = load_parts(initial)
             self.tokenizer, self.text_encoder, self.unet = parts.tokenizer, parts.text_encoder, parts.unet
@@ -217,55 +296,13 @@ class DiffusionPretraining(Pretraining):
             self.unet = UNet2DConditionModel(**unet)
         else:
             raise UserError("DiffusionPretraining needs unet and text, or initial: set them in the config")
-        self.autoencoder = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32)
-        self.autoencoder.requires_grad_(False)
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing",
-            prediction_type=prediction_type,
-        )  # fmt: skip
 
-    def on_fit_start(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        parts = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(data.keys, 64)]
-        self.latents = torch.cat(parts).cpu() * self.autoencoder.config.scaling_factor
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        x0 = self.latents[batch["index"].cpu()].to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        steps = self.scheduler.config.num_train_timesteps
-        t = torch.randint(0, steps, (len(x0),), generator=generator).to(self.device)
-        dropped = torch.rand(len(x0), generator=generator) < self.prompt_dropout
-        captions = ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
+    def denoise(self, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
         embeddings = self.text_encoder(tokenize(self.tokenizer, captions, self.device)["input_ids"])[0]
-        predicted = self.unet(self.scheduler.add_noise(x0, noise, t), t, embeddings).sample.float()
-        alpha_squared = self.scheduler.alphas_cumprod.to(self.device)[t]
-        snr = alpha_squared / (1 - alpha_squared)
-        if self.prediction_type == "epsilon":
-            name, target, scale = "epsilon_mse", noise, snr
-        else:
-            name, target, scale = "v_mse", self.scheduler.get_velocity(x0, noise, t), snr + 1
-        weight = snr.clamp(max=self.snr_gamma) / scale
-        return {name: (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()}
+        return self.unet(x_t, t, embeddings).sample
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The model as a stock pipeline that shares its weights."""
         return StableDiffusionPipeline(
             self.autoencoder, self.text_encoder, self.tokenizer, self.unet, self.scheduler,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-
-    @torch.no_grad()
-    def preview(self) -> Tensor:
-        pipe = self.pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        size = self.unet.config.sample_size
-        shape = (32, self.unet.config.in_channels, size, size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        captions = EvaluationPictures(self.trainer.datamodule.data_dir).captions[:32]  # type: ignore[attr-defined]
-        sampling = {"num_inference_steps": 25, "guidance_scale": 4.5, "output_type": "pt"}
-        return pipe(captions, latents=noise.to(self.device), **sampling).images.float()
-
-    def export(self, folder: Path) -> None:
-        save_pipeline(self.pipeline().to(torch.float16), folder)
-        self.float()
