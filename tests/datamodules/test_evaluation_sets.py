@@ -1,0 +1,229 @@
+"""Evaluation sets: the right captions with the right seeds, and clear words about every wrong file."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from datamodules import published_sets
+from datamodules.evaluation_sets import CaptionFile, EvaluationSet, PromptPairs, few
+from datamodules.picture_files import Frame
+from datamodules.published_sets import (
+    HPSV2_STYLES,
+    Coco30kDMD2,
+    Coco30kSwiftBrush,
+    CocoCaptions,
+    HPSv2Prompts,
+    PartiPrompts,
+)
+from datamodules.tables import read_column
+from lightning_modules.errors import UserError
+
+ROWS = [{"id": 7, "prompt": f'a "red" cat, number {i}', "negative_prompt": f"blur {i}"} for i in range(4)]
+PROMPTS = [row["prompt"] for row in ROWS]
+NEGATIVES = [row["negative_prompt"] for row in ROWS]
+
+
+def write(path: Path) -> Path:
+    """The four rows in the format that the suffix names."""
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(ROWS[0]), *("\t".join(map(str, row.values())) for row in ROWS)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_captions_come_from_any_file(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"mine{suffix}")
+    found = CaptionFile(str(path), seed=5).load()
+    assert found.captions == PROMPTS and found.seeds == [5, 6, 7, 8] and found.name == "mine"
+    assert found.facts["md5"] == hashlib.md5(path.read_bytes()).hexdigest()
+    assert found.frame is None and found.negatives is None
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_pairs_keep_prompt_and_negative_together(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"pairs{suffix}")
+    pairs = PromptPairs(str(path)).load()
+    assert pairs.captions == PROMPTS and pairs.negatives == NEGATIVES
+    drawn = PromptPairs(str(path), sample=3, sample_seed=1).load()
+    assert drawn.negatives == [NEGATIVES[PROMPTS.index(text)] for text in drawn.captions]
+
+
+def test_a_table_names_the_files_of_existing_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "generation.json"
+    entries = [{"prompt": f"prompt {i}", "file": f"{9 - i}.png"} for i in range(5)]
+    path.write_text(json.dumps(entries))
+    assert CaptionFile(str(path)).file_names() == ["9.png", "8.png", "7.png", "6.png", "5.png"]
+    drawn = CaptionFile(str(path), sample=3)
+    assert drawn.file_names() == [f"{9 - int(text[-1])}.png" for text in drawn.load().captions]
+    assert CaptionFile(str(write(tmp_path / "a.txt"))).file_names() is None
+    with pytest.raises(UserError, match="no column 'file'; it has 'id', 'prompt'"):
+        CaptionFile(str(write(tmp_path / "a.csv"))).file_names()
+
+
+def test_a_random_sample_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"caption {i}" for i in range(100)))
+
+    def drawn(seed: int) -> list[str]:
+        return CaptionFile(str(path), sample=20, sample_seed=seed).load().captions
+
+    assert drawn(0) == drawn(0) != drawn(1) and len(set(drawn(0))) == 20
+    assert drawn(0) != sorted(drawn(0))
+    assert CaptionFile(str(path), sample=20).load().name == "many, 20 at random"
+
+
+def coco(path: Path, count: int = 6) -> Path:
+    entries = [{"image_id": i // 2, "id": i, "caption": f"caption {i} \n"} for i in range(count)]
+    path.write_text(json.dumps({"images": [], "annotations": entries}))
+    return path
+
+
+def test_coco_annotations_in_their_order(tmp_path: Path) -> None:
+    path = str(coco(tmp_path / "captions_val2014.json"))
+    assert CocoCaptions(path).load().captions == [f"caption {i}" for i in range(6)]
+    assert CocoCaptions(path, one_per_image=True).load().captions == ["caption 0", "caption 2", "caption 4"]
+    assert len(CocoCaptions(path, sample=4).load()) == 4
+
+
+def test_swiftbrush_takes_the_first_captions(tmp_path: Path) -> None:
+    path = str(coco(tmp_path / "captions_val2014.json"))
+    found = Coco30kSwiftBrush(path, count=4).load()
+    assert found.captions == [f"caption {i}" for i in range(4)] and found.seeds == [0, 1, 2, 3]
+    assert found.frame == Frame(256, crop=False) and found.published_count == 30_000
+    with pytest.raises(UserError, match="6 captions, fewer than the first 30,000"):
+        Coco30kSwiftBrush(path).load()
+
+
+def test_dmd2_knows_its_list_by_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_text("a cat\na dog\na cat\n")  # duplicates are part of the real list, too
+    with pytest.raises(UserError, match="not the caption list of coco30k_dmd2: its md5 is .*3 captions"):
+        Coco30kDMD2(str(path)).load()
+    monkeypatch.setattr(published_sets, "DMD2_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    found = Coco30kDMD2(str(path)).load()
+    assert found.captions == ["a cat", "a dog", "a cat"] and found.seeds == [0, 1, 2]
+    assert found.frame == Frame(256, crop=True)
+    with pytest.raises(UserError, match="give --captions captions_coco14_test.txt"):
+        Coco30kDMD2().load()
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    for style in HPSV2_STYLES:
+        (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(800)]))
+    return tmp_path
+
+
+def test_hpsv2_has_four_styles_of_800(benchmark: Path) -> None:
+    found = HPSv2Prompts(str(benchmark)).load()
+    assert len(found) == 3200 and found.groups is not None
+    assert found.captions[800] == "concept-art 0" and found.groups[800] == "concept-art"
+    assert found.seeds[799] == 799 and found.seeds[800] == 0
+    small = found.first(8)
+    assert small.captions == [f"{style} {i}" for style in HPSV2_STYLES for i in range(2)]
+    assert small.seeds == [0, 1] * 4 and small.groups is not None and small.groups[2] == "concept-art"
+    with pytest.raises(UserError, match="choose a multiple of 4"):
+        found.first(10)
+
+
+def test_hpsv2_names_what_is_wrong(benchmark: Path) -> None:
+    (benchmark / "photo.json").write_text(json.dumps(["one"]))
+    with pytest.raises(UserError, match=r"photo.json holds 1 prompts, the benchmark has 800"):
+        HPSv2Prompts(str(benchmark)).load()
+    (benchmark / "photo.json").unlink()
+    with pytest.raises(UserError, match=r"photo.json is missing; .* holds anime.json, concept-art.json"):
+        HPSv2Prompts(str(benchmark)).load()
+
+
+def test_parti_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "parti.tsv"
+    path.write_text('Prompt\tCategory\tChallenge\n"hi" she said\tArts\tBasic\na dog\tAnimals\tBasic\n')
+    found = PartiPrompts(str(path)).load()
+    assert found.captions == ['"hi" she said', "a dog"] and found.groups == ["Arts", "Animals"]
+    assert PartiPrompts(str(path), category="Animals").load().captions == ["a dog"]
+    with pytest.raises(UserError, match="no category 'Cars'; it has Animals, Arts"):
+        PartiPrompts(str(path), category="Cars").load()
+
+
+def test_few_sample_variants_have_their_own_name() -> None:
+    whole = EvaluationSet("x", ["a", "b", "c"], [4, 5, 6], negatives=["n", "o", "p"])
+    part = whole.first(2)
+    assert part.captions == ["a", "b"] and part.seeds == [4, 5] and part.negatives == ["n", "o"]
+    assert part.facts == {"first_of": 3} and whole.first(None) is whole is whole.first(3)
+    with pytest.raises(UserError, match="choose 1 to 3"):
+        whole.first(4)
+    assert [few(n, 30_000) for n in (5000, 30_000, 2500, 64)] == ["5k", None, "2.5k", "64"]
+    assert few(5000, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,title\n1,x\n", "has the columns 'id', 'title'"),
+        ("a.csv", "id,caption\n1,x\n2, \n", "row 2 has no text"),
+        ("a.csv", "caption\n", "is empty"),
+        ("a.jsonl", '{"caption": "x"}\n{"caption": \n', "line 2 is no JSON"),
+        ("a.json", '{"images": [], "info": 1}', "holds the keys 'images', 'info'; a list of texts"),
+        ("a.json", '["x", 3]', "entry 2 holds a int where a text is needed"),
+        ("a.json", '[{"caption": "x"}, {"id": 1, "title": "y"}]', "entry 2 has the columns 'id', 'title'"),
+        ("a.json", "[1", "can't be read as JSON"),
+        ("a.parquet", "no parquet", "is damaged"),
+        ("a.txt", "\n \n", "is empty"),
+    ],
+)
+def test_a_wrong_file_is_described(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        CaptionFile(str(tmp_path / name)).load()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": [], "info": 1}, "no list 'annotations' .*; it holds the keys 'images', 'info'"),
+        ([1], "no list 'annotations' .*; it holds a list"),
+        (
+            {"annotations": [{"image_id": 1, "bbox": []}]},
+            "annotation 0 lacks .*; it holds the keys 'image_id', 'bbox'",
+        ),
+    ],
+)
+def test_other_annotations_are_described(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "instances_val2014.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        CocoCaptions(str(path)).load()
+
+
+def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_column(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="can't be read as JSON"):
+        CocoCaptions(str(tmp_path / "none.json")).load()
+    path = write(tmp_path / "pairs.csv")
+    with pytest.raises(UserError, match="no column 'bad'; it has 'id', 'prompt', 'negative_prompt'"):
+        PromptPairs(str(path), negative_column="bad").load()
+    with pytest.raises(UserError, match="is a text file"):
+        PromptPairs(str(write(tmp_path / "pairs.txt"))).load()
+    with pytest.raises(UserError, match="sample is 9, but .* has 4 captions"):
+        CaptionFile(str(path), sample=9).load()
