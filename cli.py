@@ -21,10 +21,12 @@ TRAINER_COMMANDS = {
 TOOL_COMMANDS = {
     "generate": "one-step images from a checkpoint or a pipeline folder",
     "export": "write a student as a complete diffusers pipeline folder",
+    "merge": "interpolate the weights of two students, and measure a grid of mixtures",
 }
 TOOL_MODULES = {
     "generate": "lightning_modules.commands.generate",
     "export": "lightning_modules.commands.export",
+    "merge": "callbacks.commands.merge",
 }
 
 

@@ -12,6 +12,7 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 460, 250
 _LEFT, _TOP = 58, 12
 _END, _FLOOR = WIDTH - 14, HEIGHT - 40
+UPDATES = "student updates"
 NUM_COLORS = 5
 """Colours come from the page's CSS variables ``--curve-0`` ..., so that they fit light and dark."""
 _MOST_POINTS = 4 * WIDTH
@@ -19,7 +20,7 @@ _MOST_POINTS = 4 * WIDTH
 
 @dataclass
 class Series:
-    """Values of one name against student updates; ``not_finite`` of them can't be drawn."""
+    """Values of one name against student updates (or else); ``not_finite`` of them can't be drawn."""
 
     name: str
     points: list[Point] = field(default_factory=list)
@@ -60,7 +61,9 @@ def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
     return groups
 
 
-def line_plot(title: str, series: Sequence[Series], levels: Mapping[str, float] | None = None) -> str:
+def line_plot(
+    title: str, series: Sequence[Series], levels: Mapping[str, float] | None = None, x_name: str = UPDATES
+) -> str:
     """One plot with axes, labels and legend as an ``<svg>`` element.
 
     Every finite point is in it; only series of thousands of points are thinned to the first, lowest, highest
@@ -69,15 +72,17 @@ def line_plot(title: str, series: Sequence[Series], levels: Mapping[str, float] 
 
     Args:
         title: label of the vertical axis.
-        series: what to draw; x is student updates.
+        series: what to draw.
         levels: name to height of dashed horizontal lines.
+        x_name: label of the horizontal axis; other quantities than student updates need not be whole.
     """
     levels = {name: value for name, value in (levels or {}).items() if math.isfinite(value)}
     points = [point for one in series for point in one.points]
     if not points:
         return ""
-    frame = _Frame.around([x for x, _ in points], [y for _, y in points] + list(levels.values()))
-    body = frame.axes(title + (" (log)" if frame.logarithmic else ""))
+    heights = [y for _, y in points] + list(levels.values())
+    frame = _Frame.around([x for x, _ in points], heights, whole=x_name == UPDATES)
+    body = frame.axes(title + (" (log)" if frame.logarithmic else ""), x_name)
     for name, value in levels.items():
         y = frame.place((frame.left, value))[1]
         body.append(f'<line class="level" x1="{_LEFT}" x2="{_END}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -87,7 +92,7 @@ def line_plot(title: str, series: Sequence[Series], levels: Mapping[str, float] 
         )
     for i, one in enumerate(series):
         body += _curve(_thinned([frame.place(point) for point in one.points]), i % NUM_COLORS)
-    label = escape(f"{title} against student updates", quote=True)
+    label = escape(f"{title} against {x_name}", quote=True)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg>'
     return svg + _legend(series)
 
@@ -105,10 +110,10 @@ class _Frame:
     logarithmic: bool
 
     @classmethod
-    def around(cls, xs: list[float], ys: list[float]) -> "_Frame":
-        """A frame that holds all points."""
+    def around(cls, xs: list[float], ys: list[float], whole: bool = True) -> "_Frame":
+        """A frame that holds all points; with `whole`, numbers on the horizontal axis are whole."""
         logarithmic = min(ys) > 0 and max(ys) / min(ys) > 300
-        x_ticks = _ticks(min(xs), max(xs), 5, whole=True)
+        x_ticks = _ticks(min(xs), max(xs), 5, whole)
         if logarithmic:
             first, last = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
             y_ticks = [10.0**k for k in range(first, last + 1, max(1, -(-(last - first) // 5)))]
@@ -125,7 +130,7 @@ class _Frame:
             y = (point[1] - self.low) / (self.high - self.low)
         return _LEFT + x * (_END - _LEFT), _FLOOR - y * (_FLOOR - _TOP)
 
-    def axes(self, title: str) -> list[str]:
+    def axes(self, title: str, x_name: str) -> list[str]:
         """Grid, numbers and names of the axes."""
         body = []
         for value in self.xs:
@@ -138,7 +143,7 @@ class _Frame:
             body.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
         body.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{_FLOOR}H{_END}"/>')
         x, y = (_LEFT + _END) / 2, (_TOP + _FLOOR) / 2
-        body.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">student updates</text>')
+        body.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>')
         turn = f'transform="rotate(-90 12 {y})"'
         body.append(f'<text x="12" y="{y}" text-anchor="middle" {turn}>{escape(title)}</text>')
         return body

@@ -22,7 +22,8 @@ from lightning_modules.networks.output_folder import check_output_folder, writte
 MARKER = "one_step.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FOLDER_NAMES = {
-    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"
+    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+    "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
 
 
