@@ -1,0 +1,256 @@
+"""Attention processors that attend to the prompt as diffusers does and to a negative prompt besides.
+
+Cross-attention: the negative text has keys and values of its own. Joint attention: it is carried through the
+blocks behind the prompt's tokens, where everything but attention treats tokens one by one.
+
+Shapes: B images, S image tokens, L text tokens (L⁺, L⁻), D channels, H heads, d channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.errors import UserError
+from lightning_modules.guidance.methods import Method
+
+
+class NegativeText:
+    """The negative prompts at hand, shared by the processors of one network.
+
+    Args:
+        method: how they act.
+        project: what the network does to text before its attention layers (None: nothing).
+
+    Attributes:
+        lengths: L⁺ and L⁻ of a network with joint attention.
+        cache: keys and values by layer, kept while gradients are off, until the prompts change.
+    """
+
+    def __init__(self, method: Method, project: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.method = method
+        self.project = project
+        self.lengths: tuple[int, int] | None = None
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self.present: Tensor | None = None
+        self._raw: Tensor | None = None
+        self._projected: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def set(self, embeddings: Tensor, mask: Tensor | None = None, present: Tensor | None = None) -> None:
+        """Take encoded negative prompts.
+
+        Args:
+            embeddings: [N, L⁻, D], N images or 1 for all.
+            mask: [N, L⁻], 1 at tokens to be attended to; None for all of them.
+            present: boolean [B], false for images that have no negative prompt; None if all have one.
+        """
+        self._raw, self._projected, self.present = embeddings, None, present
+        # the bias that diffusers makes of such a mask
+        self._bias = None if mask is None else (1 - mask.to(embeddings.dtype))[:, None, None] * -10000.0
+        self.cache.clear()
+
+    def hidden_states(self, like: Tensor) -> Tensor:
+        """The text [N, L⁻, D] as attention layers get it, in type and place as `like`."""
+        if self._raw is None:
+            raise UserError(
+                "No prompt was encoded inside negative_prompting: call the pipeline in it, and for a network "
+                "alone use negative_attention."
+            )
+        if self.project is None:
+            return self._raw.to(like)
+        if self._projected is None:
+            self._projected = self.project(self._raw)
+        return self._projected.to(like)
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        """What is added to attention scores, [N, 1, 1, L⁻], or None."""
+        return None if self._bias is None else self._bias.to(like)
+
+    def steer(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """The method's Z [B, S, D]; Z⁺ itself for images without a negative prompt."""
+        steered = self.method(positive, negative)
+        if self.present is None:
+            return steered
+        return torch.where(self.present.to(steered.device)[:, None, None], steered, positive)
+
+
+class NegativeCrossAttention:
+    """Stands in for diffusers' `AttnProcessor2_0` in a cross-attention layer.
+
+    Args:
+        text: the negative prompts.
+        stock: the processor it stands in for.
+        index: number of the layer.
+    """
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock, self.index = text, stock, index
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of image tokens [B, S, D] to text [B, L⁺, D'] and negative text: [B, S, D]."""
+        if encoder_hidden_states is None:  # a layer used for self-attention
+            return self.stock(attn, hidden_states, None, attention_mask, temb)
+        residual = hidden_states
+        batch_size, length, _ = encoder_hidden_states.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch_size)
+            attention_mask = attention_mask.view(batch_size, attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query = _normed(attn.norm_q, _split_heads(attn.to_q(hidden_states), attn.heads))
+        positive = _attend(query, *_keys_values(attn, encoder_hidden_states), attention_mask)
+        key, value = self._negative_keys_values(attn, encoder_hidden_states)
+        if len(key) not in (1, batch_size):
+            raise UserError(f"{len(key)} negative prompts do not fit a batch of {batch_size} images.")
+        key, value = (x.expand(batch_size, -1, -1, -1) for x in (key, value))
+        negative = _attend(query, key, value, self.text.bias(query))
+        hidden_states = self.text.steer(positive, negative)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _negative_keys_values(self, attn: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, H, L⁻, d] of the negative text; with gradients on, computed every time."""
+        if torch.is_grad_enabled():
+            return _keys_values(attn, self.text.hidden_states(like))
+        if self.index not in self.text.cache:
+            self.text.cache[self.index] = _keys_values(attn, self.text.hidden_states(like))
+        return self.text.cache[self.index]
+
+
+class NegativeJointSD3:
+    """Stands in for diffusers' `JointAttnProcessor2_0` in Stable Diffusion 3; the text is [B, L⁺ + L⁻, D]."""
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock = text, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, S, D], text tokens [B, L⁺ + L⁻, D], each after its output projection."""
+        assert encoder_hidden_states is not None
+        size, split = hidden_states.shape[1], _positive_length(self.text)
+        image = _projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        words = _projections(
+            attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
+            ("norm_added_q", "norm_added_k"),
+        )  # fmt: skip
+        positive = _attend(*(torch.cat([x, y[:, :, :split]], 2) for x, y in zip(image, words, strict=True)))
+        negative = _attend(*(torch.cat([x, y[:, :, split:]], 2) for x, y in zip(image, words, strict=True)))
+        text = torch.cat([positive[:, size:], negative[:, size:]], 1)
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        steered = self.text.steer(positive[:, :size], negative[:, :size])
+        return attn.to_out[1](attn.to_out[0](steered)), text
+
+
+class NegativeJointFlux:
+    """Stands in for diffusers' `FluxAttnProcessor`, in blocks with two streams and with one.
+
+    Tokens come as [B, L⁺ + L⁻ + S, D], in one tensor or two; each carries its rotary position.
+    """
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock = text, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image tokens and text tokens, each after its output projection; all in one if they came so."""
+        if attention_mask is not None:
+            raise UserError("Negative prompts for FLUX do not work with an attention mask. Leave it out.")
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            words = [layer(encoder_hidden_states).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
+            words[:2] = attn.norm_added_q(words[0]), attn.norm_added_k(words[1])
+            query, key, value = (
+                torch.cat([x, y], 1) for x, y in zip(words, (query, key, value), strict=True)
+            )
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        tokens = self._attend(query, key, value)
+        if encoder_hidden_states is None:
+            return tokens
+        text, image = tokens.split_with_sizes([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, L⁺ + L⁻ + S, H, d] each -> [B, L⁺ + L⁻ + S, H d], image tokens steered."""
+        plus, minus = self.text.lengths or (0, 0)
+        parts = (query, key, value)
+        backend = self.stock._attention_backend
+        without = [torch.cat([x[:, :plus], x[:, plus + minus :]], 1) for x in parts]
+        positive = dispatch_attention_fn(*without, backend=backend).flatten(2, 3).to(query.dtype)
+        negative = dispatch_attention_fn(*(x[:, plus:] for x in parts), backend=backend)
+        negative = negative.flatten(2, 3).to(query.dtype)
+        steered = self.text.steer(positive[:, plus:], negative[:, minus:])
+        return torch.cat([positive[:, :plus], negative[:, :minus], steered], 1)
+
+
+def _positive_length(text: NegativeText) -> int:
+    assert text.lengths is not None
+    return text.lengths[0]
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, H d] -> [B, H, L, d]."""
+    return x.view(len(x), -1, heads, x.shape[-1] // heads).transpose(1, 2)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _keys_values(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [N, H, L, d] of text [N, L, D] by the layer's projections."""
+    if attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    key, value = (_split_heads(layer(text), attn.heads) for layer in (attn.to_k, attn.to_v))
+    return _normed(attn.norm_k, key), value
+
+
+def _projections(
+    attn: Any, x: Tensor, layers: tuple[str, str, str], norms: tuple[str, str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, L, d] of one stream of joint attention."""
+    query, key, value = (_split_heads(getattr(attn, name)(x), attn.heads) for name in layers)
+    return _normed(getattr(attn, norms[0]), query), _normed(getattr(attn, norms[1]), key), value
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of [B, H, S, d] to [B, H, L, d], heads put side by side: [B, S, H d]."""
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return out.transpose(1, 2).flatten(2).to(query.dtype)
