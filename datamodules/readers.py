@@ -82,9 +82,7 @@ def optional_package(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(
-            f'{purpose} needs the package {package}: run pip install -e ".[datasets]"'
-        ) from error
+        raise UserError(f'{purpose} needs the package {package}: run pip install -e ".[datasets]"') from error
 
 
 class _CountedFile(io.FileIO):
@@ -209,7 +207,10 @@ def _json_lines(path: Path, lines: Iterator[str], column: str | None) -> Iterato
         name = name or choose_column(path, column, list(row))
         if name not in row:
             choose_column(Path(f"{path}: line {number}"), name, list(row))
-        yield _text(row[name], path, f"line {number}", name)
+        text = _text(row[name], path, f"line {number}", name)
+        if "\\u" in line and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{path}: line {number} holds half a surrogate pair (\\ud…); correct the line")
+        yield text
 
 
 def _text(value: Any, path: Path, where: str, column: str) -> str:

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, permutation, read_prompts
+from datamodules import readers
+from datamodules.order import ListedTexts, PromptDraws
+from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, read_prompts
 from lightning_modules.errors import UserError
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
+
+
+def stream_of(
+    batch_size: int, seed: int, position: int = 0, rank: int = 0, world_size: int = 1
+) -> PromptStream:
+    return PromptStream(PromptDraws([ListedTexts(PROMPTS)], seed), batch_size, position, rank, world_size)
 
 
 def take(stream: PromptStream, count: int) -> list[list[str]]:
@@ -20,30 +28,22 @@ def take(stream: PromptStream, count: int) -> list[list[str]]:
 
 
 def test_each_pass_holds_every_prompt_once_in_its_own_order() -> None:
-    flat = sum(take(PromptStream(PROMPTS, 4, seed=3), 5), [])
+    flat = sum(take(stream_of(4, seed=3), 5), [])
     assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(PROMPTS)
     assert flat[:10] != flat[10:]
     assert flat[:10] != PROMPTS
 
 
-def test_order_depends_on_seed_and_epoch_only() -> None:
-    assert torch.equal(permutation(1, 2, 50), permutation(1, 2, 50))
-    drawn = {tuple(permutation(seed, epoch, 50).tolist()) for seed in range(4) for epoch in range(4)}
-    assert len(drawn) == 16
-
-
 @pytest.mark.parametrize("position_in_batches", [1, 3, 7])
 def test_resumed_stream_equals_the_uninterrupted_one(position_in_batches: int) -> None:
-    whole = take(PromptStream(PROMPTS, 4, seed=0), 12)
-    resumed = take(
-        PromptStream(PROMPTS, 4, seed=0, position=4 * position_in_batches), 12 - position_in_batches
-    )
+    whole = take(stream_of(4, seed=0), 12)
+    resumed = take(stream_of(4, seed=0, position=4 * position_in_batches), 12 - position_in_batches)
     assert resumed == whole[position_in_batches:]
 
 
 def test_processes_share_the_batch_of_one_process() -> None:
-    whole = list(islice(PromptStream(PROMPTS, 6, seed=0), 4))
-    parts = [list(islice(PromptStream(PROMPTS, 6, seed=0, rank=rank, world_size=3), 4)) for rank in range(3)]
+    whole = list(islice(stream_of(6, seed=0), 4))
+    parts = [list(islice(stream_of(6, seed=0, rank=rank, world_size=3), 4)) for rank in range(3)]
     for step in range(4):
         assert sum((parts[rank][step]["prompts"] for rank in range(3)), []) == whole[step]["prompts"]
         indices = torch.cat([parts[rank][step]["indices"] for rank in range(3)])
@@ -127,15 +127,15 @@ def test_bad_files_have_one_clear_message(tmp_path: Path, content: bytes | None,
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["is_file", "read_bytes"])
+@pytest.mark.parametrize(("owner", "name"), [(Path, "is_file"), (readers, "_CountedFile")])
 def test_files_that_may_not_be_read_have_one_clear_message(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, *rest: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "prompts.txt").write_text("a ship")
-    monkeypatch.setattr(Path, name, refuse)
+    monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(UserError, match=r"prompts\.txt cannot be read: Permission denied"):
         read_prompts(tmp_path / "prompts.txt")
 

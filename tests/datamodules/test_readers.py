@@ -105,6 +105,7 @@ BAD = {
     "list.jsonl": (b'["a"]\n', "line 1 is no JSON object"),
     "key.jsonl": (b'{"prompt": "a"}\n{"caption": "b"}\n', "line 2 has no column 'prompt'; it has 'caption'"),
     "number.jsonl": (b'{"prompt": 3}\n', "line 1: column 'prompt' holds a int"),
+    "half.jsonl": (b'{"prompt": "\\ud83d\\ude00"}\n{"prompt": "a \\ud83d"}\n', "line 2 holds half a"),
     "one.json": (b"[]", "one JSON document"),
     "cut.txt.gz": (gzip.compress(b"a ship\n" * 99)[:-12], "cut off after line"),
     "no.csv.gz": (b"prompt\na\n", "damaged or cut off after line 0"),

@@ -1,0 +1,336 @@
+"""Stores of prompts: the same texts as in memory, made once, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from callbacks.cache import user_cache_dir
+from datamodules import sources, store
+from datamodules.cleaning import Cleaner, Cleaning, _SeenTexts
+from datamodules.prompts import PromptDataModule
+from datamodules.sources import PromptPools, PromptSource
+from datamodules.store import PromptStore, open_store, stores_folder
+from lightning_modules.errors import UserError
+
+PROMPTS = [f"prompt {number}" for number in range(1000)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and stores for sources of any size."""
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def opened(path: Path, cleaning: Cleaning | None = None) -> PromptStore:
+    return open_store([(path, None)], cleaning or Cleaning(), 1)
+
+
+def texts_of(prompts: PromptStore) -> list[str]:
+    return prompts.take(np.arange(len(prompts)))
+
+
+def left_in(cache: Path) -> list[str]:
+    """What is in the folder of stores, besides locks and hashes."""
+    names = {path.name for path in (cache / "prompts").glob("*") if path.suffix != ".lock"}
+    return sorted(names - {"hashes"})
+
+
+def test_a_store_holds_the_texts_and_a_report(file: Path) -> None:
+    made = opened(file)
+    assert texts_of(made) == PROMPTS and len(made) == 1000
+    assert made.take(np.array([999, 0, 0])) == ["prompt 999", "prompt 0", "prompt 0"]
+    assert (made.report["read"], made.report["kept"], made.report["dropped"]) == (1000, 1000, {})
+    assert made.report["sources"] == [{"path": str(file), "column": None}]
+    assert texts_of(pickle.loads(pickle.dumps(made))) == PROMPTS
+    assert made.folder.parent == stores_folder() == user_cache_dir() / "prompts"
+
+
+def test_a_store_and_a_list_are_drawn_in_the_same_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = np.arange(1500)
+    stored = PromptPools(str(file)).draws(seed=5)
+    assert isinstance(stored.sources[0], PromptStore)
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 10**6)
+    listed = PromptPools(str(file)).draws(seed=5)
+    assert not isinstance(listed.sources[0], PromptStore)
+    assert stored.at(places) == listed.at(places) == PromptPools(PROMPTS).draws(seed=5).at(places)
+
+
+# --- made once ----------------------------------------------------------------------------------------------
+
+
+def test_it_is_found_again_by_its_contents(
+    file: Path,
+    tmp_path: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = opened(file)
+    assert capsys.readouterr().out.count("Making a prompt store") == 1
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(file.read_bytes())
+    monkeypatch.setattr(store, "read_texts", None)  # nothing is read any more
+    assert opened(copy).folder == first.folder == opened(file).folder
+    monkeypatch.setattr(store, "_digest", None)  # nor hashed, as long as the file is the same
+    assert opened(file).folder == first.folder
+    monkeypatch.undo()
+    monkeypatch.setenv("ONE_STEP_CACHE", str(own_cache))
+    assert opened(file, Cleaning(deduplicate=True)).folder != first.folder
+    before = file.stat()
+    file.write_text(file.read_text().replace("prompt 7\n", "prompt X\n"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert texts_of(opened(file))[7] == "prompt X"
+    assert len(left_in(own_cache)) == 3
+
+
+def test_one_process_makes_it_while_others_wait(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(*arguments: Any) -> Iterator[str]:
+        reads.append(arguments)
+        time.sleep(0.4)
+        yield from PROMPTS
+
+    reads: list[Any] = []
+    monkeypatch.setattr(store, "read_texts", slow)
+    threads = [threading.Thread(target=opened, args=(file,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1
+    assert "waiting for another process" in capsys.readouterr().out
+
+
+def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> Iterator[str]:
+        yield from PROMPTS * 100
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store.optional_package("datasets.arrow_writer", "the test")  # the child has nothing to import
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(store, "read_texts", killed)
+        opened(file)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (leftover,) = left_in(own_cache)
+    assert leftover.endswith(".partial")
+    made = opened(file)
+    assert texts_of(made) == PROMPTS
+    assert left_in(own_cache) == [made.folder.name]
+
+
+# --- cleaning -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_dropped_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("a red ship\nhi\n\na ship\na red ship\n" + "long " * 9 + "\na ship\nhi\na house")
+    made = opened(path, Cleaning(min_length=3, max_length=20, deduplicate=True))
+    assert texts_of(made) == ["a red ship", "a ship", "a house"]
+    expected = {"read": 9, "kept": 3, "dropped": {"empty": 1, "long": 1, "repeated": 2, "short": 2}}
+    report = json.loads((made.folder / "report.json").read_text())
+    assert {name: report[name] for name in expected} == expected
+    assert ("3 of 9 prompts kept (dropped: 1 empty, 1 above 20 characters, 2 repeated, 2 below 3 characters)"
+            in capsys.readouterr().out)  # fmt: skip
+
+
+def test_lists_and_small_files_are_cleaned_alike(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 10**6)
+    file.write_text("a ship\n\na house\na ship")
+    cleaning = Cleaning(max_length=6, deduplicate=True)
+    for given, read in ((["a ship", "a house", "a ship"], 3), (str(file), 4)):
+        (kept,) = PromptPools(given, cleaning=cleaning).open()
+        assert kept.take(np.arange(len(kept))) == ["a ship"]
+        assert f"1 of {read} prompts kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="empty after cleaning: 0 of 4 .*below 8 characters"):
+        PromptPools(str(file), cleaning=Cleaning(min_length=8)).open()
+
+
+def test_repeats_are_found_across_calls_and_the_first_is_kept() -> None:
+    numbers = np.random.default_rng(0).integers(0, 3000, 10_000).tolist()
+    every = [f"t{number}" for number in numbers]
+    cleaner, start, kept = Cleaner(Cleaning(deduplicate=True)), 0, []
+    for size in (1, 7, 3000, 2, 4000, 500, 2490):
+        kept += cleaner.keep(every[start : start + size])
+        start += size
+    assert kept == list(dict.fromkeys(every))
+    seen = _SeenTexts()
+    for start in range(0, 64_000, 1000):
+        assert seen.first_times([f"u{number}" for number in range(start, start + 1000)]).all()
+    assert len(seen._runs) <= 7 and sum(map(len, seen._runs)) == 64_000
+
+
+@pytest.mark.parametrize(
+    "cleaning", [{"min_length": 0, "max_length": -1}, {"min_length": 5, "max_length": 4}]
+)
+def test_lengths_that_make_no_sense(cleaning: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="leave no length"):
+        Cleaning(**cleaning)
+
+
+# --- several sources ----------------------------------------------------------------------------------------
+
+
+def test_patterns_columns_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "b.csv").write_text("text,style\nb0,x\nb1,y\n")
+    (tmp_path / "a.csv").write_text("text,style\na0,x\na1,x\na0,x\n")
+    (tmp_path / "c.jsonl").write_text('{"words": "c0"}\n{"words": "c1"}\n{"words": "c2"}\n')
+    pattern, last = str(tmp_path / "*.csv"), str(tmp_path / "c.jsonl")
+    (joined,) = PromptPools([PromptSource(pattern), PromptSource(last, "words")], "text",
+                            Cleaning(deduplicate=True)).open()  # fmt: skip
+    assert joined.take(np.arange(len(joined))) == ["a0", "a1", "b0", "b1", "c0", "c1", "c2"]
+    weighted = PromptPools([PromptSource(pattern, "text", 3), PromptSource(last, "words", 1)], epoch_size=8)
+    drawn = weighted.draws(0).at(np.arange(80))
+    for epoch in range(10):
+        first = [text[0] == "c" for text in drawn[8 * epoch : 8 * epoch + 8]]
+        assert sum(first) == 2
+    assert {drawn.count(f"c{number}") for number in range(3)} == {6, 7}
+    with pytest.raises(UserError, match=r"b\.csv has no column 'words'|a\.csv has no column 'words'"):
+        PromptPools(pattern, "words").open()
+
+
+def test_settings_of_several_sources_that_do_not_fit(file: Path, tmp_path: Path) -> None:
+    path = str(file)
+    with pytest.raises(UserError, match="some have none"):
+        PromptPools([PromptSource(path, weight=1), PromptSource(path)], epoch_size=5)
+    with pytest.raises(UserError, match=r"data\.epoch_size is None"):
+        PromptPools([PromptSource(path, weight=1)])
+    with pytest.raises(UserError, match=r"data\.epoch_size is 5"):
+        PromptPools(path, epoch_size=5)
+    with pytest.raises(UserError, match="no prompts file matches"):
+        PromptPools(str(tmp_path / "*.csv"))
+    with pytest.raises(UserError, match=r"is a file; write \{path: "):
+        PromptPools(["a ship", path])
+    with pytest.raises(UserError, match="gives 5 an epoch, fewer than one batch"):
+        module_of(file, prompts=[PromptSource(path, weight=1)], epoch_size=5).setup("fit")
+
+
+# --- in a run -----------------------------------------------------------------------------------------------
+
+
+def module_of(file: Path, **settings: Any) -> PromptDataModule:
+    return PromptDataModule(**{"prompts": str(file), "batch_size": 10, "eval_captions": ["a"], "eval_size": 1,
+                               **settings})  # fmt: skip
+
+
+def test_workers_read_the_store_and_it_outlives_its_source(file: Path) -> None:
+    module = module_of(file, negative_prompts=str(file), num_workers=2)
+    module.prepare_data()
+    module.setup("fit")
+    file.unlink()
+    module.load_state_dict({"position": 500})
+    batches = list(islice(module.train_dataloader(), 50))
+    alone = PromptDataModule(
+        PROMPTS, batch_size=10, eval_captions=["a"], eval_size=1, negative_prompts=PROMPTS
+    )
+    expected = list(islice(alone.train_dataloader(), 100))[50:]
+    for name in ("prompts", "negative_prompts"):
+        assert [batch[name] for batch in batches] == [batch[name] for batch in expected]
+
+
+def test_only_training_makes_a_store(file: Path, own_cache: Path) -> None:
+    module = module_of(file)
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), global_rank=0, world_size=1)  # type: ignore[assignment]
+    module.prepare_data()
+    module.setup("validate")
+    assert len(list(module.val_dataloader())) == 1 and not own_cache.exists()
+
+
+def test_fewer_prompts_than_a_batch(file: Path) -> None:
+    with pytest.raises(UserError, match=r"has 1000 prompts, fewer than one batch \(data.batch_size 1001\)"):
+        module_of(file, batch_size=1001).prepare_data()
+
+
+# --- trouble ------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_gone_or_damaged_leaves_nothing(file: Path, tmp_path: Path, own_cache: Path) -> None:
+    module = module_of(file)
+    file.unlink()
+    with pytest.raises(UserError, match=r"prompts\.txt does not exist any more"):
+        module.prepare_data()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(f'{{"prompt": "p{n}"}}\n' for n in range(70_000)) + '{"prompt": "p')
+    with pytest.raises(UserError, match=r"cut\.jsonl: line 70001 is no JSON"):
+        opened(cut)
+    (tmp_path / "empty.csv").write_text("prompt\n")
+    with pytest.raises(UserError, match=r"empty\.csv is empty"):
+        opened(tmp_path / "empty.csv")
+    assert left_in(own_cache) == []
+
+
+def test_a_source_that_changes_while_being_read(
+    file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(*_: Any) -> Iterator[str]:
+        yield from PROMPTS
+        file.write_text("another prompt")
+
+    monkeypatch.setattr(store, "read_texts", changing)
+    with pytest.raises(UserError, match=r"prompts\.txt changed while being read"):
+        opened(file)
+    assert left_in(own_cache) == []
+
+
+def test_too_little_room(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"takes about 1048576\.0 GiB of .* free"):
+        open_store([(file, None)], Cleaning(), 2**50)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writing = store.optional_package("datasets.arrow_writer", "the test")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device; make room"):
+        patch.setattr(writing.ArrowWriter, "write_batch", full)
+        opened(file)
+    assert left_in(own_cache) == []
+    assert texts_of(opened(file)) == PROMPTS
+
+
+def test_a_cache_that_can_not_be_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE_STEP_CACHE", str(file))  # a file where a folder is needed
+    with pytest.raises(UserError, match="set ONE_STEP_CACHE to a folder"):
+        opened(file)
+
+
+def test_a_damaged_store_is_named(file: Path) -> None:
+    folder = opened(file).folder
+    arrow = folder / "prompts.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(UserError, match="delete the folder") as caught:
+        opened(file)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_package_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", refuse)
+    with pytest.raises(UserError, match=r'needs the package datasets: run pip install -e "\.\[datasets\]"'):
+        opened(file)
