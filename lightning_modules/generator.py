@@ -15,6 +15,9 @@ from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError
+from lightning_modules.guidance.encoding import NegativePrompts
+from lightning_modules.guidance.methods import Method
+from lightning_modules.guidance.negative import negative_attention
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
 from lightning_modules.networks.prompts import PromptEncoder
@@ -98,19 +101,33 @@ class OneStepGenerator(nn.Module):
         batch_size: int | None = None,
         progress: bool = False,
         guidance_scale: float = 1.0,
-        negative_prompt: str | None = None,
+        negative_prompt: str | None | Sequence[str | None] = None,
+        negative_method: Method | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], one per prompt and seed, made `batch_size` at a time.
 
+        A negative prompt (one for all, or one per picture, None where there is none) acts through attention
+        by `negative_method`; without a method it takes the place of the empty prompt in guidance.
+
         Raises:
             ValueError: as many seeds as prompts are needed, at least one.
+            UserError: the negative prompts are of another number.
         """
         _check_lengths(prompts, seeds)
-        negative = None if negative_prompt is None else self.prompt_encoder.encode([negative_prompt])
+        negatives = NegativePrompts(negative_prompt)
+        texts = negatives.per_image(len(prompts), 1)
         pictures = []
         for part in _batches(len(prompts), batch_size, progress):
             condition = self.prompt_encoder.encode(prompts[part])
-            latents = self.latents(self.noise(seeds[part]), condition, guidance_scale, negative)
+            noise, negative = self.noise(seeds[part]), None
+            if not negatives.empty:
+                negative = self.prompt_encoder.encode(texts[:1] if len(negatives.texts) == 1 else texts[part])
+            if negative is None or negative_method is None:
+                latents = self.latents(noise, condition, guidance_scale, negative)
+            else:
+                present = torch.tensor([bool(text) for text in texts[part]])
+                with negative_attention(self.student, negative, negative_method, present):
+                    latents = self.latents(noise, condition, guidance_scale)
             pictures.append(self.decoder.decode(latents))
         return torch.cat(pictures)
 

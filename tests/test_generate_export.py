@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lightning_modules.commands import export, generate
 from lightning_modules.errors import UserError
-from lightning_modules.generator import load_generator, make_generator
+from lightning_modules.generator import load_generator, make_generator, pipeline_images, stock_pipeline
+from lightning_modules.guidance import negative_prompting
+from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.export import MARKER, export_student, one_step_scheduler
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import architecture, resolve_checkpoint
@@ -345,6 +347,39 @@ def test_cfg_guidance_moves_away_from_the_negative_prompt(tiny_sd: Path, tmp_pat
     assert (tmp_path / "two/0000.png").is_file()
 
 
+def test_negative_prompts_by_attention(tiny_sd: Path, tmp_path: Path) -> None:
+    """nasa if nothing else is said, with the model's scale; the stock pipeline draws the same in one step."""
+    prompt = ("--model", tiny_sd, "--prompt", PROMPTS[0], "--seed", SEEDS[0])
+    call(generate, *prompt, "--negative-prompt", "red", "--output", tmp_path / "a")
+    entry = json.loads((tmp_path / "a/generation.json").read_text())[0]
+    del entry["milliseconds"]
+    assert entry == {
+        "prompt": PROMPTS[0], "seed": 5, "file": "0000.png",
+        "negative_prompt": "red", "negative_guidance": "nasa", "negative_scale": 0.2,
+    }  # fmt: skip
+    generator = load_generator(tiny_sd)
+    plain = generator.images(PROMPTS[:1], SEEDS[:1])
+    steered = generator.images(
+        PROMPTS[:1], SEEDS[:1], negative_prompt="red", negative_method=Nasa(0.2)
+    )
+    assert (steered - plain).abs().max() > 0.003
+    assert (pixels(tmp_path / "a/0000.png") - steered[0] * 255).abs().max() <= 0.6
+    some = generator.images(
+        PROMPTS, SEEDS, batch_size=1, negative_prompt=["red", None], negative_method=Nasa(0.2)
+    )
+    torch.testing.assert_close(some[:1], steered)
+    assert torch.equal(some[1:], generator.images(PROMPTS[1:], SEEDS[1:]))
+    nag = ("--negative-prompt", "red", "--negative-guidance", "nag", "--negative-scale", 6)
+    call(generate, *prompt, *nag, "--steps", 2, "--output", tmp_path / "b")
+    entry = json.loads((tmp_path / "b/generation.json").read_text())[0]
+    assert (entry["negative_scale"], entry["negative_tau"], entry["negative_alpha"]) == (6.0, 2.5, 0.375)
+    pipeline = stock_pipeline(load_parts(tiny_sd))
+    with negative_prompting(pipeline, "red", method="nag", scale=6):
+        expected = pipeline_images(pipeline, PROMPTS[:1], SEEDS[:1], 2, 1.0)
+    assert (pixels(tmp_path / "b/0000.png") - expected[0] * 255).abs().max() <= 0.6
+    assert not torch.equal(expected, pipeline_images(pipeline, PROMPTS[:1], SEEDS[:1], 2, 1.0))
+
+
 def test_own_results_are_replaced_and_other_files_are_kept_safe(tiny_sd: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for count in (3, 1):
@@ -372,15 +407,15 @@ def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: P
         ((*cat, "--model", tmp_path / "gone.ckpt"), "gone.ckpt does not exist"),
         ((*cat, "--num-images", 0), "--num-images and --steps must be at least 1"),
         ((*cat, "--seed", -1), "--seed must not be negative"),
-        ((*cat, "--negative-prompt", "red"), "no effect without guidance"),
+        ((*cat, "--negative-prompt", "red", "--negative-guidance", "none"), "no effect without guidance"),
         ((*cat, "--negative-scale", 2), "no effect without guidance"),
-        (
-            (*cat, "--negative-guidance", "nasa", "--negative-prompt", "red"),
-            "nasa is not in this version yet",
-        ),
-        ((*cat, "--negative-guidance", "nag"), "nag is not in this version yet"),
+        ((*cat, "--negative-prompt", " "), "--negative-prompt is empty"),
+        ((*cat, "--negative-guidance", "nasa"), "nasa needs --negative-prompt"),
+        ((*cat, "--negative-guidance", "nag", "--negative-scale", 2), "nag needs --negative-prompt"),
+        ((*cat, "--negative-prompt", "red", "--negative-scale", "inf"), "inf is not a finite number"),
+        ((*cat, "--negative-prompt", "red", "--negative-scale", -1), "-1.0 is not a finite number"),
         ((*cat, "--negative-guidance", "cfg"), "cfg needs --negative-scale"),
-        ((*cat, "--negative-guidance", "cfg", "--negative-scale", "nan"), "cfg needs --negative-scale"),
+        ((*cat, "--negative-guidance", "cfg", "--negative-scale", "nan"), "nan is not a finite number"),
         ((*cat, "--negative-guidance", "cfg", "--negative-scale", 1, "--steps", 2), "no effect with --steps"),
         ((*cat, "--output", tmp_path / "file"), "is a file. Give a folder"),
     ]

@@ -5,19 +5,21 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from datamodules.prompts import read_prompts as read_prompts_file
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
+from lightning_modules.guidance.methods import METHODS, Method, make_method
+from lightning_modules.guidance.negative import attention_layers, negative_prompting, pipeline_network
 from lightning_modules.networks.loading import pipeline_folder, read_json
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
 from lightning_modules.networks.student import is_checkpoint, load_student
@@ -32,10 +34,36 @@ Draw = Callable[[list[str], list[int]], Tensor]  # B prompts, B seeds -> picture
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of the student: kappa form, 1.0 is off; `negative` takes the place of the empty prompt."""
+    """What `negative` acts by: "none", attention ("nasa", "nag"), or guidance in kappa form ("cfg").
 
-    scale: float = 1.0
+    A scale of None is the network's default.
+    """
+
+    method: str = "none"
+    scale: float | None = None
     negative: str | None = None
+
+    @property
+    def by_attention(self) -> bool:
+        """Whether the negative prompt acts through attention."""
+        return self.method in METHODS
+
+    @property
+    def guidance_scale(self) -> float:
+        """Kappa of guidance; 1.0 is off."""
+        return float(self.scale) if self.method == "cfg" and self.scale is not None else 1.0
+
+    def facts(self, network: nn.Module) -> dict[str, Any]:
+        """What the list of pictures says about it; nothing if it is off."""
+        if self.method == "none":
+            return {}
+        settings = {"scale": self.scale} if not self.by_attention else asdict(self.rule(network))
+        named = {f"negative_{name}": value for name, value in settings.items()}
+        return {"negative_prompt": self.negative, "negative_guidance": self.method, **named}
+
+    def rule(self, network: nn.Module) -> Method:
+        """The method by attention, with the network's defaults."""
+        return make_method(self.method, network, self.scale)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts-file", type=Path, help="text file with one prompt a line (UTF-8)")
-    add("--negative-prompt", help="what not to draw; needs --negative-guidance")
+    add("--negative-prompt", help="what not to draw")
     add(
         "--negative-guidance",
-        choices=["none", "nasa", "nag", "cfg"],
-        default="none",
-        help="how the negative prompt acts; cfg: guidance, with two evaluations of the network",
+        choices=["none", *METHODS, "cfg"],
+        help="how the negative prompt acts: nasa and nag by attention; cfg by guidance, with a second "
+        "evaluation of the network, which one-step models are not made for (default: nasa if there is one)",
     )
-    add("--negative-scale", type=float, help="strength; for cfg the guidance scale, 1 is off")
+    add(
+        "--negative-scale",
+        type=float,
+        help="strength; 0 is off (default: the model's); for cfg the guidance scale, 1 is off",
+    )
     add(
         "--seed",
         type=int,
@@ -84,10 +116,10 @@ def run(options: argparse.Namespace) -> None:
     _check_counts(options)
     guidance = read_guidance(options)
     target = check_output_folder(options.output, own_names)
-    draw = _drawer(options.model, options.steps, guidance)
+    draw, facts = _drawer(options.model, options.steps, guidance)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
-        write_pictures(draw, jobs, options.seed, folder)
+        write_pictures(draw, jobs, options.seed, folder, facts)
     print(f"{len(jobs)} pictures in {options.output}, all in {options.output / GRID}")
 
 
@@ -111,29 +143,30 @@ def read_guidance(options: argparse.Namespace) -> Guidance:
     """Guidance that the options ask for.
 
     Raises:
-        UserError: the method is not in this version, or options are missing or without effect.
+        UserError: options are missing, out of range or without effect.
     """
-    method, negative, scale = options.negative_guidance, options.negative_prompt, options.negative_scale
-    if method in ("nasa", "nag"):
-        raise UserError(
-            f"--negative-guidance {method} is not in this version yet. Use --negative-guidance cfg, or none."
-        )
+    negative, scale = options.negative_prompt, options.negative_scale
+    if negative is not None and not negative.strip():
+        raise UserError("The --negative-prompt is empty. Say what not to draw, or leave it out.")
+    method = options.negative_guidance or ("none" if negative is None else "nasa")
     if method == "none":
         if negative is not None or scale is not None:
             raise UserError(
                 "--negative-prompt and --negative-scale have no effect without guidance. "
-                "Add --negative-guidance cfg, or leave them out."
+                "Add --negative-prompt, another --negative-guidance than none, or leave them out."
             )
         return Guidance()
-    if scale is None or not math.isfinite(scale) or scale < 0:
-        raise UserError(
-            "--negative-guidance cfg needs --negative-scale, a number of at least 0 such as 1.5 (1 is off)."
-        )
-    if options.steps > 1 and scale <= 1:
+    if scale is not None and (not math.isfinite(scale) or scale < 0):
+        raise UserError(f"--negative-scale {scale} is not a finite number of at least 0. Give e.g. 0.5.")
+    if method != "cfg" and negative is None:
+        raise UserError(f"--negative-guidance {method} needs --negative-prompt.")
+    if method == "cfg" and scale is None:
+        raise UserError("--negative-guidance cfg needs --negative-scale, such as 1.5 (1 is off).")
+    if method == "cfg" and options.steps > 1 and scale <= 1:
         raise UserError(
             f"--negative-scale {scale:g} has no effect with --steps above 1. Give a scale above 1."
         )
-    return Guidance(scale, negative)
+    return Guidance(method, scale, negative)
 
 
 def own_names(folder: Path) -> set[str]:
@@ -145,8 +178,13 @@ def own_names(folder: Path) -> set[str]:
         return set()  # no readable list: then nothing in the folder counts as ours
 
 
-def write_pictures(draw: Draw, prompts: list[str], seed: int, folder: Path) -> None:
-    """Draw one picture per prompt, picture i with seed + i, and write the whole result into `folder`."""
+def write_pictures(
+    draw: Draw, prompts: list[str], seed: int, folder: Path, facts: dict[str, Any] | None = None
+) -> None:
+    """Draw one picture per prompt, picture i with seed + i, and write the whole result into `folder`.
+
+    `facts` stand beside each picture in the list.
+    """
     digits = max(4, len(str(len(prompts) - 1)))
     entries: list[dict[str, Any]] = []
     shown: list[Tensor] = []
@@ -166,6 +204,7 @@ def write_pictures(draw: Draw, prompts: list[str], seed: int, folder: Path) -> N
                         "seed": seeds[i],
                         "file": name,
                         "milliseconds": round(milliseconds, 3),
+                        **(facts or {}),
                     }
                 )
             shown += list(pictures[: max(0, GRID_IMAGES - len(shown))])
@@ -191,24 +230,48 @@ def draw_grid(pictures: list[Tensor], gap: int = 2) -> Image.Image:
     return grid
 
 
-def _drawer(model: str, steps: int, guidance: Guidance) -> Draw:
-    """Load the model: our generator for one step of a Stable Diffusion, else the stock pipeline."""
+def _drawer(model: str, steps: int, guidance: Guidance) -> tuple[Draw, dict[str, Any]]:
+    """Load the model: our generator for one step of a Stable Diffusion, else the stock pipeline.
+
+    Also returns what the list of pictures says about the guidance.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_checkpoint(model) and not _is_stable_diffusion(model):
-        pipeline = _load_any_pipeline(model).to(device)
-        return lambda prompts, seeds: pipeline_images(
-            pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
-        )
+        return _pipeline_drawer(_load_any_pipeline(model).to(device), steps, guidance)
     student = load_student(model)
     if steps > 1 or has_few_step_sampler(student.parts.scheduler):
-        pipeline = stock_pipeline(student.parts).to(device)
-        return lambda prompts, seeds: pipeline_images(
-            pipeline, prompts, seeds, steps, guidance.scale, negative_prompt=guidance.negative
-        )
+        return _pipeline_drawer(stock_pipeline(student.parts).to(device), steps, guidance)
     generator = make_generator(student.parts, student.start_timestep).eval().to(device)
-    return lambda prompts, seeds: generator.images(
-        prompts, seeds, guidance_scale=guidance.scale, negative_prompt=guidance.negative
-    )
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        return generator.images(
+            prompts,
+            seeds,
+            guidance_scale=guidance.guidance_scale,
+            negative_prompt=guidance.negative,
+            negative_method=guidance.rule(generator.student) if guidance.by_attention else None,
+        )
+
+    return draw, guidance.facts(generator.student)
+
+
+def _pipeline_drawer(
+    pipeline: DiffusionPipeline, steps: int, guidance: Guidance
+) -> tuple[Draw, dict[str, Any]]:
+    """The same with a stock pipeline."""
+    if not guidance.by_attention:
+        facts = guidance.facts(nn.Identity())
+        return lambda prompts, seeds: pipeline_images(
+            pipeline, prompts, seeds, steps, guidance.guidance_scale, negative_prompt=guidance.negative
+        ), facts
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        with negative_prompting(pipeline, guidance.negative, guidance.method, guidance.scale):
+            return pipeline_images(pipeline, prompts, seeds, steps, 1.0)
+
+    network = pipeline_network(pipeline)
+    attention_layers(network)  # raises before anything is drawn
+    return draw, guidance.facts(network)
 
 
 def has_few_step_sampler(scheduler: SchedulerMixin) -> bool:
