@@ -115,9 +115,8 @@ def result_table(report: MergeReport) -> tuple[list[str], list[list[str]]]:
     header = ["λ", *(_title(name) for name in report.names), "images measured"]
     cells = []
     for point in report.points:
-        marks = {1: "first model", 0: "second model"}.get(point.weight)
-        written = "written" if point.weight == report.facts["merge_weight"] else None
-        words = ", ".join(word for word in (marks, written) if word)
+        known = [(0.0, "second model"), (1.0, "first model"), (report.facts["merge_weight"], "written")]
+        words = ", ".join(word for weight, word in known if weight == point.weight)
         values = [format_value(point.metrics[name]["value"]) for name in report.names]
         count = f"{next(iter(point.metrics.values()))['num_images']:,}"
         cells.append([f"{point.weight:g}" + (f" ({words})" if words else ""), *values, count])

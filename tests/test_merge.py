@@ -142,6 +142,21 @@ def test_plot_as_png_rises_where_values_do() -> None:
     assert columns.min() > 100 and rows.min() > 40  # inside the axes
 
 
+def test_extrapolation_is_said_in_one_line(
+    inputs: Path, tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = inputs / "runs/b/version_0"
+    call(merge, "--first", run, "--second", tiny_sd, "--weight", -0.5, "--output", tmp_path / "out")
+    told = capsys.readouterr().err.splitlines()
+    assert [line[:45] for line in told if line.startswith("warning: ")] == [
+        "warning: The merging weight -0.5 lies outside",
+        "warning: The second model is a multi-step mod",
+    ]
+    a, b = other_unet(tiny_sd, 2).state_dict(), load_parts(tiny_sd).unet.state_dict()
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, (1.5 * b[name].double() - 0.5 * a[name].double()).float())
+
+
 def test_grid() -> None:
     assert merge.parse_grid("0:1:0.1", 0.5) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert merge.parse_grid("0 : 1 : 1", 0.25) == [0.0, 0.25, 1.0]

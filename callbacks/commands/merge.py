@@ -2,7 +2,10 @@
 
 import argparse
 import copy
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -99,14 +102,16 @@ def run(options: argparse.Namespace) -> None:
         UserError: an unusable option, model or output folder, or models that do not fit; nothing is written.
     """
     check_weight(options.weight)
-    grid = parse_grid(options.evaluate, options.weight) if options.evaluate is not None else []
+    with _told_in_one_line():
+        grid = parse_grid(options.evaluate, options.weight) if options.evaluate is not None else []
     judge = load_judge(options) if grid else None
     paths = [student_path(options.first), student_path(options.second)]
     target = _check_output(options.output, paths)
     first, second = _load(paths, options.weights)
     dtype = stored_dtype(paths[0])
     _say_dtypes(paths, dtype)
-    merged = merge_students(first, second, options.weight, dtype)
+    with _told_in_one_line():
+        merged = merge_students(first, second, options.weight, dtype)
     merged.facts |= {"first": without_place(options.first), "second": without_place(options.second)}
     report = None
     if judge is not None:
@@ -253,3 +258,13 @@ def _say_dtypes(paths: list[str], dtype: torch.dtype) -> None:
     if other != dtype:
         words = [str(kind).removeprefix("torch.") for kind in (dtype, other)]
         print(f"The first model is stored in {words[0]}, the second in {words[1]}: the result is {words[0]}.")
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Print warnings without the place in the code that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)

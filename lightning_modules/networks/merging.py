@@ -130,7 +130,7 @@ def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
         )
     start = _start_timestep(first, second)
     tables = [noise_schedule(side.parts.scheduler).alphas_cumprod[: start + 1] for side in (first, second)]
-    if len(tables[0]) != len(tables[1]) or not torch.allclose(*tables, rtol=1e-4, atol=0):
+    if len(tables[0]) != len(tables[1]) or not torch.allclose(tables[0], tables[1], 1e-4, 0.0):
         raise UserError(
             f"The two models have different noise schedules up to timestep {start}: alphas_cumprod ends in "
             f"{tables[0][-1]:.4g} for the first and {tables[1][-1]:.4g} for the second. "
@@ -248,8 +248,9 @@ def _compute_the_same(first: UNet2DConditionModel, second: UNet2DConditionModel)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, config.in_channels, side, side, generator=generator)
     text = torch.randn(1, 8, config.cross_attention_dim, generator=generator)
-    outputs = [unet(latents, torch.tensor([500]), text, return_dict=False)[0] for unet in (stand_in, second)]
-    return outputs[0].shape == outputs[1].shape and torch.allclose(*outputs, rtol=1e-3, atol=1e-4)
+    timestep = torch.tensor([500])
+    found, wanted = (unet(latents, timestep, text, return_dict=False)[0] for unet in (stand_in, second))
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:
