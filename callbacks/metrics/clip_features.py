@@ -129,9 +129,7 @@ class ClipExtractor(TextImageExtractor):
         self.content_hash = hash_folder(self.path)
 
     def _image_features(self, images: Tensor) -> Tensor:
-        return _pooled(
-            self.model.get_image_features(pixel_values=self.preprocessing(images.to(self.device)))
-        )
+        return _pooled(self.model.get_image_features(pixel_values=self.preprocessing(images.to(self.device))))
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:

@@ -1,15 +1,18 @@
 """Frechet distance between two Gaussians fitted to image features.
 
 Dowson and Landau 1982; Heusel et al. 2017 (FID), equation 6.
-With any network but Inception it is called ``frechet_distance``, never FID.
+With clean-fid's resizing and Inception it is ``fid``; with any other network ``frechet_distance``, never FID.
 """
 
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.inception import inception_network
+from callbacks.metrics.open_clip_features import clip_network
 from callbacks.metrics.reference import ReferenceStatistics, mean_and_covariance
 
 COMFORTABLE_RATIO = 8
@@ -25,11 +28,12 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     # d^2 = |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))           Heusel et al. 2017, eq. 6
     # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), so the trace of the root needs no
-    # matrix root of a non-symmetric matrix and has no imaginary part. Rounding can put a zero eigenvalue a
-    # little below zero.
+    # matrix root of a non-symmetric matrix and has no imaginary part. Few samples leave C1 with eigenvalues
+    # that are zero but for rounding: with R R^T = C1 over the others, R^T C2 R has all that matter.
     values, vectors = torch.linalg.eigh(covariance1)
-    root1 = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root1 @ covariance2 @ root1
+    alive = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    root1 = vectors[:, alive] * values[alive].sqrt()
+    product = root1.T @ covariance2 @ root1
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0)
     difference = mean1 - mean2
     distance = (
@@ -38,11 +42,9 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     return distance.clamp_min(0)
 
 
-class FrechetDistance(ImageMetric):
-    """Distance of generated pictures from real ones in the features of the scoring CLIP. Lower is better."""
+class GaussianDistance(ImageMetric):
+    """Frechet distance of generated pictures from real ones, from sums that any number of processes share."""
 
-    name = "frechet_distance"
-    version = 1
     higher_is_better = False
     needs_reference = True
     minimum_images = 2
@@ -65,13 +67,22 @@ class FrechetDistance(ImageMetric):
     def _value(self) -> Tensor:
         mean, covariance = mean_and_covariance(self.total.cpu(), self.outer.cpu(), int(self.count))
         reference = self._reference
+        self._warn_if_few(len(mean), reference.num_images)
         return frechet_distance(mean, covariance, reference.mean, reference.covariance)
+
+    def _warn_if_few(self, width: int, num_references: int) -> None:
+        for count, what in [(self.num_images, "pictures"), (num_references, "real pictures")]:
+            if count < width:
+                rank_zero_warn(
+                    f"{self.name} of {count} {what} with {width} features: fewer pictures than features, so "
+                    "the value is dominated by its bias and comparable only at the same counts"
+                )
 
     @property
     def _reference(self) -> ReferenceStatistics:
         reference = self.__dict__["reference"]
         if reference is None:
-            raise RuntimeError("FrechetDistance.bind() must come before the first update")
+            raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
         return reference
 
     def details(self) -> dict[str, Any]:
@@ -88,3 +99,50 @@ class FrechetDistance(ImageMetric):
                 "biased upwards, comparable only at the same count"
             )
         return details
+
+
+class FrechetDistance(GaussianDistance):
+    """Distance of generated pictures from real ones in the features of a CLIP. Lower is better.
+
+    Args:
+        model: None for the scoring CLIP of the evaluation; a CLIP folder in transformers' format; an
+            open_clip architecture (with ``pretrained``) or ``local-dir:<folder>``.
+        pretrained: open_clip's tag or file of weights.
+        reference: statistics file or folder of real pictures (default: that of the evaluation).
+    """
+
+    name = "frechet_distance"
+    version = 1
+
+    def __init__(
+        self, model: str | None = None, pretrained: str | None = None, reference: str | None = None
+    ) -> None:
+        super().__init__(None if model is None else clip_network(model, pretrained), reference)
+
+
+class FID(GaussianDistance):
+    """Frechet inception distance with clean-fid's resizing and network (Parmar et al. 2022). Lower is better.
+
+    Equal to ``cleanfid.fid.compute_fid`` on the same pictures saved as PNG files.
+
+    Args:
+        mode: clean-fid's: "clean", or "legacy_tensorflow" (the resizing of the first implementation).
+        inception: file of the network, or its folder (default: clean-fid's cache, ours, or downloaded).
+        reference: statistics file or folder of real pictures (default: that of the evaluation).
+
+    Raises:
+        UserError: the mode is unknown.
+    """
+
+    name = "fid"
+    version = 1
+
+    def __init__(
+        self, mode: str = "clean", inception: str | None = None, reference: str | None = None
+    ) -> None:
+        super().__init__(inception_network(inception, mode), reference)
+        self.mode = mode
+
+    def settings(self) -> dict[str, Any]:
+        """clean-fid's mode."""
+        return {"mode": self.mode}

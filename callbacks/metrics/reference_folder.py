@@ -1,6 +1,5 @@
 """Statistics of a folder of real pictures: computed once for each network, then found again by content."""
 
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from callbacks.cache import user_cache_dir
 from callbacks.distributed import from_every_rank, rank_and_world_size
 from callbacks.hashing import hash_json, hash_texts
-from callbacks.metrics.extractors import FeatureExtractor, in_threads
+from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
 from callbacks.metrics.reference import (
     FeatureSums,
     ReferenceSource,
@@ -91,7 +90,7 @@ class ReferenceFolder:
             own = [
                 digest
                 for start in self._starts(rank, world, "hashing the reference")
-                for digest in in_threads(_file_hash, self._share(start, rank, world))
+                for digest in in_threads(file_hash, self._share(start, rank, world))
             ]
             shares = from_every_rank(own)
             self._digests = [shares[i % world][i // world] for i in range(len(self.files))]
@@ -127,7 +126,9 @@ class ReferenceFolder:
         path = self.cache_dir / f"reference-{hash_json(key)[:16]}.safetensors"
         # Cached only where every process finds it: those that do not would wait for the others for ever.
         if all(from_every_rank(path.is_file())):
-            return ReferenceStatistics.load(path)
+            statistics = ReferenceStatistics.load(path)
+            self._require(statistics.num_images)
+            return statistics
         statistics = self._compute(extractor, features)
         if rank_and_world_size()[0] == 0:
             try:
@@ -138,35 +139,35 @@ class ReferenceFolder:
 
     def _compute(self, extractor: FeatureExtractor, keep: bool) -> ReferenceStatistics:
         rank, world = rank_and_world_size()
-        sums, rows, corrupt = FeatureSums(extractor.width), [], []
+        sums, rows, places, corrupt = FeatureSums(extractor.width), [torch.zeros(0, extractor.width)], [], []
         for start in self._starts(rank, world, f"real pictures through {extractor.name}"):
-            for shape_features, indices, unread in [self._batch(start, rank, world, extractor)]:
-                corrupt += unread
-                sums.add(shape_features)
-                rows += list(zip(indices, shape_features.cpu())) if keep else []
+            features, found, unread = self._batch(start, rank, world, extractor)
+            sums.add(features)
+            corrupt += unread
+            if keep:
+                rows.append(features)
+                places += found
             if corrupt and not self.skip_corrupt:
                 break
-        shares = from_every_rank((sums.total, sums.outer, sums.count, rows, corrupt))
-        self._report([name for share in shares for name in share[4]])
-        count = sum(share[2] for share in shares)
-        self._require(count)
+        self._report([name for share in from_every_rank(corrupt) for name in share])
+        shares = from_every_rank((sums.total, sums.outer, sums.count, places, torch.cat(rows)))
+        total, outer, count, places, features = (list(parts) for parts in zip(*shares))
+        self._require(sum(count))
         mean, covariance = mean_and_covariance(
-            torch.stack([share[0] for share in shares]).sum(0),
-            torch.stack([share[1] for share in shares]).sum(0),
-            count,
+            torch.stack(total).sum(0), torch.stack(outer).sum(0), sum(count)
         )
-        ordered = sorted((row for share in shares for row in share[3]), key=lambda row: row[0])
+        order = torch.tensor([place for share in places for place in share], dtype=torch.long).argsort()
         return ReferenceStatistics(
             mean=mean,
             covariance=covariance,
-            num_images=count,
+            num_images=sum(count),
             extractor=extractor.name,
             extractor_hash=extractor.content_hash,
             captions_hash=hash_texts([]),
             pictures_hash=self.content_hash,
             preprocessing=f"{self.preprocessing}; {extractor.preprocessing.describe()}",
-            source=f"{count:,} pictures of the folder {self.folder.name}",
-            features=torch.stack([features for _, features in ordered]) if keep else None,
+            source=f"{sum(count):,} pictures of the folder {self.folder.name}",
+            features=torch.cat(features)[order] if keep else None,
         )
 
     def _report(self, corrupt: list[str]) -> None:
@@ -206,8 +207,3 @@ class ReferenceFolder:
         if self.transform is not None:
             picture = self.transform(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
