@@ -1,6 +1,7 @@
-"""Guidance scales κ for training: fixed, or drawn anew at each student step. Imports torch only.
+"""Scales for training: fixed, or drawn anew at each student step. Imports torch only.
 
-κ as in ε^κ = ε_∅ + κ (ε_y − ε_∅); 1 is no guidance.
+Of guidance, κ as in ε^κ = ε_∅ + κ (ε_y − ε_∅), where 1 is no guidance; or of a negative prompt in attention,
+α as in Z = Z⁺ − α Z⁻, where 0 is none.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ class GuidanceScale(ABC):
     """A rule that yields κ for the samples of one student step."""
 
     @abstractmethod
-    def draw(self, random: StepRandom) -> float | Tensor:
-        """κ: one number for the whole global batch, or one per sample [B]."""
+    def draw(self, random: StepRandom, name: str = "guidance_scale") -> float | Tensor:
+        """κ: one number for the whole global batch, or one per sample [B].
+
+        Draws of one step under one `name` come from the same random numbers.
+        """
 
 
 class FixedGuidance(GuidanceScale):
@@ -33,7 +37,7 @@ class FixedGuidance(GuidanceScale):
             raise ValueError(f"the guidance scale must be a finite number, got {value}")
         self.value = float(value)
 
-    def draw(self, random: StepRandom) -> float:
+    def draw(self, random: StepRandom, name: str = "guidance_scale") -> float:
         """The fixed κ."""
         return self.value
 
@@ -57,9 +61,9 @@ class UniformGuidance(GuidanceScale):
         self.high = float(high)
         self.per_sample = per_sample
 
-    def draw(self, random: StepRandom) -> float | Tensor:
+    def draw(self, random: StepRandom, name: str = "guidance_scale") -> float | Tensor:
         """κ of this step, a number or [B]."""
-        u = random.uniform("guidance_scale") if self.per_sample else random.shared_uniform("guidance_scale")
+        u = random.uniform(name) if self.per_sample else random.shared_uniform(name)
         return self.low + (self.high - self.low) * u
 
 

@@ -21,10 +21,12 @@ class StudentSample:
     Attributes:
         x0: latents at unit scale, [B, C, H, W]; carries the student's graph in the student's turn only.
         condition: the B prompts it was made from.
+        negative: a negative prompt for each of them, for objectives that use some.
     """
 
     x0: Tensor
     condition: Condition
+    negative: Condition | None = None
 
 
 class ScoreFunction(Protocol):
@@ -77,6 +79,15 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
         """Loss terms of the fake score's turn; ``sample.x0`` is detached."""
+
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether samples need negative prompts; not by default."""
+        return False
+
+    def student_negative_scale(self, random: StepRandom) -> float | None:
+        """α of NASA in the student's forward pass of this step; None (the default): the pass is plain."""
+        return None
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:  # noqa: B027 - optional
         """Raise ValueError if the settings do not fit the teacher's schedule; called before training."""

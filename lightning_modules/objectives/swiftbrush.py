@@ -1,4 +1,7 @@
-"""SwiftBrush: variational score distillation of a one-step generator, without images (arXiv 2312.05239)."""
+"""SwiftBrush (arXiv 2312.05239), variational score distillation of a one-step generator without images.
+
+With a random guidance scale it is PG-SB, with negative prompts NASA-T (both SNOOPI, arXiv 2412.02687).
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,25 @@ class SwiftBrush(Objective):
       micro-batches; in the code it is one per batch of a process.
     - κ may be a rule (see ``GuidanceScale``) and dropout may be per sample; neither is in the code.
 
+    PG-SB is ``guidance_scale`` = UniformGuidance(0.5, 4): each step draws one κ, for both scores. Its
+    ablation: ``guidance_scale`` random and ``fake_guidance_scale`` a number randomises the teacher only, the
+    other way round the fake score only.
+
+    NASA-T: the samples' negative prompts y⁻ take the place of ∅ in the teacher's guidance, and the student's
+    forward pass runs with NASA at α ~ U(0, 1)::
+
+        ε_teacher^κ = ε_teacher(x_t, t, y⁻) + κ (ε_teacher(x_t, t, y) − ε_teacher(x_t, t, y⁻))
+
+    The paper's rows (negatives in student, teacher, fake score): none; teacher; teacher and fake score;
+    student and teacher (NASA-T); all three.
+
     Args:
         guidance_scale: κ of both scores in the student's turn, a number or a rule.
+        fake_guidance_scale: κ of the fake score; null: the teacher's, the same draw.
+        teacher_negatives: the teacher's guidance goes away from y⁻ instead of ∅.
+        fake_score_negatives: the fake score's, too.
+        student_negatives: α of NASA in the student's forward pass, a number or a rule with one draw per step;
+            null: it gets no negative prompts.
         min_timestep: least t of the student's turn.
         max_timestep: one more than its largest t.
         prompt_dropout: probability that the fake score is trained with ∅ in place of the prompts.
@@ -63,11 +83,20 @@ class SwiftBrush(Objective):
         max_timestep: int = 980,
         prompt_dropout: float = 0.1,
         dropout_per_sample: bool = False,
+        fake_guidance_scale: float | GuidanceScale | None = None,
+        teacher_negatives: bool = False,
+        fake_score_negatives: bool = False,
+        student_negatives: float | GuidanceScale | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout is a probability, got {prompt_dropout}")
+        if getattr(student_negatives, "per_sample", False):
+            raise ValueError("student_negatives has one draw per step: set per_sample to false")
         self.guidance = as_guidance(guidance_scale)
+        self.fake_guidance = None if fake_guidance_scale is None else as_guidance(fake_guidance_scale)
+        self.teacher_negatives, self.fake_score_negatives = teacher_negatives, fake_score_negatives
+        self.student_negatives = None if student_negatives is None else as_guidance(student_negatives)
         self.student_timesteps = UniformTimesteps(min_timestep, max_timestep)
         self.prompt_dropout = prompt_dropout
         self.dropout_per_sample = dropout_per_sample
@@ -77,10 +106,14 @@ class SwiftBrush(Objective):
         self.check_schedule(scores.schedule)
         x0 = at_least_float32(sample.x0)
         kappa = self.guidance.draw(random)
+        kappas = kappa, kappa if self.fake_guidance is None else self.fake_guidance.draw(random)
         with torch.no_grad():
-            gradient, t = self._score_gradient(x0, sample.condition, scores, random, kappa)
+            gradient, t = self._score_gradient(x0, sample, scores, random, kappas)
+        for role, value in zip(("teacher", "fake_score"), kappas, strict=True):
+            self.diagnostics[f"guidance_scale/{role}"] = value.mean() if isinstance(value, Tensor) else value
+        if (alpha := self.student_negative_scale(random)) is not None:
+            self.diagnostics["student_negative_scale"] = alpha
         self.diagnostics.update(
-            guidance_scale=kappa.mean() if isinstance(kappa, Tensor) else kappa,
             student_timestep=t.float().mean(),
             score_gradient_rms=gradient.square().mean().sqrt(),
             nonfinite_score_gradients=(~torch.isfinite(gradient)).sum(),
@@ -89,14 +122,24 @@ class SwiftBrush(Objective):
         return {"vsd": 0.5 * F.mse_loss(x0, (x0 - gradient).detach())}
 
     def _score_gradient(
-        self, x0: Tensor, condition: Condition, scores: Scores, random: StepRandom, kappa: float | Tensor
+        self,
+        x0: Tensor,
+        sample: StudentSample,
+        scores: Scores,
+        random: StepRandom,
+        kappas: tuple[float | Tensor, float | Tensor],
     ) -> tuple[Tensor, Tensor]:
         """g [B, C, H, W], which points from the teacher's x0 towards the fake score's, and t [B]."""
+        if self.uses_negatives and sample.negative is None:
+            raise ValueError("the objective needs negative prompts, but the samples have none")
         t = self.student_timesteps.draw(random.uniform("student_timestep")).to(x0.device)
         noise = random.normal("student_noise", x0.shape[1:]).to(x0)
         x_t = scores.schedule.add_noise(x0, noise, t)
-        teacher = scores.teacher(x_t, t, condition, guidance_scale=kappa)
-        fake = scores.fake_score(x_t, t, condition, guidance_scale=kappa)
+        text, teacher_kappa, fake_kappa = sample.condition, *kappas
+        negative = sample.negative if self.teacher_negatives else None
+        teacher = scores.teacher(x_t, t, text, guidance_scale=teacher_kappa, negative=negative)
+        negative = sample.negative if self.fake_score_negatives else None
+        fake = scores.fake_score(x_t, t, text, guidance_scale=fake_kappa, negative=negative)
         # The paper's VSD gradient, weighted as in the official code: g = σ_t² (ε_teacher^κ − ε_fake^κ).
         weight = sigma_squared(*scores.schedule.alpha_sigma(t))
         return expand_like(weight, x0) * (teacher.epsilon - fake.epsilon), t
@@ -123,6 +166,15 @@ class SwiftBrush(Objective):
         drop = random.shared_uniform("prompt_dropout") < self.prompt_dropout
         self.diagnostics["dropped_prompts"] = float(drop)
         return condition.without_text() if drop else condition
+
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether any of the three roles gets negative prompts."""
+        return self.teacher_negatives or self.fake_score_negatives or self.student_negatives is not None
+
+    def student_negative_scale(self, random: StepRandom) -> float | None:
+        """α of NASA in the student's forward pass: one draw per step, apart from κ's."""
+        return None if self.student_negatives is None else float(self.student_negatives.draw(random, "alpha"))
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         """Raise ValueError if ``max_timestep`` lies past the schedule."""

@@ -83,7 +83,8 @@ def test_loss_value_and_diagnostics(make_scores: Any, text: Text) -> None:
     g = gradient * x0.numel()
     torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
     assert loss.dtype == torch.float32 and loss.ndim == 0
-    assert objective.diagnostics["guidance_scale"] == 3.0
+    assert objective.diagnostics["guidance_scale/teacher"] == 3.0
+    assert objective.diagnostics["guidance_scale/fake_score"] == 3.0
     assert objective.diagnostics["nonfinite_score_gradients"] == 0
     torch.testing.assert_close(objective.diagnostics["score_gradient_rms"], g.square().mean().sqrt())
 
