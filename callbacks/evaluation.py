@@ -113,7 +113,7 @@ class Evaluation(Callback):
         if self.reference_path is not None:
             self.reference = ReferenceStatistics.load(asset_path(self.reference_path))
         for metric in self.metrics:
-            metric.bind(self.extractor, self.reference)
+            metric.bind(self.extractor, self.reference, trainer.strategy.root_device)
         self._warn_if_not_comparable(evaluation_captions(trainer))
 
     def _warn_if_not_comparable(self, captions: Sequence[str]) -> None:
@@ -125,10 +125,9 @@ class Evaluation(Callback):
             )
 
     def _to_device(self, trainer: Trainer) -> None:
-        assert self.extractor is not None
         device = trainer.strategy.root_device
-        self.extractor.to(device)
         for metric in self.metrics:
+            metric.extractor.to(device)
             # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
             metric.to(device if device.type == "cuda" else "cpu")
 

@@ -265,7 +265,9 @@ def test_two_processes_count_an_uneven_set_once(
 ) -> None:
     file = tmp_path / "reference.safetensors"
     reference.save(file)
-    mp.spawn(_process, args=(str(tmp_path), str(tiny_clip), str(file)), nprocs=2)
+    # Forked, because starting afresh imports everything again; one thread, so there is nothing to inherit.
+    arguments = (str(tmp_path), str(tiny_clip), str(file))
+    mp.start_processes(_process, args=arguments, nprocs=2, start_method="fork")
     metrics = [FrechetDistance().bind(extractor, reference), ClipScore().bind(extractor)]
     alone = evaluate_model(drawn, PROMPTS[:5], metrics, batch_size=5)
     for rank in range(2):
