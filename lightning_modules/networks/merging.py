@@ -169,7 +169,7 @@ def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     if odd is None and (setting := _first_difference(*configs)) is not None:
         # Some settings only say the same in other words (false for null, 8 for [8, 8, 8, 8]), others change
         # what equal weights compute (number of heads, activation): so look at what they compute.
-        odd = None if _compute_the_same(*unets) else setting
+        odd = None if _compute_the_same(*unets, first.parts.text_encoder.config.hidden_size) else setting
     if odd is not None:
         raise UserError(
             f"The two UNets are of different architectures: {odd}. "
@@ -240,14 +240,14 @@ def _first_unequal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
 
 
 @torch.no_grad()
-def _compute_the_same(first: UNet2DConditionModel, second: UNet2DConditionModel) -> bool:
+def _compute_the_same(first: UNet2DConditionModel, second: UNet2DConditionModel, width: int) -> bool:
     """Whether the first one's architecture with the second one's weights computes what the second does."""
     stand_in = copy.deepcopy(first)
     stand_in.load_state_dict(second.state_dict())
-    config, side = first.config, 2 ** len(first.config.block_out_channels)
+    side = 2 ** len(first.config.block_out_channels)  # the least that every level can halve
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, config.in_channels, side, side, generator=generator)
-    text = torch.randn(1, 8, config.cross_attention_dim, generator=generator)
+    latents = torch.randn(1, first.config.in_channels, side, side, generator=generator)
+    text = torch.randn(1, 8, width, generator=generator)
     timestep = torch.tensor([500])
     found, wanted = (unet(latents, timestep, text, return_dict=False)[0] for unet in (stand_in, second))
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
