@@ -17,16 +17,21 @@ TRAINER_COMMANDS = {
     "predict": "draw the pictures of the prediction captions",
 }
 # A tool command is a module with add_arguments(parser) and run(namespace), and one line here. Those that
-# measure or draw reports live in callbacks/commands, the others in lightning_modules/commands.
+# measure or draw reports live in callbacks/commands, the others in lightning_modules/commands. A command with
+# configuration files has parse(args, prog=, description=) in place of add_arguments.
 TOOL_COMMANDS = {
     "generate": "one-step images from a checkpoint or a pipeline folder",
+    "evaluate": "measure a model, or existing pictures, as publications do",
     "export": "write a student as a complete diffusers pipeline folder",
     "merge": "interpolate the weights of two students, and measure a grid of mixtures",
+    "sweep": "a search over any config keys, resumable and parallel",
 }
 TOOL_MODULES = {
     "generate": "lightning_modules.commands.generate",
+    "evaluate": "callbacks.commands.evaluate",
     "export": "lightning_modules.commands.export",
     "merge": "callbacks.commands.merge",
+    "sweep": "callbacks.commands.sweep",
 }
 
 
@@ -55,9 +60,13 @@ def run_command(args: list[str]) -> None:
     command = args[0]
     if command in TOOL_COMMANDS:
         module = importlib.import_module(TOOL_MODULES[command])
-        parser = argparse.ArgumentParser(prog=f"cli.py {command}", description=TOOL_COMMANDS[command])
-        module.add_arguments(parser)
-        module.run(parser.parse_args(args[1:]))
+        names = {"prog": f"cli.py {command}", "description": TOOL_COMMANDS[command]}
+        if hasattr(module, "parse"):
+            module.run(module.parse(args[1:], **names))
+        else:
+            parser = argparse.ArgumentParser(**names)
+            module.add_arguments(parser)
+            module.run(parser.parse_args(args[1:]))
     elif command in TRAINER_COMMANDS:
         # here, because it imports torch and Lightning: seconds that --help need not take
         from callbacks.trainer_cli import TrainerCLI

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,30 @@ from tqdm import tqdm
 
 from callbacks.distributed import rank_and_world_size
 from callbacks.metrics.base import ImageMetric
+from callbacks.unfinished import Unfinished
+from datamodules.picture_files import Frame
+from lightning_modules.errors import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
 """Prompts and one seed for each, to pictures [B, 3, H, W] in [0, 1]."""
+Draw = Callable[[list[int]], Sequence[Tensor]]
+"""Places in the list of captions to pictures [3, H, W] in [0, 1], which may differ in size."""
+OnPictures = Callable[[list[int], Sequence[Tensor]], None]
+
+
+@dataclass
+class Stopwatch:
+    """Where the wall time of an evaluation went, in seconds, on this process.
+
+    Attributes:
+        drawing: making or reading pictures. ``measuring``: features and sums. ``statistics``: values out
+            of the sums, over all processes. ``images``: pictures drawn on this process.
+    """
+
+    drawing: float = 0.0
+    measuring: float = 0.0
+    statistics: float = 0.0
+    images: int = 0
 
 
 def evaluate_model(
@@ -25,9 +47,6 @@ def evaluate_model(
     progress: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Draw one picture for each caption and measure them; all processes must call it, each draws its share.
-
-    Every process makes the same number of passes, as sharded networks need: where the captions do not divide
-    evenly, a padding sample is drawn and not counted.
 
     Args:
         generate: prompts and seeds to pictures.
@@ -42,35 +61,145 @@ def evaluate_model(
 
     Raises:
         ValueError: no captions, or numbers of captions and seeds differ.
+        UserError: a picture holds NaN or infinity.
         RuntimeError: a metric did not count every caption exactly once.
     """
-    seeds = list(range(len(captions))) if seeds is None else list(seeds)
-    if not captions or len(seeds) != len(captions):
+    numbers = list(range(len(captions))) if seeds is None else list(seeds)
+    if not captions or len(numbers) != len(captions):
         raise ValueError(
-            f"{len(captions)} captions and {len(seeds)} seeds: need one seed for each of at least one caption"
+            f"{len(captions)} captions and {len(numbers)} seeds: need one seed for each of at least one "
+            "caption"
         )
+
+    def draw(places: list[int]) -> Tensor:
+        return generate([captions[i] for i in places], [numbers[i] for i in places])
+
+    return measure_pictures(draw, captions, metrics, batch_size, progress)
+
+
+def measure_pictures(
+    draw: Draw,
+    captions: Sequence[str],
+    metrics: Sequence[ImageMetric],
+    batch_size: int,
+    progress: str | None = None,
+    groups: Sequence[str] | None = None,
+    frame: Frame | None = None,
+    unfinished: Unfinished | None = None,
+    on_pictures: OnPictures | None = None,
+    watch: Stopwatch | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure one picture for each caption, each drawn once; all processes must call it.
+
+    Every process makes the same number of passes, as sharded networks need: where the captions do not divide
+    evenly, a padding sample is drawn and not counted. Pass k draws the next ``batch_size`` captions of each
+    process, so that what is done is always a beginning of the list, whatever the number of processes.
+
+    Args:
+        draw: places in the list of captions to pictures.
+        captions: the whole list.
+        metrics: bound metrics; they are reset before and after.
+        batch_size: pictures per pass and process.
+        progress: label of the progress bar; None shows none.
+        groups: group of each caption, for metrics that report by group.
+        frame: crop and resize before the metrics.
+        unfinished: where to put what has been measured, and to continue from.
+        on_pictures: called with places and pictures (before crop and resize, without padding).
+        watch: receives the times.
+
+    Returns:
+        ``{name: {"value", "num_images", "details"}}``, the same on every process.
+
+    Raises:
+        UserError: a picture holds NaN or infinity, or can't be read.
+        RuntimeError: a metric did not count every caption exactly once.
+    """
+    watch = Stopwatch() if watch is None else watch
     rank, world = rank_and_world_size()
-    share = list(range(rank, len(captions), world))
-    padding = [False] * len(share) + [True] * (-(-len(captions) // world) - len(share))
-    share += [0] * (len(padding) - len(share))
     for metric in metrics:
         metric.reset()
-    with tqdm(total=len(captions), desc=progress, unit="image", disable=progress is None or rank > 0) as bar:
-        for start in range(0, len(share), batch_size):
-            chosen = share[start : start + batch_size]
-            prompts = [captions[i] for i in chosen]
-            images = generate(prompts, [seeds[i] for i in chosen])
-            is_padding = torch.tensor(padding[start : start + batch_size])
+        metric.prepare(captions, groups)
+    done = unfinished.load(metrics) if unfinished is not None else 0
+    bar = tqdm(
+        total=len(captions), initial=done, desc=progress, unit="image", disable=progress is None or rank > 0
+    )
+    with bar:
+        while done < len(captions):
+            end = min(done + batch_size * world, len(captions))
+            places = list(range(done + rank, end, world))
+            # the last pass is made equally long on all processes
+            padding = -(-(end - done) // world) - len(places)
+            _pass(draw, places, padding, captions, metrics, frame, on_pictures, watch)
+            bar.update(end - done)
+            done = end
+            if unfinished is not None and unfinished.is_due(done) and done < len(captions):
+                unfinished.save(metrics, done)
+    return _results(metrics, len(captions), watch)
+
+
+def _pass(
+    draw: Draw,
+    places: list[int],
+    padding: int,
+    captions: Sequence[str],
+    metrics: Sequence[ImageMetric],
+    frame: Frame | None,
+    on_pictures: OnPictures | None,
+    watch: Stopwatch,
+) -> None:
+    """Draw and measure the captions at these places, and as many padding samples, which are not counted."""
+    start = time.perf_counter()
+    images = draw(places + [0] * padding)[: len(places)]
+    require_finite(images, places, captions)
+    middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
+    watch.drawing += middle - start
+    watch.images += len(places)
+    if places and on_pictures is not None:
+        on_pictures(places, images)
+    if places:
+        for members, batch in _by_size(images, frame):
+            chosen = [places[i] for i in members]
             for metric in metrics:
-                metric.update(images, prompts, is_padding)
-            bar.update(min(len(chosen) * world, len(captions) - bar.n))
-    results = {metric.name: metric.result() for metric in metrics}
-    for metric in metrics:
-        if metric.num_images != len(captions):
-            raise RuntimeError(
-                f"{metric.name} counted {metric.num_images} pictures for {len(captions)} captions"
+                metric.update(batch, [captions[i] for i in chosen], None, chosen)
+    watch.measuring += time.perf_counter() - middle
+
+
+def require_finite(images: Sequence[Tensor], places: Sequence[int], captions: Sequence[str]) -> None:
+    """Refuse pictures that hold NaN or infinity.
+
+    Raises:
+        UserError: one does; caption and place are named.
+    """
+    for place, image in zip(places, images):
+        if not bool(torch.isfinite(image).all()):
+            raise UserError(
+                f"the picture of caption {place} ({captions[place]!r}) holds NaN or infinity, so nothing "
+                "can be "
+                "measured: evaluate with --dtype float32, or an earlier checkpoint"
             )
+
+
+def _by_size(images: Sequence[Tensor], frame: Frame | None) -> list[tuple[list[int], Tensor]]:
+    """Batches of equal size with the numbers of their pictures; one batch where all are equal."""
+    if isinstance(images, Tensor):
+        return [(list(range(len(images))), images if frame is None else frame.batch(images))]
+    if frame is not None:
+        return [(list(range(len(images))), torch.cat([frame.batch(image[None]) for image in images]))]
+    sizes: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    return [(members, torch.stack([images[i] for i in members])) for members in sizes.values()]
+
+
+def _results(metrics: Sequence[ImageMetric], count: int, watch: Stopwatch) -> dict[str, dict[str, Any]]:
+    start = time.perf_counter()
+    results: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        results |= metric.results()
+        if metric.num_images != count:
+            raise RuntimeError(f"{metric.name} counted {metric.num_images} pictures for {count} captions")
         metric.reset()
+    watch.statistics += time.perf_counter() - start
     return results
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from callbacks.run_folder import write_text_atomically
 
-ARROWS = {"frechet_distance": "↓", "fid": "↓", "milliseconds_per_image": "↓", "clip_score": "↑"}
+_LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
+_HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
+ARROWS = dict.fromkeys(_LOWER, "↓") | dict.fromkeys(_HIGHER, "↑")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class Report:
         manifest: what a comparable measurement must share with this one.
         pictures: titles to PNG files, shown in this order, the first one large, the others folded.
         curves: a metrics.csv, or None.
+        row: what was measured, for the table.
+        published: (metric, model, value, source) of publications that measured the same way.
     """
 
     content: dict[str, Any]
     manifest: dict[str, Any]
     pictures: dict[str, Path] = field(default_factory=dict)
     curves: Path | None = None
+    row: str = "Student, 1 step"
+    published: tuple[tuple[str, str, float, str], ...] = ()
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -50,6 +56,12 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def headline(report: Report) -> str:
+    """Title of the report: what, and after how many student updates where that is known."""
+    step = report.content["step"]
+    return str(report.content["experiment"]) + ("" if step is None else f", step {step:,}")
+
+
 def row_title(row: str, report: Report) -> str:
     """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
     steps = row.removeprefix("steps_")
@@ -64,7 +76,7 @@ def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
     teacher = report.content["teacher_metrics"]
     ordered = sorted(teacher, key=lambda row: -int(row.removeprefix("steps_")))
     rows = [(row_title(row, report), teacher[row]) for row in ordered]
-    return [*rows, ("Student, 1 step", report.content["metrics"])]
+    return [*rows, (report.row, report.content["metrics"])]
 
 
 def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -76,13 +88,55 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
     rows = result_rows(report)
     names = list(dict.fromkeys(name for _, results in rows for name in results))
     names.sort(key=lambda name: name == "milliseconds_per_image")
-    header = ["", *(f"{name} {ARROWS.get(name, '')}".strip() for name in names), "images measured"]
+    measured = report.content["metrics"]
+    header = ["", *(_column(name, measured.get(name)) for name in names), "images measured"]
     cells = []
     for title, results in rows:
         values = [format_value(results[name]["value"]) if name in results else "–" for name in names]
         counts = {r["num_images"] for name, r in results.items() if name != "milliseconds_per_image"}
         cells.append([title, *values, ", ".join(f"{count:,}" for count in sorted(counts)) or "–"])
     return header, cells
+
+
+def _column(name: str, result: Mapping[str, Any] | None) -> str:
+    """Name of a metric, as FID-5k where that is told, and which way is better."""
+    label = name if result is None else result["details"].get("label", name)
+    return f"{label} {ARROWS.get(name.partition('/')[0], '')}".strip()
+
+
+def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """How each number was measured and how that differs from the publication; None if nobody has said."""
+    header = ["", "value", "images", "network", "reference", "seeds", "differs from the published protocol"]
+    cells = []
+    for name, result in report.content["metrics"].items():
+        details = result["details"]
+        if "differs_from_published" not in details:
+            continue
+        differs = details["differs_from_published"]
+        cells.append([
+            str(details.get("label", name)), format_value(result["value"]), f"{result['num_images']:,}",
+            *(str(details.get(key, "–")) for key in ("extractor", "reference", "seeds")),
+            "no published protocol" if differs is None else "; ".join(differs) or "in nothing known",
+        ])  # fmt: skip
+    return (header, cells) if cells else None
+
+
+def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """Published values beside ours, where the protocol is the same; None if there are none."""
+    if not report.published:
+        return None
+    metrics = report.content["metrics"]
+    cells = [
+        [
+            _column(name, metrics[name]),
+            format_value(metrics[name]["value"]),
+            format_value(value),
+            model,
+            source,
+        ]
+        for name, model, value, source in report.published
+    ]
+    return ["", "here", "published", "model", "source"], cells
 
 
 def format_value(value: float) -> str:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.curves import grouped, line_plot, read_series
-from callbacks.report_files import Report, findings, notes, result_rows, result_table
+from callbacks.report_files import (
+    Report,
+    findings,
+    headline,
+    measured_table,
+    notes,
+    published_table,
+    result_rows,
+    result_table,
+)
 from callbacks.report_markdown import _text
 
 _STYLE = """
@@ -70,14 +79,15 @@ def render_html(report: Report) -> str:
     """The report as one HTML page; pictures and curves are inside it."""
     content = report.content
     environment = content["environment"] | {"settings": content["config_path"]}
-    title = f"{content['experiment']}, step {content['step']:,}"
+    title = headline(report)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(str(content["weights"]))} weights · {escape(str(content["model"]))}</p>',
         _findings(report),
         "<h2>Results</h2>",
-        _table(report),
+        _results(report),
         *(f'<p class="note">{escape(text)}</p>' for text in notes(report)),
+        _more_tables(report),
         _pictures(report.pictures),
         _curves(report),
         "<h2>Timing</h2>",
@@ -102,14 +112,29 @@ def _findings(report: Report) -> str:
     return f'<ul class="findings">{items}</ul>' if items else ""
 
 
-def _table(report: Report) -> str:
-    header, cells = result_table(report)
+def _results(report: Report) -> str:
     if not report.content["metrics"]:
         return '<p class="note">Nothing was measured in this run.</p>'
+    return _table(*result_table(report), mark_last=True)
+
+
+def _more_tables(report: Report) -> str:
+    """How each number was measured, and published values, where these are told."""
+    parts = []
+    for title, table in [
+        ("How each number was measured", measured_table(report)),
+        ("Published values, measured the same way", published_table(report)),
+    ]:
+        if table is not None:
+            parts.append(f"<h2>{title}</h2>{_table(*table)}")
+    return "\n".join(parts)
+
+
+def _table(header: list[str], cells: list[list[str]], mark_last: bool = False) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     rows = []
     for i, row in enumerate(cells):
-        kind = ' class="student"' if i == len(cells) - 1 else ""
+        kind = ' class="student"' if mark_last and i == len(cells) - 1 else ""
         rows.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

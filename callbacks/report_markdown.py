@@ -4,28 +4,48 @@ import os
 from pathlib import Path
 from typing import Any
 
-from callbacks.report_files import Report, findings, format_value, notes, result_table
+from callbacks.report_files import (
+    Report,
+    findings,
+    format_value,
+    headline,
+    measured_table,
+    notes,
+    published_table,
+    result_table,
+)
 
 
 def render_markdown(report: Report, folder: Path) -> str:
     """The report as Markdown; pictures are linked relative to ``folder``."""
     content = report.content
-    header, cells = result_table(report)
-    lines = [f"# {content['experiment']}, step {content['step']:,}", ""]
+    lines = [f"# {headline(report)}", ""]
     lines += [f"- {text}" for text in findings(report)] + [""]
-    lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
+    lines += markdown_table(*result_table(report)) + [""]
     lines += [f"- {text}" for text in notes(report)] + [""]
     lines += [
         f"Weights: {content['weights']}. Model: `{content['model']}`. Settings: `{content['config_path']}`.",
         "",
     ]
+    for title, table in [
+        ("How each number was measured", measured_table(report)),
+        ("Published values, measured the same way", published_table(report)),
+    ]:
+        if table is not None:
+            lines += [f"## {title}", "", *markdown_table(*table), ""]
     for title, path in report.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})", ""]
     for title, values in [("Timing", content["timing"]), ("Environment", content["environment"])]:
         lines += [f"## {title}", "", *(f"- {name}: {_text(value)}" for name, value in values.items()), ""]
     lines += ["## Manifest", "", "See manifest.json:", "", *_bullets(report.manifest), ""]
     return "\n".join(lines)
+
+
+def markdown_table(header: list[str], cells: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, numbers to the right."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *cells]]
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|---" + "|---:" * (len(header) - 1) + "|", *body]
 
 
 def render_text_table(report: Report) -> str:

@@ -32,6 +32,7 @@ class EvaluationSet:
         published_count: pictures of the published protocol; None where there is none.
         published_references: real pictures of the published protocol; None where it has none.
         notes: known deviations of this set from the publication.
+        files: existing picture of each caption, or None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class EvaluationSet:
     published_count: int | None = None
     published_references: int | None = None
     notes: tuple[str, ...] = ()
+    files: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -79,6 +81,7 @@ class EvaluationSet:
             seeds=[self.seeds[i] for i in chosen],
             negatives=pick(self.negatives),
             groups=pick(self.groups),
+            files=pick(self.files),
             facts=self.facts | {"first_of": len(self)},
         )
 

@@ -1,0 +1,150 @@
+"""The report of `evaluate`: manifest, what is told about each number, loggers, files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from PIL import Image
+
+from callbacks.distributed import rank_and_world_size
+from callbacks.drawers import Drawer
+from callbacks.environment import environment, peak_memory_gib
+from callbacks.hashing import hash_texts
+from callbacks.loggers import MetricsCSV
+from callbacks.measure import Stopwatch
+from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
+from callbacks.published import deviations, label, open_questions, published_rows
+from callbacks.report_files import Report
+from callbacks.report_markdown import markdown_table
+from datamodules.evaluation_sets import EvaluationSet
+
+Results = dict[str, dict[str, Any]]
+KIND = "evaluation"
+
+
+def evaluation_key(
+    evaluation_set: EvaluationSet, drawer: Drawer, metrics: Sequence[ImageMetric]
+) -> dict[str, Any]:
+    """All that the numbers depend on: the core of the manifest, shared by what is unfinished."""
+    frame = evaluation_set.frame
+    return {
+        "evaluation_set": {
+            "name": evaluation_set.name,
+            "count": len(evaluation_set),
+            "hash_of_captions": hash_texts(evaluation_set.captions),
+            "hash_of_seeds": hash_texts([str(seed) for seed in evaluation_set.seeds]),
+            **evaluation_set.facts,
+        },
+        "model": {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity},
+        "crop_and_resize": frame.describe() if frame is not None else "none before those of the networks",
+        "metrics": {metric.name: metric.key() for metric in metrics},
+    }
+
+
+def describe_reference(
+    reference: ReferenceSource | None, all_captions: Sequence[str]
+) -> dict[str, Any] | None:
+    """The reference in words; of statistics with captions, whether these are the evaluation's."""
+    if not isinstance(reference, ReferenceStatistics):
+        return None if reference is None else {"folder": Path(getattr(reference, "folder", "")).name}
+    described: dict[str, Any] = reference.describe()
+    if reference.captions_hash != hash_texts([]):
+        described["captions_are_those_of_the_evaluation"] = reference.captions_hash == hash_texts(
+            all_captions
+        )
+    return described
+
+
+def seeds_in_words(evaluation_set: EvaluationSet, drawer: Drawer) -> str:
+    """The rule of the seeds."""
+    if not drawer.seeded:
+        return "given pictures"
+    seeds = evaluation_set.seeds
+    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]} + place of the caption"
+    return f"{min(seeds)} to {max(seeds)}, listed by the set"
+
+
+def annotated(results: Results, evaluation_set: EvaluationSet, drawer: Drawer) -> Results:
+    """The results with what a reader needs beside each: name, reference, seeds, deviations."""
+    told: Results = {}
+    for name, result in results.items():
+        details = dict(result["details"])
+        count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))
+        found = deviations(name, result, evaluation_set)
+        told[name] = result | {
+            "details": details
+            | {
+                "label": label(name, evaluation_set),
+                "reference": f"{count:,} real pictures ({digest[:12]})" if count is not None else "none",
+                "seeds": seeds_in_words(evaluation_set, drawer),
+                "differs_from_published": None
+                if found is None
+                else found + [f"open: {text}" for text in open_questions(name, evaluation_set)],
+            }
+        }
+    return told
+
+
+def timing(watch: Stopwatch, seconds: float, count: int) -> dict[str, Any]:
+    """Where the time went on this process; ``seconds`` is the wall time of all of it."""
+    return {
+        "seconds": seconds,
+        "images_per_second": count / seconds if seconds > 0 else None,
+        **{f"{name}_seconds": value for name, value in asdict(watch).items() if name != "images"},
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def make_report(
+    results: Results,
+    evaluation_set: EvaluationSet,
+    drawer: Drawer,
+    manifest: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    device: torch.device,
+    config_path: Path,
+) -> Report:
+    """The report of one evaluation; ``results`` are the annotated ones."""
+    processes = rank_and_world_size()[1]
+    content = {
+        "experiment": evaluation_set.name,
+        "step": drawer.step,
+        "weights": drawer.weights,
+        "model": drawer.model,
+        "metrics": results,
+        "teacher_metrics": {},
+        "timing": dict(timing),
+        "environment": environment() | {"accelerator": device.type, "processes": processes},
+        "config_path": str(config_path),
+    }
+    published = tuple(
+        (name, row.model, row.values[name], row.source)
+        for name, row in published_rows(results, evaluation_set)
+    )
+    return Report(content, {"kind": KIND, **manifest}, dict(pictures), row=drawer.title, published=published)
+
+
+def send(report: Report, loggers: Sequence[Logger], table: tuple[list[str], list[list[str]]]) -> None:
+    """Scalars ``test/NAME``, the table and the pictures, to all loggers that take them."""
+    values = {f"test/{name}": result["value"] for name, result in report.content["metrics"].items()}
+    step = report.content["step"] or 0
+    images = {title: Image.open(path) for title, path in report.pictures.items()}
+    for logger in loggers:
+        if not (isinstance(logger, MetricsCSV) and logger.amend(values, step)):
+            logger.log_metrics(values, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("results", "\n".join(markdown_table(*table)), step)
+            for title, image in images.items():
+                logger.experiment.add_image(title, torch.from_numpy(np.array(image)), step, dataformats="HWC")
+        if callable(log_table := getattr(logger, "log_table", None)):
+            log_table(key="results", columns=table[0], data=table[1])
+        if callable(log_image := getattr(logger, "log_image", None)):
+            log_image(key="samples", images=list(images.values()), step=step)
+        logger.finalize("success")

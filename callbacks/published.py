@@ -1,0 +1,147 @@
+"""Published numbers, and what a measurement must share with them to stand beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datamodules.evaluation_sets import EvaluationSet, few
+
+
+@dataclass(frozen=True)
+class Published:
+    """Values of one model in one publication."""
+
+    model: str
+    source: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a publication measures.
+
+    Attributes:
+        details: for each metric, what its details must say to be the same measurement; the network by
+            a part of its name.
+        results: published values. ``notes``: for each metric, what the publication leaves open.
+    """
+
+    details: Mapping[str, Mapping[str, Any]]
+    results: tuple[Published, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def _scores(names: str, *values: float) -> dict[str, float]:
+    return dict(zip(names.split(), values, strict=True))
+
+
+_FC, _FCPR = "fid clip_score", "fid clip_score precision recall"
+_STYLES = "hpsv2/anime hpsv2/photo hpsv2/concept-art hpsv2/paintings"
+_LSG, _SB1, _SB2 = (
+    "SiD-LSG, arXiv 2406.01561",
+    "SwiftBrush, arXiv 2312.05239",
+    "SwiftBrush v2, arXiv 2408.14176",
+)
+_DMD2 = "DMD2, arXiv 2405.14867"
+
+PROTOCOLS: dict[str, Protocol] = {
+    "coco30k_dmd2": Protocol(
+        details={
+            "fid": {"mode": "clean"},
+            "clip_score": {"network": "ViT-g-14", "prefix": "A photo depicts ", "scale": 1.0},
+        },
+        results=(
+            Published("DMD2, SD1.5, one step, without GAN", _DMD2, _scores("fid", 9.28)),
+            Published("DMD2, SD1.5, one step", _DMD2, _scores("fid", 8.35)),
+            Published("SiD-LSG, SD1.5, κ 1.5", _LSG, _scores(_FC, 8.71, 0.302)),
+            Published("SiD-LSG, SD1.5, κ 1.5, trained longer", _LSG, _scores(_FC, 8.15, 0.304)),
+            Published("SiD-LSG, SD1.5, κ 2", _LSG, _scores(_FC, 9.56, 0.313)),
+            Published("SiD-LSG, SD1.5, κ 3", _LSG, _scores(_FC, 13.21, 0.314)),
+            Published("SiD-LSG, SD1.5, κ 4.5", _LSG, _scores(_FC, 16.59, 0.317)),
+            Published("SiD-LSG, SD2.1-base, κ 1.5", _LSG, _scores(_FC, 9.52, 0.308)),
+            Published("SiD-LSG, SD2.1-base, κ 2", _LSG, _scores(_FC, 10.97, 0.318)),
+            Published("SiD-LSG, SD2.1-base, κ 3", _LSG, _scores(_FC, 13.50, 0.321)),
+            Published("SiD-LSG, SD2.1-base, κ 4.5", _LSG, _scores(_FC, 16.54, 0.322)),
+        ),
+    ),
+    "coco30k_swiftbrush": Protocol(
+        details={
+            "fid": {"mode": "clean"},
+            "clip_score": {"network": "ViT-B-32", "prefix": "", "scale": 1.0},
+            "precision": {"network": "Inception", "k": 3},
+            "recall": {"network": "Inception", "k": 3},
+        },
+        results=(
+            Published("SwiftBrush", _SB1, _scores(_FC, 16.67, 0.29)),
+            Published("SwiftBrush, measured again", _SB2, _scores(_FCPR, 15.46, 0.30, 0.47, 0.46)),
+            Published("SwiftBrush v2, model A", _SB2, _scores(_FCPR, 11.27, 0.31, 0.48, 0.54)),
+            Published("SwiftBrush v2, model B", _SB2, _scores(_FCPR, 11.02, 0.32, 0.51, 0.52)),
+            Published("SwiftBrush v2, merged", _SB2, _scores(_FCPR, 8.77, 0.32, 0.55, 0.53)),
+            Published("SwiftBrush v2, with real images", _SB2, _scores(_FCPR, 8.14, 0.32, 0.57, 0.52)),
+            Published("SD Turbo, one step", _SB2, _scores(_FCPR, 16.10, 0.33, 0.65, 0.35)),
+            Published("SD2.1, guidance 2", _SB2, _scores("fid", 9.64)),
+            Published("SD2.1, guidance 4.5", _SB2, _scores("fid", 12.26)),
+        ),
+        notes={
+            "clip_score": "the papers do not say which CLIP they use; ViT-B/32 is assumed",
+            "precision": "the papers state neither features nor neighbours; Inception and k = 3 are "
+            "assumed",
+            "recall": "the papers state neither features nor neighbours; Inception and k = 3 are assumed",
+        },
+    ),
+    "hpsv2": Protocol(
+        details={"hpsv2": {"hps_version": "v2.0", "scale": 100}},
+        results=(
+            Published("SwiftBrush", _SB2, _scores(_STYLES, 26.91, 27.21, 26.32, 26.37)),
+            Published("SwiftBrush v2", _SB2, _scores(_STYLES, 27.13, 27.56, 26.69, 26.76)),
+            Published("SwiftBrush v2, with real images", _SB2, _scores(_STYLES, 27.25, 27.62, 26.86, 26.77)),
+        ),
+        notes={"hpsv2": "the paper does not say which version of HPSv2 it uses; v2.0 is assumed"},
+    ),
+}  # fmt: skip
+
+
+def label(name: str, evaluation_set: EvaluationSet) -> str:
+    """Name of a metric in tables; with its sample count where that is not the published one (FID-5k)."""
+    short = few(len(evaluation_set), evaluation_set.published_count)
+    if name != "fid":
+        return name if short is None else f"{name}-{short}"
+    return "FID" if short is None else f"FID-{short}"
+
+
+def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationSet) -> list[str] | None:
+    """In what a measurement differs from the published protocol of its set; None: there is none."""
+    protocol = PROTOCOLS.get(evaluation_set.name)
+    metric = name.partition("/")[0]
+    if protocol is None or metric not in protocol.details:
+        return None
+    found, details = [], result["details"]
+    if few(len(evaluation_set), evaluation_set.published_count):
+        found.append(f"{len(evaluation_set):,} pictures instead of {evaluation_set.published_count:,}")
+    references = details.get("reference_num_images")
+    wanted = evaluation_set.published_references
+    if references is not None and wanted is not None and references != wanted:
+        found.append(f"{references:,} real pictures instead of {wanted:,}")
+    for key, value in protocol.details[metric].items():
+        measured = details.get("extractor" if key == "network" else key)
+        if (value not in str(measured)) if key == "network" else (measured != value):
+            found.append(f"{key.replace('_', ' ')} {measured} instead of {value}")
+    return found
+
+
+def open_questions(name: str, evaluation_set: EvaluationSet) -> list[str]:
+    """What the publication leaves open, and known small differences of the set."""
+    protocol = PROTOCOLS.get(evaluation_set.name)
+    note = protocol.notes.get(name.partition("/")[0]) if protocol is not None else None
+    return [*([note] if note else []), *evaluation_set.notes]
+
+
+def published_rows(
+    results: Mapping[str, Mapping[str, Any]], evaluation_set: EvaluationSet
+) -> list[tuple[str, Published]]:
+    """(metric, publication) for every metric measured exactly as published."""
+    protocol = PROTOCOLS.get(evaluation_set.name)
+    if protocol is None:
+        return []
+    same = [name for name, result in results.items() if deviations(name, result, evaluation_set) == []]
+    return [(name, row) for name in same for row in protocol.results if name in row.values]

@@ -1,0 +1,360 @@
+"""`evaluate` end to end on tiny models: what it writes, how it goes on, what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+from callbacks import unfinished as unfinished_module
+from callbacks.commands.evaluate import parse
+from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.clip_score import ClipScore
+from callbacks.metrics.reference import compute_reference
+from lightning_modules.errors import UserError
+from tests.callbacks.standin import CAPTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+Evaluate = Callable[..., dict[str, Any]]
+SET = """
+data:
+  class_path: datamodules.evaluation_sets.CaptionFile
+  init_args: {captions: "${captions}"}
+metrics:
+  - class_path: callbacks.metrics.frechet.FrechetDistance
+  - class_path: callbacks.metrics.clip_score.ClipScore
+"""
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    compute_reference([images], CAPTIONS, ClipExtractor(tiny_clip), "noise").save(path)
+    return path
+
+
+@pytest.fixture
+def arguments(tiny_sd: Path, tiny_clip: Path, reference: Path, tmp_path: Path) -> dict[str, str]:
+    """Options of a complete evaluation of the tiny model."""
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    (tmp_path / "set.yaml").write_text(SET)
+    return {
+        "config": str(tmp_path / "set.yaml"), "model": str(tiny_sd), "scoring_clip": str(tiny_clip),
+        "reference": str(reference), "captions": str(tmp_path / "captions.txt"), "batch_size": "5",
+        "output": str(tmp_path / "out"), "device": "cpu",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def evaluate(arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Evaluate:
+    """Run the command with some options changed (None: left out); returns report.json."""
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+
+    def run(**changed: Any) -> dict[str, Any]:
+        settings = {k: v for k, v in {**arguments, **changed}.items() if v is not None}
+        cli.main(["evaluate", *(f"--{name}={value}" for name, value in settings.items())])
+        report: dict[str, Any] = json.loads((Path(str(settings["output"])) / "report.json").read_text())
+        return report
+
+    return run
+
+
+def values(report: dict[str, Any]) -> dict[str, float]:
+    return {name: result["value"] for name, result in report["metrics"].items()}
+
+
+def noise_pictures(folder: Path, count: int, size: int = 16) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_model_is_measured_and_reported(
+    evaluate: Evaluate, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluate()
+    output = Path(arguments["output"])
+    assert set(report["metrics"]) == {"frechet_distance", "clip_score"}
+    for result in report["metrics"].values():
+        assert result["num_images"] == 12
+        assert result["details"]["seeds"] == "0 + place of the caption"
+        assert result["details"]["differs_from_published"] is None
+    assert report["metrics"]["frechet_distance"]["details"]["reference"].startswith("12 real pictures (")
+    assert report["timing"]["images_per_second"] > 0 and report["teacher_metrics"] == {}
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["evaluation_set"]["count"] == 12 and manifest["model"]["sampler"] == "one step"
+    assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
+    written = {path.name.split(".out.")[0] for path in output.iterdir()}
+    assert written == {
+        "config.yaml", "events", "manifest.json", "metrics.csv", "report.html", "report.json", "report.md",
+        "samples.png",
+    }  # fmt: skip
+    header, row = (output / "metrics.csv").read_text().splitlines()
+    assert (
+        float(dict(zip(header.split(","), row.split(",")))["test/clip_score"]) == values(report)["clip_score"]
+    )
+    assert "tiny_sd0, 1 step" in (output / "report.md").read_text() + capsys.readouterr().out
+    assert "How each number was measured" in (output / "report.html").read_text()
+    again = evaluate(config=str(output / "config.yaml"), output=str(output.parent / "again"))
+    assert values(again) == values(report)
+
+
+def test_saved_pictures_score_as_the_model_that_drew_them(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path
+) -> None:
+    drawn = evaluate(save_images="true")
+    pictures = Path(arguments["output"]) / "images"
+    assert len(list(pictures.glob("*.png"))) == 12
+    found = evaluate(
+        model=None,
+        images=pictures,
+        captions=pictures / "generation.json",
+        batch_size=7,
+        output=tmp_path / "given",
+    )
+    assert values(found) == pytest.approx(values(drawn), rel=1e-6)
+    assert found["weights"] == "given pictures"
+    assert found["metrics"]["clip_score"]["details"]["seeds"] == "given pictures"
+
+
+def test_steps_and_guidance_of_a_stock_pipeline(evaluate: Evaluate, tmp_path: Path) -> None:
+    one = evaluate(count=4)
+    two = evaluate(count=4, steps=2, output=tmp_path / "two")
+    guided = evaluate(count=4, steps=2, **{"guidance-scale": 3}, output=tmp_path / "guided")
+    assert len({report["metrics"]["clip_score"]["value"] for report in (one, two, guided)}) == 3
+    manifest = json.loads((tmp_path / "guided" / "manifest.json").read_text())
+    assert manifest["model"] | {"hash": "", "weights": ""} == {
+        "pictures": "tiny_sd0, 2 steps, guidance 3", "sampler": "DDIMScheduler", "steps": 2,
+        "guidance_scale": 3.0, "dtype": "float32", "hash": "", "weights": "",
+    }  # fmt: skip
+    half = evaluate(count=4, dtype="bfloat16", output=tmp_path / "half")
+    difference = abs(half["metrics"]["clip_score"]["value"] - one["metrics"]["clip_score"]["value"])
+    assert 0 < difference < 0.02
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    save = unfinished_module.Unfinished.save
+
+    def save_and_die(self: Any, metrics: Any, done: int) -> None:
+        save(self, metrics, done)
+        if done >= after:
+            raise Killed
+
+    monkeypatch.setattr(unfinished_module.Unfinished, "save", save_and_die)
+
+
+def test_an_interrupted_evaluation_goes_on(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(output=tmp_path / "whole", save_images="true")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=8)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4, save_images="true")
+    output = Path(arguments["output"])
+    assert [path.name for path in (output / "unfinished").glob("*.pt")] == ["done_8_rank_0_of_1.pt"]
+    drawn = sorted((output / "images").glob("*.png"))
+    assert len(drawn) == 8
+    times = [path.stat().st_mtime_ns for path in drawn]
+    for changed, named in [({"steps": 2}, "model"), ({"count": 10}, "evaluation_set")]:
+        with pytest.raises(UserError, match=f"interrupted evaluation with another {named}"):
+            evaluate(**changed, save_images="true")
+    found = evaluate(batch_size=4, save_images="true")
+    assert values(found) == pytest.approx(values(expected), rel=1e-12)
+    assert found["metrics"]["clip_score"]["num_images"] == 12
+    assert [path.stat().st_mtime_ns for path in drawn] == times
+    assert not (output / "unfinished").exists()
+
+
+def test_damaged_states_are_named(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4)
+    (state,) = (Path(arguments["output"]) / "unfinished").glob("*.pt")
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UserError, match="done_4_rank_0_of_1.pt can't be read"):
+        evaluate()
+
+
+# Several processes
+
+
+def process(rank: int, world: int, port: int, args: list[str]) -> None:
+    """One of several processes, as torchrun starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    cli.main(["evaluate", *args])
+
+
+def in_processes(world: int, settings: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    args = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    torch.multiprocessing.start_processes(process, (world, port, args), world, start_method="fork")
+    report: dict[str, Any] = json.loads((Path(str(settings["output"])) / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_number_of_processes_counts_101_pictures_exactly(
+    world: int, evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path
+) -> None:
+    pictures = noise_pictures(tmp_path / "pictures", 101)
+    captions = tmp_path / "captions101.txt"
+    captions.write_text("\n".join(f"a {CAPTIONS[i % 12]} {i}" for i in range(101)))
+    given = {"model": None, "images": pictures, "captions": captions, "batch_size": 16}
+    alone = evaluate(**given, output=tmp_path / "one")
+    several = in_processes(world, {**arguments, **given, "output": tmp_path / "several"})
+    for name, result in several["metrics"].items():
+        assert result["num_images"] == 101
+        assert result["value"] == pytest.approx(alone["metrics"][name]["value"], rel=1e-6)
+    assert several["environment"]["processes"] == world
+
+
+def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = evaluate(count=11, batch_size=2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(count=11, batch_size=2, save_every=4, output=tmp_path / "several")
+    settings = {**arguments, "count": 11, "batch_size": 2, "output": tmp_path / "several"}
+    several = in_processes(2, settings)
+    assert values(several) == pytest.approx(values(alone), rel=1e-3)
+    assert several["metrics"]["clip_score"]["num_images"] == 11
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_parses_and_says_what_it_needs(path: Path) -> None:
+    options = parse(["--config", str(path), "--model", "m", "--output", "o"], prog="evaluate")
+    wanted = re.findall(r"class_path: [\w.]+\.(\w+)", path.read_text())
+    assert [type(options.data).__name__, *(type(metric).__name__ for metric in options.metrics)] == wanted
+    if path.stem == "emoji":
+        assert len(options.data.load()) == 1024
+    else:
+        with pytest.raises(UserError, match="give --captions"):
+            options.data.load()
+    given = parse([f"--config={path}", "--captions=x", "--model=m", "--output=o"], prog="evaluate")
+    assert given.data.captions == "x"
+
+
+# Mistakes
+
+
+def test_pictures_with_nan_are_refused(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_modules.generator import OneStepGenerator
+
+    images = OneStepGenerator.images
+
+    def broken(self: Any, prompts: list[str], seeds: list[int], **keywords: Any) -> torch.Tensor:
+        drawn = images(self, prompts, seeds, **keywords)
+        drawn[[i for i, seed in enumerate(seeds) if seed == 7], 0, 0, 0] = torch.nan
+        return drawn
+
+    monkeypatch.setattr(OneStepGenerator, "images", broken)
+    with pytest.raises(UserError, match=rf"picture of caption 7 \('{CAPTIONS[7]}'\) holds NaN"):
+        evaluate()
+
+
+def test_a_damaged_picture_is_named(evaluate: Evaluate, tmp_path: Path, arguments: dict[str, str]) -> None:
+    pictures = noise_pictures(tmp_path / "pictures", 12)
+    (pictures / "7.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"7.png can't be read"):
+        evaluate(model=None, images=pictures)
+    assert not (Path(arguments["output"]) / "report.json").exists()
+
+
+def test_real_pictures_are_checked(evaluate: Evaluate, tmp_path: Path) -> None:
+    real = noise_pictures(tmp_path / "real", 6)
+    assert evaluate(reference=real)["metrics"]["frechet_distance"]["details"]["reference_num_images"] == 6
+    with pytest.raises(UserError, match="holds 6 readable pictures, and 7 are needed"):
+        evaluate(reference=real, **{"min-reference": 7})
+    (real / "2.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="2.png"):
+        evaluate(reference=real)
+    found = evaluate(reference=real, **{"skip-corrupt": "true"})
+    assert found["metrics"]["frechet_distance"]["details"]["reference_num_images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": None}, "give either --model PATH or --images DIR"),
+        ({"images": "x"}, "give either --model PATH or --images DIR"),
+        ({"model": None, "images": "x", "captions": None}, "--images needs --captions"),
+        ({"model": "assets/none"}, "assets/none does not exist"),
+        ({"captions": "none.csv"}, "none.csv does not exist"),
+        ({"count": 13}, "count is 13, but captions has 12 captions"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"stepz": 3}, "did you mean 'steps'"),
+        ({"config": "none.yaml"}, "configuration file not found: .*none.yaml"),
+        ({"reference": None}, "frechet_distance needs statistics of real pictures"),
+        ({"scoring_clip": None}, "frechet_distance needs a network"),
+        ({"output": None}, "output"),
+    ],
+)
+def test_mistakes_are_named(
+    changed: dict[str, Any], message: str, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(**changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_peoples_files_are_left_alone(evaluate: Evaluate, arguments: dict[str, str]) -> None:
+    output = Path(arguments["output"])
+    output.mkdir()
+    (output / "report.md").write_text("of a run")
+    with pytest.raises(UserError, match="holds other files"):
+        evaluate()
+    shutil.rmtree(output)
+    evaluate(save_images="true")
+    evaluate(count=3)
+    assert not (output / "images").exists()  # those of the former evaluation
+
+
+def test_references_and_captions_that_do_not_belong_together_are_told(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, tiny_clip: Path
+) -> None:
+    (tmp_path / "other.txt").write_text("\n".join(CAPTIONS[::-1]))
+    evaluate(captions=tmp_path / "other.txt")
+    assert "not comparable" in (Path(arguments["output"]) / "report.md").read_text()
+
+
+def test_clip_score_of_existing_pictures_equals_the_metric(
+    evaluate: Evaluate, tmp_path: Path, tiny_clip: Path
+) -> None:
+    """Pictures of several sizes in one folder, each scored as it is."""
+    pictures = noise_pictures(tmp_path / "pictures", 12)
+    Image.open(pictures / "3.png").resize((40, 20)).save(pictures / "3.png")
+    found = evaluate(model=None, images=pictures)
+    metric = ClipScore().bind(ClipExtractor(tiny_clip))
+    for i, caption in enumerate(CAPTIONS):
+        array = np.array(Image.open(pictures / f"{i}.png").convert("RGB"))
+        metric.update(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255, [caption])
+    assert found["metrics"]["clip_score"]["value"] == pytest.approx(metric.result()["value"], abs=1e-6)
