@@ -93,7 +93,8 @@ class _SeenTexts:
     def _add(self, run: NDArray[np.uint64]) -> None:
         # runs shrink by half at least from one to the next, so there are few, and each hash moves seldom
         while self._runs and len(self._runs[-1]) < 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")  # two sorted halves: merged, in half the memory of a copy
         if len(run):
             self._runs.append(run)
 

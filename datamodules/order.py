@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ LISTED_SIZE = 2**16
 _ROUNDS = 8
 
 Places = NDArray[np.int64]
+_Words = NDArray[Any]  # of uint64, which the type stubs of shifts don't keep
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
@@ -50,9 +51,9 @@ def _listed(seed: int, epoch: int, size: int) -> Places:
 def feistel(seed: int, epoch: int, size: int, places: Places) -> Places:
     """Return entries of a pseudo-random permutation of [0, size) that is never written down.
 
-    A Feistel network permutes the numbers of 2h bits, 4^h being less than 4 times ``size``. It is applied to
-    a number until the result lies in [0, size) again ("cycle walking", Black and Rogaway 2002, "Ciphers with
-    Arbitrary Finite Domains", section 3), which permutes [0, size).
+    A Feistel network permutes the numbers of 2h bits, 4^h being at most 4 times ``size``. It is applied to a
+    number until the result lies in [0, size) again ("cycle walking", Black and Rogaway 2002, "Ciphers with
+    Arbitrary Finite Domains"), which permutes [0, size).
 
     Args:
         seed: Any integer; with ``epoch`` (at least 0) it selects the permutation.
@@ -69,18 +70,19 @@ def feistel(seed: int, epoch: int, size: int, places: Places) -> Places:
 
 
 @lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+def _keys(seed: int, epoch: int) -> _Words:
     return np.random.SeedSequence([seed % 2**64, epoch]).generate_state(_ROUNDS, np.uint64)
 
 
-def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    left, right = values >> half, values & (2**half - 1)
+def _network(values: _Words, half: int, keys: _Words) -> _Words:
+    bits, rest, mask = np.uint64(half), np.uint64(64 - half), np.uint64(2**half - 1)
+    left, right = values >> bits, values & mask
     for key in keys:
-        left, right = right, left ^ (_mixed(right + key) >> (64 - half))
-    return left << half | right
+        left, right = right, left ^ (_mixed(right + key) >> rest)
+    return left << bits | right
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mixed(values: _Words) -> _Words:
     """The finaliser of SplitMix64 (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
     values = (values ^ (values >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> 27)) * np.uint64(0x94D049BB133111EB)

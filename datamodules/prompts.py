@@ -176,7 +176,9 @@ class PromptDataModule(LightningDataModule):
                 f"data.prompts {what}, fewer than one batch (data.batch_size {self.batch_size}); add prompts "
                 "or lower data.batch_size"
             )
-        return draws, self._negatives and self._negatives.draws(derived_seed(self.seed, "negative prompts"))
+        if self._negatives is None:
+            return draws, None
+        return draws, self._negatives.draws(derived_seed(self.seed, "negative prompts"))
 
     def prepare_data(self) -> None:
         """Make the stores on one process of each machine, while the others wait without a time limit."""

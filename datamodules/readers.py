@@ -92,7 +92,7 @@ class _CountedFile(io.FileIO):
         super().__init__(path, "rb")
         self._on_bytes = on_bytes
 
-    def readinto(self, buffer: Any) -> int | None:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int | None:
         count = super().readinto(buffer)
         if self._on_bytes is not None:
             self._on_bytes(count or 0)
@@ -128,7 +128,7 @@ def _texts(path: Path, stream: IO[bytes], column: str | None) -> Iterator[str]:
 
 def _lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
     number = 0
-    damage: tuple[type[Exception], ...] = (EOFError, zlib.error)
+    damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     if path.suffix.lower() == ".zst":
         damage = (*damage, _zstd().ZstdError)
     try:
@@ -139,7 +139,7 @@ def _lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
             f"prompts file {path} is not UTF-8: line {number} holds the byte "
             f"0x{error.object[error.start]:02x}; save the file as UTF-8"
         ) from error
-    except (*damage, gzip.BadGzipFile) as error:
+    except damage as error:
         raise UserError(
             f"{path} is damaged or cut off after line {number} ({first_line(error)}); fetch or pack it again"
         ) from error

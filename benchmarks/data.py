@@ -1,0 +1,161 @@
+"""How prompts scale: making a store, starting, resuming late, streaming, and the memory all of it takes.
+
+    python benchmarks/data.py                     10 million synthetic prompts
+    python benchmarks/data.py --prompts 200000    a quick look
+
+Every figure is taken in a process of its own. The store has just been written, so it is read from the
+operating system's cache, not from the disk.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if TYPE_CHECKING:  # the imports are part of what is measured
+    from datamodules.prompts import PromptDataModule
+
+SUBJECTS = ("a lighthouse", "two dogs", "an old car", "a bowl of soup", "the harbour", "a paper boat")
+PLACES = ("by the sea", "in the snow", "under a bridge", "on a table", "at night", "in a crowded street")
+REPEATED = 100  # one prompt in so many is a repeat of an earlier one
+PROJECTED = 100_000_000
+MIB = 2**20
+
+
+def synthetic_prompts(count: int) -> Iterator[str]:
+    """Prompts of some 50 characters, each different but for the repeats."""
+    for number in range(count):
+        one = number // 2 if number % REPEATED == REPEATED - 1 else number
+        yield f"{SUBJECTS[one % 6]} {PLACES[one // 6 % 6]}, photograph number {one}"
+
+
+def data_module(path: str, batch_size: int, workers: int = 0) -> "PromptDataModule":
+    """The data module of a run; every source gets a store, however small it is."""
+    from datamodules import sources
+    from datamodules.prompts import PromptDataModule
+
+    sources.IN_MEMORY_BYTES = 0
+    return PromptDataModule(path, batch_size, num_workers=workers, deduplicate=True)
+
+
+def make(path: str, batch_size: int) -> dict[str, float]:
+    """Make the store: seconds, its bytes, prompts kept, memory at its largest above that of the imports."""
+    from datamodules.readers import optional_package
+
+    optional_package("datasets.arrow_writer", "this benchmark")
+    module, before = data_module(path, batch_size), psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    module.prepare_data()
+    seconds = time.perf_counter() - start
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (size,) = {file.stat().st_size for file in Path(os.environ["ONE_STEP_CACHE"]).rglob("prompts.arrow")}
+    kept = sum(len(texts) for texts in module._prompts.open())
+    return {"seconds": seconds, "bytes": size, "memory": largest - before, "kept": kept}
+
+
+def start(path: str, batch_size: int, position: int) -> dict[str, float]:
+    """Seconds for the imports, and from there to the first batch at a position of the stream."""
+    began = time.perf_counter()
+    import datamodules.prompts  # noqa: F401
+
+    imported = time.perf_counter()
+    module = data_module(path, batch_size)
+    module.load_state_dict({"position": position})
+    module.setup("fit")
+    next(iter(module.train_dataloader()))
+    return {"imports": imported - began, "seconds": time.perf_counter() - imported}
+
+
+def stream(path: str, batch_size: int, workers: int, seconds: float) -> dict[str, float]:
+    """Prompts per second of a loader; private memory of its processes, and how much that grew meanwhile."""
+    loader = iter(data_module(path, batch_size, workers).train_dataloader())
+    for _ in range(100):  # workers start, buffers fill
+        next(loader)
+    before, count, began = private_memory(), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        count += len(next(loader)["prompts"])
+    elapsed = time.perf_counter() - began
+    return {"rate": count / elapsed, "count": count, "growth": private_memory() - before}
+
+
+def private_memory() -> int:
+    """Bytes that this process and its children share with no other; the mapped file is not in it."""
+    process = psutil.Process()
+    return sum(one.memory_full_info().uss for one in [process, *process.children(recursive=True)])
+
+
+def apart(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """Run a measurement in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(path: Path, count: int, batch_size: int, workers: list[int], seconds: float) -> list[list[str]]:
+    """All rows of the table: what, measured, and what follows for 100 million prompts."""
+    times = PROJECTED / count
+    made = apart(make, str(path), batch_size)
+    late = int(0.9 * count)
+    starts = {place: apart(start, str(path), batch_size, place) for place in (0, late)}
+    source, at_most = path.stat().st_size / MIB, 20 * PROJECTED / MIB
+    rows = [
+        ["source file", f"{source:,.0f} MiB", f"{source * times:,.0f} MiB"],
+        ["making it a store", f"{made['seconds']:,.1f} s", f"{made['seconds'] * times:,.0f} s"],
+        ["- its size", f"{made['bytes'] / MIB:,.0f} MiB", f"{made['bytes'] * times / MIB:,.0f} MiB"],
+        ["- prompts kept", f"{made['kept']:,} of {count:,}", "in proportion"],
+        ["- memory above the imports", f"{made['memory'] / MIB:,.0f} MiB",
+         f"8 to 20 bytes a prompt for the repeats: up to {at_most:,.0f} MiB"],
+        ["imports", f"{starts[0]['imports']:.1f} s", "the same"],
+    ]  # fmt: skip
+    for place, result in starts.items():
+        rows.append([f"start at prompt {place:,}", f"{result['seconds']:.2f} s", "the same"])
+    for number in workers:
+        result = apart(stream, str(path), batch_size, number, seconds)
+        name = f"{number} worker{'s' * (number != 1)}" if number else "no worker process"
+        per_worker = result["rate"] / max(number, 1)
+        rows.append([f"{name}: prompts per second and worker", f"{per_worker:,.0f}", "the same while cached"])
+        growth = f"{result['growth'] / MIB:+.1f} MiB over {result['count']:,.0f} prompts"
+        rows.append(["- growth of private memory", growth, "the same"])
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=10_000_000, help="how many (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--seconds", type=float, default=10, help="of each streaming (default: %(default)s)")
+    parser.add_argument("--folder", help="where files lie meanwhile (default: the temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        os.environ["ONE_STEP_CACHE"] = f"{folder}/cache"
+        path = Path(folder) / "prompts.txt"
+        with path.open("w", encoding="utf-8") as file:
+            for prompt in tqdm(synthetic_prompts(options.prompts), "Synthetic prompts", options.prompts):
+                file.write(prompt + "\n")
+        rows = measure(path, options.prompts, options.batch_size, options.workers, options.seconds)
+    print(f"\n| | {options.prompts:,} prompts | what follows for {PROJECTED:,} |\n|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    print(
+        "\nTime and size of making grow in proportion. The order is computed, so a late start costs what an"
+    )
+    print(
+        "early one does. A store larger than the free memory is read from the disk, a page for each prompt."
+    )
+
+
+if __name__ == "__main__":
+    main()
