@@ -9,7 +9,7 @@ How a metric is used, in this order:
    or finds the statistics of its pictures for any network), for metrics that name none themselves;
    ``device`` is where the network goes. Metrics that name equal networks share one, and if all are given the
    same tensor it sees each batch once.
-3. ``metric.prepare(captions, groups=None)``: optional; the whole evaluation list, for metrics that group
+3. ``metric.prepare(captions, groups=None, negatives=None)``: optional; the whole evaluation list, for metrics that group
    their pictures (``hpsv2``: groups are its styles). Others ignore it.
 4. ``metric.update(images, prompts, is_padding=None, positions=None)`` for each batch: ``positions`` are the
    places of the prompts in the list of ``prepare``; only metrics that were told groups need them.
@@ -121,8 +121,13 @@ class ImageMetric(Metric):
         reference.require_extractor(extractor)
         return reference
 
-    def prepare(self, captions: Sequence[str], groups: Sequence[str] | None = None) -> None:
-        """Learn the whole evaluation list before the first update: its captions and the group of each.
+    def prepare(
+        self,
+        captions: Sequence[str],
+        groups: Sequence[str] | None = None,
+        negatives: Sequence[str] | None = None,
+    ) -> None:
+        """Learn the whole evaluation list before the first update: captions, group and negative prompt of each.
 
         Most metrics have no use for it.
         """

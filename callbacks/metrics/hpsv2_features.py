@@ -82,7 +82,7 @@ class HPSNetwork:
         model, _, tokenizer = open_clip_parts(self.architecture, str(file))
         size = model.visual.image_size  # type: ignore[union-attr]
         preprocessing = LongestSidePreprocessing(
-            int(size[0] if isinstance(size, tuple | list) else size),  # type: ignore[arg-type, index]
+            int(size[0] if isinstance(size, tuple | list) else size),  # type: ignore[arg-type]
             constants.OPENAI_DATASET_MEAN,
             constants.OPENAI_DATASET_STD,
         )

@@ -163,7 +163,7 @@ def find_inception(path: Path | None = None) -> Path:
 def _download(places: list[Path]) -> str | None:
     """Fetch the network into the last of the places, whole or not at all; returns what went wrong."""
     target = places[-1]
-    log.warning("downloading Inception (91 MB) to %s", target)
+    log.warning("downloading the Inception network to %s", target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent) as folder:

@@ -75,13 +75,13 @@ class OpenClipExtractor(TextImageExtractor):
         self.width = self.text_features(["a"]).shape[1]
 
     def _image_features(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(self.preprocessing(images).to(self.device))  # type: ignore[operator]
+        return self.model.encode_image(self.preprocessing(images).to(self.device))
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         """Projected features [B, D], fp32, not normalised. Longer texts are cut and keep their end token."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.encode_text(self.tokenizer(texts).to(self.device))  # type: ignore[operator]
+            return self.model.encode_text(self.tokenizer(texts).to(self.device))
 
     def count_truncated(self, texts: list[str]) -> int:
         """How many of the texts are longer than ``max_length`` tokens."""

@@ -139,7 +139,9 @@ class ReferenceFolder:
 
     def _compute(self, extractor: FeatureExtractor, keep: bool) -> ReferenceStatistics:
         rank, world = rank_and_world_size()
-        sums, rows, places, corrupt = FeatureSums(extractor.width), [torch.zeros(0, extractor.width)], [], []
+        sums, rows = FeatureSums(extractor.width), [torch.zeros(0, extractor.width)]
+        places: list[int] = []
+        corrupt: list[str] = []
         for start in self._starts(rank, world, f"real pictures through {extractor.name}"):
             features, found, unread = self._batch(start, rank, world, extractor)
             sums.add(features)
@@ -151,23 +153,22 @@ class ReferenceFolder:
                 break
         self._report([name for share in from_every_rank(corrupt) for name in share])
         shares = from_every_rank((sums.total, sums.outer, sums.count, places, torch.cat(rows)))
-        total, outer, count, places, features = (list(parts) for parts in zip(*shares))
-        self._require(sum(count))
-        mean, covariance = mean_and_covariance(
-            torch.stack(total).sum(0), torch.stack(outer).sum(0), sum(count)
-        )
-        order = torch.tensor([place for share in places for place in share], dtype=torch.long).argsort()
+        count = sum(share[2] for share in shares)
+        self._require(count)
+        total, outer = (torch.stack([share[i] for share in shares]).sum(0) for i in (0, 1))
+        mean, covariance = mean_and_covariance(total, outer, count)
+        order = torch.tensor([place for share in shares for place in share[3]], dtype=torch.long).argsort()
         return ReferenceStatistics(
             mean=mean,
             covariance=covariance,
-            num_images=sum(count),
+            num_images=count,
             extractor=extractor.name,
             extractor_hash=extractor.content_hash,
             captions_hash=hash_texts([]),
             pictures_hash=self.content_hash,
             preprocessing=f"{self.preprocessing}; {extractor.preprocessing.describe()}",
-            source=f"{sum(count):,} pictures of the folder {self.folder.name}",
-            features=torch.cat(features)[order] if keep else None,
+            source=f"{count:,} pictures of the folder {self.folder.name}",
+            features=torch.cat([share[4] for share in shares])[order] if keep else None,
         )
 
     def _report(self, corrupt: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Small random stand-ins for the networks that see the pictures, with the interfaces of the real ones."""
 
 import json
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -48,7 +49,9 @@ class InceptionStandIn(nn.Module):
 def inception_file(folder: Path, width: int = 2048) -> Path:
     """A TorchScript file of the right interface, under the name that clean-fid looks for."""
     path = folder / "inception-2015-12-05.pt"
-    torch.jit.script(InceptionStandIn(width)).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the format of the real file
+        torch.jit.script(InceptionStandIn(width)).save(str(path))
     return path
 
 

@@ -9,7 +9,9 @@ import cleanfid.fid
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
+from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FID, FrechetDistance
 from callbacks.metrics.inception import InceptionExtractor, InceptionNetwork, find_inception
@@ -217,3 +219,20 @@ def test_statistics_of_earlier_versions_still_load() -> None:
     bundled = Path(__file__).parents[2] / "assets" / "cache" / "emoji-reference.safetensors"
     reference = ReferenceStatistics.load(bundled)
     assert reference.features is None and reference.num_images == 1024
+
+
+def test_metrics_are_named_in_yaml(narrow: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--metrics", type=list[ImageMetric])
+    given = [
+        {"class_path": "callbacks.metrics.frechet.FID", "init_args": {"inception": str(narrow)}},
+        {"class_path": "callbacks.metrics.precision_recall.Recall", "init_args": {"k": 5}},
+        {"class_path": "callbacks.metrics.clip_score.ClipScore", "init_args": {"model": "clip_vitb32"}},
+        {"class_path": "callbacks.metrics.hpsv2.HPSv2", "init_args": {"version": "v2.0"}},
+    ]
+    metrics = parser.instantiate_classes(parser.parse_object({"metrics": given})).metrics
+    assert [metric.name for metric in metrics] == ["fid", "recall", "clip_score", "hpsv2"]
+    assert metrics[1].minimum_images == 6
+    del given[3]["init_args"]  # the version has no default
+    with pytest.raises(ArgumentError, match="version"):
+        parser.parse_object({"metrics": given})
