@@ -230,7 +230,7 @@ def test_metrics_are_named_in_yaml(narrow: Path) -> None:
         {"class_path": "callbacks.metrics.clip_score.ClipScore", "init_args": {"model": "clip_vitb32"}},
         {"class_path": "callbacks.metrics.hpsv2.HPSv2", "init_args": {"version": "v2.0"}},
     ]
-    metrics = parser.instantiate_classes(parser.parse_object({"metrics": given})).metrics
+    metrics = parser.instantiate(parser.parse_object({"metrics": given})).metrics
     assert [metric.name for metric in metrics] == ["fid", "recall", "clip_score", "hpsv2"]
     assert metrics[1].minimum_images == 6
     del given[3]["init_args"]  # the version has no default
