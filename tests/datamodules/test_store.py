@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.cache import user_cache_dir
 from datamodules import sources, store
@@ -230,6 +232,25 @@ def test_settings_of_several_sources_that_do_not_fit(file: Path, tmp_path: Path)
         module_of(file, prompts=[PromptSource(path, weight=1)], epoch_size=5).setup("fit")
 
 
+def test_sources_are_given_in_yaml(file: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(PromptDataModule, "data")
+    settings = {"batch_size": 5, "eval_captions": ["a"], "eval_size": 1, "seed": 3}
+    weighted = [{"path": str(file), "weight": 1.5}, {"path": str(file), "column": None, "weight": 0.5}]
+    for given, extra in (
+        (weighted, {"epoch_size": 8}),
+        (PROMPTS, {}),
+        (str(file), {}),
+        ([{"path": str(file)}], {}),
+    ):
+        config = parser.parse_object({"data": {"prompts": given, **settings, **extra}})
+        again = parser.parse_string(parser.dump(config))  # as in a run's config.yaml
+        draws, _ = parser.instantiate(again).data._draws()
+        assert draws.epoch_size == extra.get("epoch_size", 1000)
+        assert draws.shares.tolist() == ([6, 2] if extra else [1000])
+        assert draws.at(np.arange(3))[0] in PROMPTS
+
+
 # --- in a run -----------------------------------------------------------------------------------------------
 
 
@@ -255,10 +276,15 @@ def test_workers_read_the_store_and_it_outlives_its_source(file: Path) -> None:
 
 def test_only_training_makes_a_store(file: Path, own_cache: Path) -> None:
     module = module_of(file)
-    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), global_rank=0, world_size=1)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.VALIDATING), global_rank=0, world_size=1
+    )  # type: ignore[assignment]
     module.prepare_data()
     module.setup("validate")
     assert len(list(module.val_dataloader())) == 1 and not own_cache.exists()
+    module.trainer.state.fn = TrainerFn.FITTING
+    module.prepare_data()
+    assert len(left_in(own_cache)) == 1
 
 
 def test_fewer_prompts_than_a_batch(file: Path) -> None:
