@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.checkpoint_files import PlainFile, give_name, publish, remove, remove_leftovers, root_cause
+from callbacks.loggers import MetricsCSV, log_now
 from callbacks.random_states import random_states, restore_random_states
 from callbacks.run_folder import run_dir
-from lightning_modules.errors import UserError
+from callbacks.stopping import StopRequests
+from lightning_modules.checkpoint_format import FORMAT, KEY
+from lightning_modules.errors import UserError, first_line
 
 
 class RunCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt`, `best.ckpt` and `step_<n>.ckpt` in the run folder.
 
-    A step is a student update. Saved are: every `every_n_steps` steps, the last step, and, on Ctrl-C or
-    SIGTERM, the step in progress once it is complete. An error between two steps (in a validation, say) is
-    saved too; one inside a step leaves the last complete checkpoint, since some of the weights would be a
-    step ahead of the others. Lightning's ModelCheckpoint treats manual optimization as a special case
-    (skipped steps, warnings); this does not.
+    A step is a student update. Saved are: every `every_n_steps` steps, the last step, and, when the run is
+    asked to stop (see `callbacks.stopping`), the step in progress once it is complete. An error between two
+    steps (in a validation, say) is saved too; one inside a step leaves the last complete checkpoint, since
+    some of the weights would be a step ahead of the others. A validation that was interrupted, or due, is
+    run again when the run continues. Lightning's ModelCheckpoint treats manual optimization as a special
+    case (skipped steps, warnings); this does not.
 
     Args:
         every_n_steps: Steps between checkpoints.
@@ -63,13 +63,14 @@ class RunCheckpoint(Checkpoint):
         self.keep_step_checkpoints = keep_step_checkpoints
         self.best_score: float | None = None
         self.best_step: int | None = None
-        self.saved_step = -1
+        self.saved_step = self.validated_step = -1
+        self.requests = StopRequests()
         self._between_steps = False
-        self._interrupted = False
         self._has_validated = False
         self._has_warned = False
-        self._sigint_handler: Any = None
         self._random_states: list[dict[str, Any]] | None = None
+        self._states_before_validation: list[dict[str, Any]] | None = None
+        self._table: MetricsCSV | None = None
 
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder of the checkpoints."""
@@ -77,50 +78,97 @@ class RunCheckpoint(Checkpoint):
 
     # When
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write files in the plain way, unless the run has a way of its own; find metrics.csv."""
+        strategy = trainer.strategy
+        if type(getattr(strategy, "_checkpoint_io", None) or TorchCheckpointIO()) is TorchCheckpointIO:
+            strategy.checkpoint_io = PlainFile()
+        tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        self._table = tables[0] if tables else None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore random states, watch for Ctrl-C, remove leftovers of a killed run."""
-        if self._random_states is not None:
-            restore_random_states(self._random_states, trainer)
-            self._random_states = None
+        """Restore random states, watch for signals, remove leftovers, run a validation that was cut off."""
+        self._restore_random_states(trainer)
         if trainer.is_global_zero:
-            for leftover in self.folder(trainer).glob("*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self._between_steps, self._interrupted, self._has_validated = True, False, False
+            remove_leftovers(self.folder(trainer))
+        if self._table is not None:
+            self._table.open()
+        self._between_steps, self._has_validated = True, False
         # a checkpoint named by its path brings the best score of another run, whose best.ckpt is not here
         if not trainer.strategy.broadcast((self.folder(trainer) / "best.ckpt").exists()):
             self.best_score = self.best_step = None
-        if threading.current_thread() is threading.main_thread():
-            self._sigint_handler = signal.signal(signal.SIGINT, self._on_sigint)
+        self.requests.watch(trainer)
+        if 0 < trainer.global_step != self.validated_step and _validation_is_due(trainer):
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Lightning takes a checkpoint written before a validation for one written after it."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        self._states_before_validation = random_states()
+        trainer.validating = True
+        loop.run()
+        loop.reset_restart_stage()
+        trainer.training = True
+        self._random_states = random_states()  # Lightning draws a number when it now skips the validation
+
+    def _restore_random_states(self, trainer: Trainer) -> None:
+        if self._random_states is not None:
+            restore_random_states(self._random_states, trainer)
+            self._random_states = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """From here to `on_train_batch_end` the weights are not those of a whole step."""
         self._between_steps = False
+        self._restore_random_states(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save if it is time, if this is the last step, or if somebody wants the run to stop."""
+        """Save if it is time, if this is the last step, or if somebody wants the run to stop.
+
+        Where a validation follows the last step, that is saved after it: a run that has done all its steps
+        is not resumed into a validation.
+        """
         self._between_steps = True
         step = trainer.global_step
-        stopping = self._is_asked_to_stop(trainer)
-        is_last = 0 < trainer.max_steps <= step or trainer.should_stop
-        if step != self.saved_step and (step % self.every_n_steps == 0 or is_last or stopping):
+        decided = self.requests.decide(trainer)
+        is_last, is_due = _is_last(trainer), _validation_is_due(trainer)
+        self._states_before_validation = random_states() if is_due else None
+        waits = is_last and is_due
+        if step != self.saved_step and not waits and (step % self.every_n_steps == 0 or is_last or decided):
+            if self._table is not None:
+                log_now(trainer, [self._table])  # so that the checkpoint can hold this step's row
             self.save(trainer, keep=step % self.every_n_steps == 0)
-        if stopping:
-            self._stop(trainer)
+        if decided and not waits:
+            log_now(trainer, trainer.loggers)  # Lightning will not get to it
+            self.requests.leave(trainer, decided, self.saved_step)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop in a validation during training, too."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_asked_to_stop(trainer):
-            self._save_if_whole(trainer)
-            self._stop(trainer)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if decided := self.requests.decide(trainer):
+            if not _is_last(trainer):
+                self._save_if_whole(trainer)
+            self.requests.leave(trainer, decided, self.saved_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self.monitor is None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        self.validated_step = step = trainer.global_step
+        self._states_before_validation = None
+        is_best = self.monitor is not None and self._is_best(trainer)
+        # last.ckpt too: it must know the best score, or a resumed run would take a worse one for the best,
+        # and that this validation is done
+        if is_best or step == self.saved_step or _is_last(trainer):
+            self.save(trainer, keep=step % self.every_n_steps == 0, best=is_best)
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        """Whether this validation has the best score so far, which is noted."""
         self._has_validated = True
-        value = trainer.callback_metrics.get(self.monitor)
+        value = trainer.callback_metrics.get(str(self.monitor))
         if value is None and not self._has_warned:
             self._has_warned = True
             names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
@@ -129,12 +177,12 @@ class RunCheckpoint(Checkpoint):
                 f"decides best.ckpt; its metrics are: {', '.join(names) or 'none'}"
             )
         if value is None or not math.isfinite(score := float(value)):
-            return
+            return False
         sign = 1 if self.mode == "min" else -1
-        if self.best_score is None or sign * score < sign * self.best_score:
-            self.best_score, self.best_step = score, trainer.global_step
-            # last.ckpt too: it must know the best score, or a resumed run would take a worse one for the best
-            self.save(trainer, best=True)
+        if self.best_score is not None and sign * score >= sign * self.best_score:
+            return False
+        self.best_score, self.best_step = score, trainer.global_step
+        return True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save a run that ended otherwise than by its number of steps, or before its first validation."""
@@ -143,39 +191,22 @@ class RunCheckpoint(Checkpoint):
         undecided = self.best_score is None and not self._has_validated
         if self.monitor is not None and trainer.enable_validation and undecided:
             self._take_last_for_best(trainer)
-        self._restore_sigint()
+        self.requests.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what is whole. Not in a run of several processes: the others may be anywhere."""
         if trainer.state.fn == "fit" and trainer.world_size == 1:
             self._save_if_whole(trainer)
-        self._restore_sigint()
+        self.requests.release()
 
     def _save_if_whole(self, trainer: Trainer) -> None:
         if self._between_steps and 0 < trainer.global_step != self.saved_step:
             self.save(trainer)
 
-    def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        print("\nstopping after this step, which is then saved (Ctrl-C again: at once)", flush=True)
-
-    def _restore_sigint(self) -> None:
-        if self._sigint_handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._sigint_handler)
-            self._sigint_handler = None
-
-    def _is_asked_to_stop(self, trainer: Trainer) -> bool:
-        asked = self._interrupted or trainer.received_sigterm
-        # signals do not reach all processes in the same step, and saving takes all of them
-        if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        return asked
-
-    def _stop(self, trainer: Trainer) -> None:
-        rank_zero_info(f"stopped after step {trainer.global_step}; --ckpt_path last continues from there")
-        raise SIGTERMException if trainer.received_sigterm else KeyboardInterrupt
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """metrics.csv of a run that had done all its steps: the row that waited in the checkpoint."""
+        if self._table is not None:
+            self._table.open()
 
     # How
 
@@ -183,7 +214,7 @@ class RunCheckpoint(Checkpoint):
         """Without a score: the first validation of a continued run decides anew."""
         last, best = (self.folder(trainer) / f"{name}.ckpt" for name in ("last", "best"))
         if trainer.is_global_zero:
-            _give_name(last, best)
+            give_name(last, best)
             rank_zero_info(
                 "the run ended before its first validation (trainer.val_check_interval is "
                 f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by {self.monitor}"
@@ -198,83 +229,80 @@ class RunCheckpoint(Checkpoint):
             keep: Also as `step_<n>.ckpt`, if such checkpoints are kept.
             best: Also as `best.ckpt`.
         """
-        step = self.saved_step = trainer.global_step
+        before, step = self.saved_step, trainer.global_step
+        self.saved_step = step
         folder = self.folder(trainer)
         temporary = folder / "saving.tmp"
         trainer.save_checkpoint(temporary, weights_only=False)  # makes the folder, too
+        failure = None
         if trainer.is_global_zero:
-            names = ["last.ckpt"]
-            names += [f"step_{step}.ckpt"] if keep and self.keep_step_checkpoints else []
-            names += ["best.ckpt"] if best else []
-            _publish(temporary, [folder / name for name in names])
-            self._forget_old(folder)
-        trainer.strategy.barrier("run-checkpoint")
+            names = ["last", *([f"step_{step}"] if keep and self.keep_step_checkpoints else [])]
+            names += ["best"] if best else []
+            failure = self._publish(trainer, temporary, [folder / f"{name}.ckpt" for name in names])
+        if failure := trainer.strategy.broadcast(failure):
+            kept = f"that of step {before} is as it was" if before > 0 else "earlier ones are untouched"
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written into {folder}: {failure}; {kept}. Make "
+                "room and continue with --ckpt_path last"
+            )
+
+    def _publish(self, trainer: Trainer, temporary: Path, targets: list[Path]) -> str | None:
+        """Give the checkpoint its names; return what the file system objects to, if anything."""
+        try:
+            if error := getattr(trainer.strategy.checkpoint_io, "error", None):
+                raise error
+            publish(temporary, targets)
+            self._forget_old(targets[0].parent)
+        except (OSError, RuntimeError) as error:
+            remove(temporary)
+            return first_line(root_cause(error))
+        return None
 
     def _forget_old(self, folder: Path) -> None:
         if self.keep_step_checkpoints < 0:
             return
         paths = sorted(folder.glob("step_*.ckpt"), key=lambda path: int(path.stem.removeprefix("step_")))
         for path in paths[: len(paths) - self.keep_step_checkpoints]:
-            _remove(path)
+            remove(path)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the format."""
+        checkpoint[KEY] = FORMAT
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and the random states of all processes."""
-        return {"best_score": self.best_score, "best_step": self.best_step, "random_states": random_states()}
+        """Return the best score, the last validation, the random states of all processes, the waiting row.
+
+        In a validation the random states are those before it, since a resumed run begins it anew.
+        """
+        return {
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "validated_step": self.validated_step,
+            "random_states": self._states_before_validation or random_states(),
+            "row": self._table.waiting() if self._table is not None else {},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the random states are set when training starts."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
         self._random_states = state_dict["random_states"]
+        self.validated_step = state_dict.get("validated_step", -1)
+        if self._table is not None and self._table.resume_step is not None:
+            self._table.restore(state_dict.get("row", {}))
 
 
-def _publish(temporary: Path, targets: list[Path]) -> None:
-    """Give a complete checkpoint its names, each atomically; a reader sees the old file or the new one."""
-    _flush_to_disk(temporary)
-    for target in targets[1:]:
-        _give_name(temporary, target)
-    _replace(temporary, targets[0])
-    _flush_to_disk(targets[0].parent)
+def _is_last(trainer: Trainer) -> bool:
+    return 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
 
 
-def _give_name(source: Path, target: Path) -> None:
-    """Give a complete checkpoint another name, too."""
-    staged = target.with_suffix(".link.tmp")
-    _remove(staged)
-    if source.is_dir():
-        shutil.copytree(source, staged)
-    else:
-        try:
-            os.link(source, staged)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, staged)
-            _flush_to_disk(staged)
-    _replace(staged, target)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():  # a folder (sharded checkpoint) cannot be replaced in one call
-        aside = target.with_suffix(".old.tmp")
-        _remove(aside)
-        os.replace(target, aside)
-        os.replace(source, target)
-        _remove(aside)
-    else:
-        os.replace(source, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder and the files in it, so that a rename never precedes the content."""
-    for item in [*path.iterdir(), path] if path.is_dir() and path.suffix == ".tmp" else [path]:
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the step just done, by the number of batches (the only way to set it)."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
+        return False
+    if not isinstance(every, int) or every < 1:
+        return False
+    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ class MetricsCSV(Logger):
     """Writes `metrics.csv`: one row per step with all that was logged at that step.
 
     Lightning's CSVLogger deletes the file of an earlier session; this one keeps it. The file is only appended
-    to, except that it is rewritten (atomically) when a new column appears or rows are dropped.
+    to, except that it is rewritten (atomically) when a new column appears, rows are dropped, or a step gets
+    more values after its row has been written. A row waits in memory until the next step begins; checkpoints
+    hold it (see `waiting`), so that a killed run loses none.
 
     Args:
         folder: The run folder.
@@ -36,6 +39,7 @@ class MetricsCSV(Logger):
         self.resume_step = resume_step
         self._columns: list[str] = ["step"]
         self._pending: dict[str, str] = {}
+        self._last_step: str | None = None  # step of the file's last row
         self._opened = False
 
     @property
@@ -65,8 +69,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Add values at a step; values of the same step share a row."""
-        if not self._opened:
-            self._open()
+        self.open()
         row = {name: _text(value) for name, value in metrics.items()}
         if not row:
             return
@@ -81,8 +84,7 @@ class MetricsCSV(Logger):
 
         For a measurement repeated at the same step: a second row would count it twice.
         """
-        if not self._opened:
-            self._open()
+        self.open()
         self._flush()
         rows = self._read()
         for row in rows:
@@ -99,30 +101,48 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the row in progress now; later values of the same step begin a new row."""
+        """Write the row in progress now; the file is rewritten if more values of its step come."""
         self._flush()
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        new = [name for name in self._pending if name not in self._columns]
-        if new:
-            rows = self._read()
-            self._columns += new
-            self._rewrite([*rows, self._pending])
-        else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, restval="").writerow(self._pending)
-        self._pending = {}
+    def waiting(self) -> dict[str, str]:
+        """Return the row that is not in the file yet, as text by column; for checkpoints."""
+        return dict(self._pending)
 
-    def _open(self) -> None:
-        """Continue an existing file (dropping rows after `resume_step`), or begin one."""
+    def restore(self, row: dict[str, str]) -> None:
+        """Take the row that waited when the checkpoint was written; nothing happens on disk before `open`."""
+        self._pending = dict(row)
+
+    @rank_zero_only
+    def open(self) -> None:
+        """Continue an existing file (dropping rows after `resume_step`), or begin one; once."""
+        if self._opened:
+            return
         self._opened = True
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self._read()
         if self.resume_step is not None:
             rows = [row for row in rows if _is_number(row["step"]) and float(row["step"]) <= self.resume_step]
+        if any(row["step"] == self._pending.get("step") for row in rows):
+            self._pending = {}  # the killed session has got to writing it
         self._rewrite(rows)
+        if self.resume_step is not None and rows:
+            self._last_step = rows[-1]["step"]
+
+    def _flush(self) -> None:
+        if not self._opened or not self._pending:
+            return
+        new = [name for name in self._pending if name not in self._columns]
+        again = self._pending["step"] == self._last_step
+        if new or again:
+            rows = self._read()
+            self._columns += new
+            earlier = rows.pop() if again else {}
+            self._rewrite([*rows, {**earlier, **self._pending}])
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(self._pending)
+        self._last_step = self._pending["step"]
+        self._pending = {}
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -153,6 +173,21 @@ class RunTensorBoard(TensorBoardLogger):
     def save(self) -> None:
         """Write out the events; a run that is killed keeps its curves."""
         self.experiment.flush()
+
+
+def log_now(trainer: Trainer, loggers: Iterable[Logger]) -> None:
+    """Hand a training step's values to loggers before Lightning does, if it will: from the last callback.
+
+    Lightning logs after all callbacks, so after the checkpoint of the step.
+    """
+    connector = trainer._logger_connector
+    if not trainer.training or not connector.should_update_logs:
+        return
+    values = {name: value.item() if isinstance(value, Tensor) else value
+              for name, value in connector.metrics["log"].items()}  # fmt: skip
+    step = int(values.pop("step", trainer.global_step))  # type: ignore[arg-type]
+    for logger in loggers:
+        logger.log_metrics(values, step=step)  # type: ignore[arg-type]
 
 
 class StepAxis(Callback):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_modules.checkpoint_format import check_format
 from lightning_modules.errors import UserError, first_line
 
 CONFIG_NAME = "config.yaml"
@@ -104,8 +105,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it; tensors stay on disk until they are used.
 
     Raises:
-        UserError: the file is not a Lightning checkpoint, is cut short, or holds more than plain data and
-            tensors.
+        UserError: the file is not a Lightning checkpoint, is cut short, holds more than plain data and
+            tensors, or is of another version of this project.
     """
     with _readable(path):
         if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
@@ -125,6 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of a run (it lacks {' and '.join(sorted(needed))}); "
             "give --ckpt_path a checkpoint written by fit"
         )
+    check_format(checkpoint, path)
     return checkpoint
 
 
@@ -195,6 +197,7 @@ class RunFolder(Callback):
         self.config = config
         self.made = list(made)
         self.started = False
+        self._found = set(path.iterdir()) if path is not None and path.is_dir() else None  # rank zero
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell every process the folder."""
@@ -218,9 +221,16 @@ class RunFolder(Callback):
         return {"config": self.config}
 
     def discard(self) -> None:
-        """Remove the folder and those of its parents that were made for it and hold nothing else."""
+        """Remove what was made for the run: the folder and those of its parents that hold nothing else.
+
+        In the folder of an earlier session these are the files of loggers, such as TensorBoard's, which would
+        hide what that session has logged after the checkpoint.
+        """
         made, self.made = self.made, []
         if not made or not made[0].is_dir():
+            if self._found is not None and self.path is not None:
+                for path in set(self.path.glob("events.out.tfevents*")) - self._found:
+                    path.unlink()
             return
         shutil.rmtree(made[0])
         for folder in made[1:]:

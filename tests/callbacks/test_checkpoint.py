@@ -1,5 +1,7 @@
 """When checkpoints are written, under which names, and that they are always complete."""
 
+import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-import callbacks.checkpoint as checkpoint_module
+import callbacks.checkpoint_files as files
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.resume import differences, explain_mismatch
-from callbacks.run_folder import RunFolder
+from callbacks.run_folder import RunFolder, read_checkpoint
 from lightning_modules.errors import UserError
 from tests.tiny_run import TinyData, TinyModule, TinyTwoRoles
 
@@ -108,7 +110,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(checkpoint_module.os, "replace", die)
+    monkeypatch.setattr(files.os, "replace", die)
     with pytest.raises(SystemExit):
         train(tmp_path, RunCheckpoint(), 2)
     monkeypatch.undo()
@@ -141,10 +143,64 @@ def test_folders_of_sharded_checkpoints_are_replaced_whole(tmp_path: Path) -> No
         temporary = tmp_path / "saving.tmp"
         temporary.mkdir()
         (temporary / "meta.pt").write_text(content)
-        checkpoint_module._publish(temporary, [tmp_path / "last.ckpt", tmp_path / "best.ckpt"])
+        files.publish(temporary, [tmp_path / "last.ckpt", tmp_path / "best.ckpt"])
     assert (tmp_path / "last.ckpt" / "meta.pt").read_text() == "new"
     assert (tmp_path / "best.ckpt" / "meta.pt").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_kill_while_a_sharded_checkpoint_is_replaced_loses_none(tmp_path: Path) -> None:
+    """Between the two renames there is no last.ckpt; the old one gets its name back."""
+    for name in ("last.old.tmp", "best.ckpt", "best.old.tmp", "saving.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.pt").write_text(name)
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (tmp_path / "last.ckpt" / "meta.pt").read_text() == "last.old.tmp"
+    assert (tmp_path / "best.ckpt" / "meta.pt").read_text() == "best.ckpt"
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system takes the first 4 KiB of the second checkpoint, then says what a full disk says."""
+    train(tmp_path, RunCheckpoint(), 1)
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 4096:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", lambda path, mode: Full(path, mode), raising=False)
+    message = "step 2 cannot be written.*No space left.*are untouched.*--ckpt_path last"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, RunCheckpoint(every_n_steps=2), 4)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert names(tmp_path) == ["last.ckpt"]
+    monkeypatch.undo()
+    train(tmp_path, RunCheckpoint(every_n_steps=2), 3)
+    assert step_of(tmp_path, "last.ckpt") == 3
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        train(tmp_path, RunCheckpoint(), 1)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_checkpoints_of_another_version_are_refused(tmp_path: Path) -> None:
+    train(tmp_path, RunCheckpoint(), 1)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content.pop("checkpoint_format") == 1
+    torch.save(content, path)
+    read_checkpoint(path)  # the first version wrote no number
+    torch.save(content | {"checkpoint_format": 2}, path)
+    with pytest.raises(UserError, match="a later version.*format 2, this one reads 1.*export its student"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"mode": "least"}, {"keep_step_checkpoints": -2}])

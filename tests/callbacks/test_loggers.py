@@ -51,12 +51,47 @@ def test_a_row_cut_short_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in read(path)] == [("1", "0.5"), ("2", "0.25"), ("3", "0.75")]
 
 
-def test_flush_makes_the_row_visible(tmp_path: Path) -> None:
+def test_flush_makes_the_row_visible_and_more_values_of_its_step_join_it(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path)
     logger.log_metrics({"loss": 0.5}, step=1)
     assert read(tmp_path / "metrics.csv") == []
     logger.flush()
     assert read(tmp_path / "metrics.csv") == [{"step": "1", "loss": "0.5"}]
+    logger.log_metrics({"val/fd": 2.5}, step=1)
+    logger.finalize("success")
+    assert read(tmp_path / "metrics.csv") == [{"step": "1", "loss": "0.5", "val/fd": "2.5"}]
+
+
+def test_the_row_that_waited_at_the_checkpoint_is_not_lost(tmp_path: Path) -> None:
+    """Killed before the next row: it is taken from the checkpoint; killed later: it is in the file."""
+    for later_rows in (0, 1):
+        folder = tmp_path / str(later_rows)
+        killed = MetricsCSV(folder)
+        for step in (1, 2):
+            killed.log_metrics({"loss": step / 8, "lr": 1.0}, step=step)
+        waiting = killed.waiting()
+        assert waiting == {"step": "2", "loss": "0.25", "lr": "1"}
+        for step in range(3, 3 + later_rows):
+            killed.log_metrics({"loss": step / 8}, step=step)
+        resumed = MetricsCSV(folder, resume_step=2)
+        resumed.restore(waiting)
+        resumed.finalize("failed")  # a checkpoint that is refused leaves the file as it is
+        assert [row["step"] for row in read(folder / "metrics.csv")] == ["1", "2"][: 1 + later_rows]
+        resumed.open()
+        resumed.log_metrics({"val/fd": 2.5}, step=2)  # the validation that was interrupted
+        resumed.log_metrics({"loss": 0.375}, step=3)
+        resumed.finalize("success")
+        assert [tuple(row.values()) for row in read(folder / "metrics.csv")] == [
+            ("1", "0.125", "1", ""), ("2", "0.25", "1", "2.5"), ("3", "0.375", "", "")
+        ]  # fmt: skip
+
+
+def test_repeated_tests_at_one_step_are_rows_of_their_own(tmp_path: Path) -> None:
+    for value in (3.5, 4.5):
+        logger = MetricsCSV(tmp_path, filename="metrics_test.csv")
+        logger.log_metrics({"test/fd": value}, step=2)
+        logger.finalize("success")
+    assert [row["test/fd"] for row in read(tmp_path / "metrics_test.csv")] == ["3.5", "4.5"]
 
 
 def test_a_log_without_values_leaves_no_row(tmp_path: Path) -> None:
@@ -76,9 +111,8 @@ def test_a_repeated_measurement_replaces_the_row_that_holds_it(tmp_path: Path) -
     second = MetricsCSV(tmp_path, resume_step=2)
     assert second.amend({"test/fd": 3.5, "test/clip": 0.5}, step=2) is True
     assert second.amend({"test/fd": 4.0}, step=3) is False
-    assert second.amend({"loss": 1.0, "test/fd": 4.0}, step=2) is False, "no row holds both"
+    assert second.amend({"test/new": 1.0, "test/fd": 4.0}, step=2) is False, "no row holds both"
     second.finalize("success")
     assert read(tmp_path / "metrics.csv") == [
-        {"step": "2", "loss": "0.5", "test/fd": "", "test/clip": ""},
-        {"step": "2", "loss": "", "test/fd": "3.5", "test/clip": "0.5"},
+        {"step": "2", "loss": "0.5", "test/fd": "3.5", "test/clip": "0.5"},
     ]

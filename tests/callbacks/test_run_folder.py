@@ -140,3 +140,14 @@ def test_run_dir_of_a_trainer_from_python(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "a" / "version_3")
     known = SimpleNamespace(callbacks=[folder], log_dir="elsewhere", default_root_dir=str(tmp_path))
     assert run_dir(known) == folder.path  # type: ignore[arg-type]
+
+
+def test_a_session_that_trains_nothing_takes_its_event_files_along(tmp_path: Path) -> None:
+    """TensorBoard opens its file before the checkpoint is read; one that is refused leaves none behind."""
+    names = ("events.out.tfevents.1", "events.out.tfevents.2", "metrics.csv")
+    (tmp_path / names[0]).touch()
+    folder = RunFolder(tmp_path)
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    folder.discard()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[2]]
