@@ -9,8 +9,8 @@ How a metric is used, in this order:
    or finds the statistics of its pictures for any network), for metrics that name none themselves;
    ``device`` is where the network goes. Metrics that name equal networks share one, and if all are given the
    same tensor it sees each batch once.
-3. ``metric.prepare(captions, groups=None, negatives=None)``: optional; the whole evaluation list, for metrics that group
-   their pictures (``hpsv2``: groups are its styles). Others ignore it.
+3. ``metric.prepare(captions, groups=None, negatives=None)``: optional; the whole evaluation list, for metrics
+   that group their pictures (``hpsv2``: groups are its styles) or look at negative prompts. Others ignore it.
 4. ``metric.update(images, prompts, is_padding=None, positions=None)`` for each batch: ``positions`` are the
    places of the prompts in the list of ``prepare``; only metrics that were told groups need them.
 5. ``metric.results()``: ``{NAME: {"value", "num_images", "details"}}``, the same on every process: one entry
@@ -127,7 +127,7 @@ class ImageMetric(Metric):
         groups: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
     ) -> None:
-        """Learn the whole evaluation list before the first update: captions, group and negative prompt of each.
+        """Learn the whole evaluation list before the first update: captions, their groups and negatives.
 
         Most metrics have no use for it.
         """
@@ -169,7 +169,8 @@ class ImageMetric(Metric):
         broken = [i for i in keep if not finite[i]]
         if broken:
             raise UserError(
-                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or infinity, "
+                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or "
+                "infinity, "
                 f"the first one that of the prompt {prompts[broken[0]]!r}; look for the step where the "
                 "generator's output stops being finite (in half precision: try bf16 or fp32)"
             )

@@ -54,7 +54,12 @@ class HPSv2(ImageMetric):
         self._style_results: dict[str, dict[str, Any]] = {}
         self._spread: float | None = None
 
-    def prepare(self, captions: Sequence[str], groups: Sequence[str] | None = None) -> None:
+    def prepare(
+        self,
+        captions: Sequence[str],
+        groups: Sequence[str] | None = None,
+        negatives: Sequence[str] | None = None,
+    ) -> None:
         """Learn the style of every prompt (one style if there are no groups); forgets earlier pictures.
 
         Raises:
