@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.networks.fitting import check_fit
 from lightning_modules.networks.student import architecture
+from lightning_modules.networks.student_lora import StudentBase
 
 if TYPE_CHECKING:
     from lightning_modules.distillation import OneStepDistillation
@@ -25,15 +27,22 @@ def add_to_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -
         "weights": module.ema is not None,
         "student_steps": module.student_steps,
     }
+    if module.student_init is not None:
+        checkpoint["one_step"]["student_init"] = module.student_init
+    if module.student_lora is not None and module.student_base is not None:
+        checkpoint["one_step"]["student_lora"] = asdict(module.student_lora)
+        checkpoint["one_step"]["student_base"] = asdict(module.student_base)
 
 
 def take_from_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -> None:
     """Take over average and counters. Without an average in it, one starts from the student's weights.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint is of another model, or of an adapter on other weights.
     """
     check_fit(checkpoint["state_dict"], module.state_dict())
+    if module.student_base is not None and "student_base" in (stored := checkpoint.get("one_step", {})):
+        StudentBase(**stored["student_base"]).check(module.student_base.hash, "the checkpoint")
     for name, value in checkpoint.get("counters", {}).items():
         setattr(module, name, value)
     if module.ema is None:

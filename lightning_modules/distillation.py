@@ -1,6 +1,5 @@
 """The LightningModule that distils a multi-step teacher into a one-step student."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,12 +12,17 @@ from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_fr
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator, make_generator
+from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
+from lightning_modules.image_pairs import ImagePairs, PairRegression
+from lightning_modules.judging import objective_terms, pair_term, student_terms
 from lightning_modules.memory import Part, memory_by_part
 from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.roles import LoraSettings, ScoreModels
+from lightning_modules.networks.student_lora import StudentBase, StudentLoraSettings
+from lightning_modules.networks.student_start import make_student
 from lightning_modules.objectives.base import Objective, StudentSample
 from lightning_modules.optimization import RoleOptimization, UpdateGuard
 from lightning_modules.score_views import score_views
@@ -32,7 +36,8 @@ class OneStepDistillation(L.LightningModule):
     """Student, frozen teacher and fake score (LoRA teacher), trained in turn by two optimizers.
 
     One training step is one student update on the global batch, then one fake-score update on the same
-    samples. ``global_step`` counts student updates. Nothing but prompts goes in.
+    samples. ``global_step`` counts student updates. Nothing but prompts goes in, unless ``image_pairs`` are
+    given.
 
     Args:
         objective: the method; see ``lightning_modules/objectives``.
@@ -42,6 +47,11 @@ class OneStepDistillation(L.LightningModule):
         start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
             errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
         lora: adapter of the fake score on the teacher's weights; null makes the fake score a full copy.
+        student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
+            the teacher.
+        student_lora: train an adapter of the student on frozen weights; null: train all weights.
+        image_losses: auxiliary losses on decoded pictures; see ``lightning_modules/image_losses``.
+        image_pairs: pictures with captions for a regression term; the training isn't image-free then.
         ema_decay: largest decay of the student's moving average; null for none.
         gradient_checkpointing: recompute the student's activations in the backward pass, to save memory.
         seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
@@ -56,6 +66,10 @@ class OneStepDistillation(L.LightningModule):
         teacher: str = "assets/emoji-sd",
         start_timestep: int = 999,
         lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - read only
+        student_init: str | None = None,
+        student_lora: StudentLoraSettings | None = None,
+        image_losses: ImageLossSettings | None = None,
+        image_pairs: ImagePairs | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
         seed: int = 0,
@@ -63,15 +77,22 @@ class OneStepDistillation(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters(ignore=["objective", "student", "fake_score", "lora"])
+        plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing", "seed",
+                 "max_skipped_updates")  # fmt: skip
+        self.save_hyperparameters(*plain)
         self.objective = objective
         self.student_optimization, self.fake_score_optimization = student, fake_score
         self.teacher_path, self.start_timestep, self.lora = teacher, start_timestep, lora
+        self.student_init, self.student_lora = student_init, student_lora
+        self.image_losses, self.image_pairs = image_losses, image_pairs
         self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
         self.seed = seed
         self.student_steps = self.fake_score_steps = 0
-        self._guard, self._numbers = UpdateGuard(max_skipped_updates), StepNumbers()
+        self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
+        self.student_base: StudentBase | None = None
+        self.image_terms: ImageTerms | None = None
+        self.pair_regression: PairRegression | None = None
         self.ema: StudentEMA | None = None
 
     @property
@@ -106,25 +127,44 @@ class OneStepDistillation(L.LightningModule):
             raise UserError(
                 f"{type(self.objective).__name__} does not fit {self.parts.path}: {error}"
             ) from error
-        self.student = student = copy.deepcopy(self.parts.unet).requires_grad_(True).train()  # no adapter
+        student, self.student_base = make_student(
+            self.parts, self.teacher_path, self.start_timestep, self.student_init, self.student_lora
+        )
+        self.student = student
         if self.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
         self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
-        cast_frozen([self.scores, self.generator], frozen_dtype(self._trainer))
+        if self.image_losses is not None:
+            self.image_terms = ImageTerms(self.image_losses, self.parts)
+            if self._trainer is not None:
+                check_judges(self.image_losses.losses, self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.image_pairs is not None:
+            processes = self.trainer.world_size if self._trainer is not None else 1
+            self.pair_regression = PairRegression(self.image_pairs, self.parts, processes)
+        frozen = [self.scores, self.generator, *([self.image_terms] if self.image_terms is not None else [])]
+        cast_frozen(frozen, frozen_dtype(self._trainer))
 
     def configure_optimizers(self) -> Any:
         assert self.student is not None
         steps = int(self.trainer.max_steps)
         fake_groups = [{"params": self.scores.fake_parameters()}, *self.objective.extra_parameter_groups()]
-        student, schedule = self.student_optimization.build([{"params": [*self.student.parameters()]}], steps)
+        if self.image_terms is not None:
+            self.image_terms.weights(0, steps)  # a schedule without an end shows here, before any training
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        student, schedule = self.student_optimization.build([{"params": trained}], steps)
         fake, fake_schedule = self.fake_score_optimization.build(fake_groups, steps)
         schedules = {"student": schedule, "fake_score": fake_schedule}
         return [student, fake], [
             {"scheduler": item, "name": f"learning_rate/{role}"} for role, item in schedules.items()
         ]
+
+    def on_fit_start(self) -> None:
+        """Say so if the training is not image-free."""
+        if self.pair_regression is not None:
+            self.print(self.pair_regression.notice)
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -137,9 +177,11 @@ class OneStepDistillation(L.LightningModule):
         # Lightning counts every optimizer's steps in global_step; only the student's are to count.
         fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
         step = self.student_steps
-        self._numbers.clear()
+        self.numbers.clear()
         with fast_attention(self.device):
             samples = [self._student_turn(part, step) for part in self._micro_batches(batch)]
+            if (term := pair_term(self, step)) is not None:
+                self.manual_backward(term)
             if updated := self._update(student_optimizer, self.student_optimization, "student"):
                 self.student_steps += 1
                 if self.ema is not None:
@@ -150,7 +192,7 @@ class OneStepDistillation(L.LightningModule):
                 self.fake_score_steps += 1
         for schedule in self.lr_schedulers() if updated else ():  # type: ignore[union-attr]
             schedule.step()
-        self._numbers.log(self)
+        self.numbers.log(self)
         self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[list[str], Tensor, float]]:
@@ -174,38 +216,26 @@ class OneStepDistillation(L.LightningModule):
         # gradient, and whatever the objective did inside reaches no other weight.
         leaf = x0.detach().requires_grad_()
         sample = StudentSample(leaf, condition)
-        terms = self._judge("student", sample, random, share)
+        terms = student_terms(self, sample, prompts, random, share)
         parts = {n: torch.autograd.grad(term, leaf, retain_graph=True)[0] for n, term in terms.items()}
         del terms, sample  # and with them what they keep for backward passes
         self.manual_backward(share * (x0 * torch.stack([*parts.values()]).sum(0)).sum())
         for name, gradient in parts.items():
             # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
-            self._numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
-        self._numbers.note("latents/mean", leaf.mean(), share)
-        self._numbers.note("latents/std", leaf.std(), share)
+            self.numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
+        self.numbers.note("latents/mean", leaf.mean(), share)
+        self.numbers.note("latents/std", leaf.std(), share)
         return StudentSample(x0.detach(), condition), random, share
 
     def _fake_score_turn(self, sample: StudentSample, random: StepRandom, share: float) -> None:
         """Train the fake score, and networks of the objective, on detached samples."""
-        terms = self._judge("fake_score", sample, random, share)
+        terms = objective_terms(self, "fake_score", sample, random, share)
         self.manual_backward(share * torch.stack([*terms.values()]).sum())
-
-    def _judge(self, role: str, sample: StudentSample, random: StepRandom, share: float) -> dict[str, Tensor]:
-        """The objective's loss terms for one role, noted for the log together with its diagnostics."""
-        self.objective.diagnostics.clear()
-        terms = getattr(self.objective, f"{role}_loss")(sample, self.scores, random)
-        for name, value in terms.items():
-            self._numbers.note(f"train/{role}_{name}", value, share)
-        for name, number in self.objective.diagnostics.items():
-            is_count = name.startswith("nonfinite")  # counts are added up over all processes, not averaged
-            self._numbers.note(f"objective/{name}", number, self.trainer.world_size if is_count else share)
-        # A term that is not finite makes its gradient so: then every process skips the update.
-        return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
 
     def _update(self, optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
         """Clip and step, unless the gradient is not finite; whether it was (the same on all processes)."""
         finite, norm = self._guard.step(optimizer, optimization, role, self.student_steps)
-        self._numbers.note(f"gradient_norm/{role}", norm)
+        self.numbers.note(f"gradient_norm/{role}", norm)
         return finite
 
     # --- evaluation -----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
     states: as many values as each optimizer keeps per weight, in float32.
     """
     assert module.student is not None
-    student = size(module.student.parameters(), trained=True)
+    student = size((p for p in module.student.parameters() if p.requires_grad), trained=True)
     fake = size(module.scores.fake_parameters(), trained=True)
     own = size(module.objective.parameters(), trained=True)
     turns = (student[:2], (fake[0] + own[0], fake[1] + own[1]))
@@ -42,9 +42,16 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
         "text encoder": size(module.parts.text_encoder.parameters()),
         "autoencoder": size(module.parts.vae.parameters()),
     }
+    if module.student_lora is not None:
+        frozen["student's base"] = size(p for p in module.student.parameters() if not p.requires_grad)
+    if module.image_terms is not None:
+        shared = {id(p) for p in module.parts.vae.parameters()}
+        frozen["image losses' networks"] = size(
+            p for p in module.image_terms.parameters() if id(p) not in shared
+        )
     kind = "full copy" if module.lora is None else "LoRA adapter"
     parts = {
-        "student": student,
+        "student" if module.student_lora is None else "student (LoRA adapter)": student,
         f"fake score ({kind})": fake,
         "objective's networks": own,
         **frozen,

@@ -1,5 +1,7 @@
 """The numbers of one training step, gathered from its micro-batches and logged over all processes."""
 
+from collections.abc import Mapping
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -20,6 +22,14 @@ class StepNumbers:
         device = value.device if isinstance(value, Tensor) else None
         number = torch.as_tensor(value, dtype=torch.float32, device=device).detach() * share
         self._values[name] = self._values[name] + number if name in self._values else number
+
+    def note_all(
+        self, group: str, numbers: Mapping[str, float | Tensor], share: float, world_size: int
+    ) -> None:
+        """Keep several as ``group/NAME``; counts (nonfinite…, truncated…) are totals over all processes."""
+        for name, number in numbers.items():
+            is_count = name.startswith(("nonfinite", "truncated"))
+            self.note(f"{group}/{name}", number, world_size if is_count else share)
 
     def log(self, module: L.LightningModule) -> None:
         """Log them by the module, averaged over the processes, which all must have noted the same names."""

@@ -1,34 +1,73 @@
-"""Decodes latents to pictures."""
+"""Decodes latents to pictures, and back."""
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from lightning_modules.diffusion.broadcast import at_least_float32
+from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.frozen import hide_from_state_dict
+from lightning_modules.networks.loading import asset_path, no_progress_bars
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 class LatentDecoder(nn.Module):
-    """Frozen decoder of an autoencoder; gradients may flow through it to the latents.
+    """Frozen autoencoder between latents and pictures; gradients may flow through `decode` to the latents.
 
     Args:
-        vae: the autoencoder; only its decoder is used.
-        slice_size: most latents decoded at once, to bound memory.
+        vae: the autoencoder.
+        slice_size: most pictures at once, to bound memory.
     """
 
-    def __init__(self, vae: AutoencoderKL, slice_size: int = 16) -> None:
+    def __init__(self, vae: Autoencoder, slice_size: int = 16) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         self.slice_size = slice_size
         hide_from_state_dict(self)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], float32 in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
+        """Pictures [B, 3, H, W], at least float32, in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
         config, dtype = self.vae.config, next(self.vae.parameters()).dtype
         # The UNet's latents are (code - shift) * scale, of unit deviation (arXiv 2112.10752, appendix G).
-        codes = (latents.float() / config.scaling_factor + (config.shift_factor or 0.0)).to(dtype)
+        codes = (at_least_float32(latents) / config.scaling_factor + (config.shift_factor or 0.0)).to(dtype)
         slices = [self.vae.decode(part, return_dict=False)[0] for part in codes.split(self.slice_size)]
-        return (torch.cat(slices).float() / 2 + 0.5).clamp(0.0, 1.0)
+        return (at_least_float32(torch.cat(slices)) / 2 + 0.5).clamp(0.0, 1.0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents [B, C, h, w] at the UNet's scale of pictures [B, 3, H, W] in [0, 1]: the means, no noise.
+
+        For an AutoencoderKL; the inverse of `decode` as far as the autoencoder goes.
+        """
+        config, dtype = self.vae.config, next(self.vae.parameters()).dtype
+        slices = (images * 2 - 1).to(dtype).split(self.slice_size)
+        codes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in slices])
+        return (at_least_float32(codes) - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def train(self, mode: bool = True) -> "LatentDecoder":
         """Stay in evaluation mode: the autoencoder is never trained."""
         return super().train(False)
+
+
+def load_autoencoder(path: str) -> Autoencoder:
+    """An autoencoder in float32 from a folder (or hub name) of its own: AutoencoderTiny, as TAESD is, or KL.
+
+    Raises:
+        UserError: it can't be read, is of another kind, or lacks weights.
+    """
+    source = str(asset_path(path))
+    try:
+        with no_progress_bars():
+            kind = KINDS.get(AutoencoderTiny.load_config(source).get("_class_name", ""))
+            if kind is None:
+                raise ValueError(f"it is none of {', '.join(KINDS)}.")
+            module, info = kind.from_pretrained(source, torch_dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # the loaders raise many kinds; the cause stays attached
+        raise UserError(
+            f"the decoder {path} can't be loaded: {first_line(error)} Give the folder of an autoencoder, "
+            "with config.json and weights."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the decoder {path} lacks the weights {missing[:3]} ({len(missing)} missing)")
+    return module

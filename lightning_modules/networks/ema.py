@@ -12,13 +12,14 @@ from lightning_modules.networks.fitting import difference
 
 
 class StudentEMA:
-    """Shadow of a module's parameters in float32.
+    """Shadow of a module's trained parameters in float32.
 
     After update n the shadow is d * shadow + (1 - d) * weights with d = min(decay, n / (9 + n)), and d = 0
     at n = 1.
 
     Args:
-        module: the network that is averaged; it is referred to, not copied.
+        module: the network that is averaged; it is referred to, not copied. Parameters that require no
+            gradient now (the base of a LoRA student) are left out.
         decay: largest decay.
     """
 
@@ -28,7 +29,11 @@ class StudentEMA:
         self.module = module
         self.decay = decay
         self.num_updates = 0
-        self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in module.named_parameters()}
+        self.shadow = {
+            name: p.detach().to(torch.float32, copy=True)
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
         self._swapped = False
 
     def current_decay(self) -> float:
@@ -43,7 +48,7 @@ class StudentEMA:
             raise RuntimeError("StudentEMA.update() inside swapped() would average the average into itself")
         self.num_updates += 1
         weight = 1.0 - self.current_decay()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._averaged():
             shadow = self.shadow[name].to(parameter.device)
             shadow -= weight * (shadow - parameter.detach().float())
             self.shadow[name] = shadow
@@ -53,7 +58,7 @@ class StudentEMA:
         """The module holds the average inside; its own weights return bit for bit, also on exceptions."""
         if self._swapped:
             raise RuntimeError("StudentEMA.swapped() is already active")
-        own = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+        own = {name: parameter.detach().clone() for name, parameter in self._averaged()}
         self._swapped = True
         try:
             self._write(self.shadow)
@@ -85,5 +90,8 @@ class StudentEMA:
 
     @torch.no_grad()
     def _write(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._averaged():
             parameter.copy_(weights[name])
+
+    def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if name in self.shadow)

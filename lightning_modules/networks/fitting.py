@@ -16,16 +16,21 @@ def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     if found := difference(given, expected):
         raise UserError(
             f"the checkpoint does not fit this distillation: {found}; give the checkpoint of a distillation "
-            "with the same teacher and lora settings, or set teacher and lora as they were in that run"
+            "with the same teacher and lora settings, those of student_lora too, or set them as they were then"
         )
 
 
-def difference(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def difference(
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    words: tuple[str, str] = ("checkpoint", "model"),
+) -> str | None:
     """The first weight, in the model's order, whose name or shape differs, as part of a sentence.
 
     Args:
         given: weights of a checkpoint by name.
         expected: the model's.
+        words: what the two are called in the sentence.
 
     Returns:
         None if all agree, else e.g. "conv_in.weight has shape [8, 4, 3, 3] in the checkpoint and has
@@ -38,6 +43,6 @@ def difference(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
         return None
     places = [
         f"has shape {side[odd[0]]} in the {word}" if odd[0] in side else f"is not in the {word}"
-        for side, word in zip(shapes, ("checkpoint", "model"), strict=True)
+        for side, word in zip(shapes, words, strict=True)
     ]
     return f"{odd[0]} {' and '.join(places)} ({len(odd)} of {len(names)} weights differ)"

@@ -27,7 +27,7 @@ ADAPTER = "fake_score"
 
 @dataclass
 class LoraSettings:
-    """Low-rank adapter of the fake score.
+    """Low-rank adapter.
 
     Attributes:
         rank: rank r of the update B A.
@@ -82,7 +82,7 @@ class ScoreModels(nn.Module):
         if lora is None:
             self.full_copy = copy.deepcopy(base_unet).to(torch.float32).requires_grad_(True).train()
         else:
-            _inject(base_unet, lora)
+            inject_adapter(base_unet, lora, ADAPTER)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
 
@@ -168,25 +168,31 @@ def adaptable_layers(unet: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def _inject(unet: UNet2DConditionModel, lora: LoraSettings) -> None:
-    """Put the adapter into the UNet (float32 weights, B = 0, so that it starts as the teacher)."""
+def inject_adapter(unet: UNet2DConditionModel, lora: LoraSettings, name: str) -> LoraModel:
+    """Put an adapter into the UNet itself (float32 weights, B = 0, so that it computes what it did before).
+
+    Names stay those of the UNet; the returned wrapper is needed for folding only.
+
+    Raises:
+        UserError: a LoRA target matches no layer.
+    """
     layers = [n for n, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if unmatched:
         raise UserError(
-            f"LoRA targets {unmatched} match no layer of the teacher's UNet. "
+            f"LoRA targets {unmatched} match no layer of the UNet. "
             f"Set the targets to some of: {', '.join(adaptable_layers(unet))}."
         )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
     )
-    # LoraModel changes the UNet in place; the wrapper itself is not needed, so names stay those of the UNet.
-    LoraModel(unet, config, ADAPTER)
+    wrapper = LoraModel(unet, config, name)
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in _adapter_parameters(module):
                 # trained weights are float32 on half-precision bases too
                 parameter.data = parameter.data.float()
+    return wrapper
 
 
 def _caller(unet: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:

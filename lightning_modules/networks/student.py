@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lightning_modules.errors import UserError
+from lightning_modules.networks.content_hash import content_hash
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
 from lightning_modules.networks.fitting import difference
 from lightning_modules.networks.loading import (
@@ -19,6 +20,8 @@ from lightning_modules.networks.loading import (
     pipeline_folder,
     read_json,
 )
+from lightning_modules.networks.roles import LoraSettings
+from lightning_modules.networks.student_lora import StudentBase, fold
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
@@ -160,13 +163,7 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     content = read_checkpoint(path)
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
-    unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
-    if found := difference(state, unet.state_dict()):
-        raise UserError(
-            f"The student in {path} is of another architecture than the checkpoint says: {found}. "
-            "Give another checkpoint."
-        )
-    unet.load_state_dict(state)
+    unet = _folded(facts, state, path) if "student_lora" in facts else _whole(facts, state, path)
     try:
         parts = load_parts(facts["teacher"], unet=unet.requires_grad_(False).eval())
     except UserError as error:
@@ -174,7 +171,33 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     start = int(facts["start_timestep"])
     parts.scheduler = one_step_scheduler(parts.scheduler, start)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
+    if "student_init" in facts:
+        origin["student_init"] = facts["student_init"]
     return LoadedStudent(parts, start, chosen, origin)
+
+
+def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> UNet2DConditionModel:
+    """The student of a checkpoint that holds all of its weights."""
+    unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
+    if found := difference(state, unet.state_dict()):
+        raise UserError(
+            f"The student in {path} is of another architecture than the checkpoint says: {found}. "
+            "Give another checkpoint."
+        )
+    unet.load_state_dict(state)
+    return unet
+
+
+def _folded(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> UNet2DConditionModel:
+    """The LoRA student of a checkpoint, its adapter folded into the base that the checkpoint names."""
+    base = StudentBase(**facts["student_base"])
+    try:
+        unet = load_student(base.path).parts.unet
+    except UserError as error:
+        raise UserError(f"The base of the LoRA student in {path} can't be loaded: {error}") from error
+    base.check(content_hash(unet), str(path))
+    fold(unet, LoraSettings(**facts["student_lora"]), state, str(path))
+    return unet
 
 
 def _version(checkpoint: Path) -> int:

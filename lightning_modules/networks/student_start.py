@@ -1,0 +1,95 @@
+"""The student at the start of training: a copy of the teacher, or any one-step model that fits it."""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.content_hash import content_hash
+from lightning_modules.networks.fitting import difference
+from lightning_modules.networks.loading import TextToImageParts, noise_schedule
+from lightning_modules.networks.roles import LoraSettings
+from lightning_modules.networks.student import LoadedStudent, architecture, load_student
+from lightning_modules.networks.student_lora import StudentBase, add_adapter
+
+# Settings of a UNet that change no formula: the default size of pictures, and an old remedy for float16.
+_HARMLESS = {"sample_size", "upcast_attention"}
+
+
+def make_student(
+    parts: TextToImageParts,
+    teacher: str,
+    start_timestep: int,
+    init: str | None = None,
+    lora: LoraSettings | None = None,
+) -> tuple[UNet2DConditionModel, StudentBase | None]:
+    """The network to train, in float32, and for a LoRA student the frozen weights under it.
+
+    Args:
+        parts: the teacher's, without adapters; not changed.
+        teacher: the name the parts were read by.
+        start_timestep: T of the run.
+        init: one-step model to start from (a .ckpt, an export, a diffusers folder); None: the teacher.
+        lora: train an adapter of this kind on frozen weights; None: train all weights.
+
+    Raises:
+        UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
+    """
+    if init is None:
+        unet = copy.deepcopy(parts.unet)
+    else:
+        loaded = load_student(init)
+        if found := mismatch(loaded, parts, start_timestep):
+            raise UserError(f"student_init {init} does not fit the teacher {teacher}: {found}")
+        unet = loaded.parts.unet
+    unet.requires_grad_(True).train()
+    if lora is None:
+        return unet, None
+    base = StudentBase(init or teacher, content_hash(unet))
+    add_adapter(unet, lora)
+    return unet, base
+
+
+def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: int) -> str | None:
+    """The first thing in which a student differs from what training it by this teacher needs, in words.
+
+    Students of this project start at one timestep; any other model is taken to know all of its schedule.
+    """
+    words = ("student", "teacher")
+    if found := difference(student.parts.unet.state_dict(), teacher.unet.state_dict(), words):
+        return f"{found}; give a model of the teacher's architecture"
+    if found := _other_setting(student.parts.unet, teacher.unet):
+        return f"{found}; give a model of the teacher's architecture"
+    own, wanted = noise_schedule(student.parts.scheduler), noise_schedule(teacher.scheduler)
+    if own.prediction_type != wanted.prediction_type:
+        return (
+            f"the student predicts {own.prediction_type!r}, the teacher {wanted.prediction_type!r}; give one "
+            "with the teacher's prediction_type"
+        )
+    if student.facts and student.start_timestep != start_timestep:
+        return (
+            f"the student starts at timestep {student.start_timestep}, this run at {start_timestep}; set "
+            f"start_timestep to {student.start_timestep}"
+        )
+    if own.num_timesteps <= start_timestep:
+        return f"the student's schedule has {own.num_timesteps} timesteps, start_timestep is {start_timestep}"
+    shared = min(own.num_timesteps, wanted.num_timesteps)  # an export's schedule ends where it starts
+    sides = (own.alpha[:shared].square(), wanted.alpha[:shared].square())
+    close = torch.isclose(*sides, rtol=1e-3, atol=1e-5)
+    if not bool(close.all()):
+        t = int((~close).nonzero()[0])
+        return (
+            f"at timestep {t} the student's schedule has alpha_bar {sides[0][t]:.4g}, the teacher's "
+            f"{sides[1][t]:.4g}; give a model trained with the teacher's schedule"
+        )
+    return None
+
+
+def _other_setting(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> str | None:
+    """The first setting that makes the same weights another function; absent ones count as false."""
+    own, wanted = architecture(student), architecture(teacher)
+    for name in sorted((own.keys() | wanted.keys()) - _HARMLESS):
+        if (own.get(name) or None) != (wanted.get(name) or None):
+            return f"its UNet has {name} {own.get(name)}, the teacher's {wanted.get(name)}"
+    return None

@@ -1,0 +1,240 @@
+"""The LoRA student: what is trained, averaged, stored, and rebuilt from a small checkpoint."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import cli
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.start_summary import memory_table
+from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.errors import UserError
+from lightning_modules.generator import load_generator
+from lightning_modules.networks.export import export_student
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.student import load_student
+from lightning_modules.networks.student_lora import StudentLoraSettings
+from tests.tiny_distillation import (
+    PROMPTS,
+    Hooks,
+    changed,
+    distillation,
+    fit,
+    snapshot,
+    watch_updates,
+)
+
+LORA = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v", "conv1"])
+
+
+def lora_student(teacher: Path, **settings: object) -> OneStepDistillation:
+    return distillation(teacher, student_lora=LORA, **settings)
+
+
+def own_latents(module: OneStepDistillation) -> Tensor:
+    condition = module.generator.prompt_encoder.encode(PROMPTS[:2])
+    with torch.no_grad():
+        return module.generator.latents(module.generator.noise([7, 8]), condition)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[OneStepDistillation, Path]:
+    """A module after three steps, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("lora")
+    module = lora_student(tiny_sd)
+    fit(module, folder, 3, RunCheckpoint(), enable_checkpointing=True)
+    return module, folder / "checkpoints" / "last.ckpt"
+
+
+def test_paper_settings() -> None:
+    settings = StudentLoraSettings()
+    assert (settings.rank, settings.alpha) == (256, 512.0)
+    with pytest.raises(UserError, match="rank must be at least 1"):
+        StudentLoraSettings(rank=0)
+
+
+def test_starts_as_its_base_bit_for_bit(tiny_sd: Path) -> None:
+    modules = [distillation(tiny_sd), lora_student(tiny_sd)]
+    for module in modules:
+        module.configure_model()
+    assert torch.equal(own_latents(modules[0]), own_latents(modules[1]))
+
+
+def test_only_adapters_have_gradients_and_move(tiny_sd: Path, tmp_path: Path) -> None:
+    module = lora_student(tiny_sd)
+    with_gradient: list[set[str]] = []
+
+    def watcher(role: str, update: Callable[[], bool]) -> bool:
+        if role == "student":
+            with_gradient.append({name for name, p in module.named_parameters() if p.grad is not None})
+        return update()
+
+    watch_updates(module, watcher)
+    before: dict[str, Tensor] = {}
+    history: list[dict[str, Tensor]] = []
+    hooks = Hooks(lambda m: before.update(snapshot(m)), lambda m: history.append(snapshot(m.student)))
+    run = fit(module, tmp_path, 3, hooks, micro_batch_size=2)
+    layers = [n for n, _ in load_parts(tiny_sd).unet.named_modules()]
+    adapted = [n for n in layers if n.endswith((".to_q", ".to_v", ".conv1"))]
+    names = {f"student.{n}.lora_{x}.student.weight" for n in adapted for x in "AB"}
+    assert with_gradient == [names] * 3
+    moved = changed(before, snapshot(module))
+    assert moved == names | {n for n in before if ".fake_score." in n}
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-3
+    # the average is of the adapter alone, by the usual rule
+    assert module.ema is not None
+    short = {name.removeprefix("student.") for name in names}
+    assert set(module.ema.shadow) == short
+    expected = {name: history[0][name] for name in short}
+    for number, weights in enumerate(history[1:], start=2):
+        decay = min(0.5, number / (9 + number))
+        expected = {n: decay * expected[n] + (1 - decay) * weights[n] for n in short}
+    for name in short:
+        torch.testing.assert_close(module.ema.shadow[name], expected[name], rtol=0, atol=1e-6)
+    own = snapshot(module.student)
+    with module.evaluation_weights():
+        assert changed(own, snapshot(module.student)) == changed(
+            {n: own[n] for n in short}, dict(module.ema.shadow)
+        )
+    assert not changed(own, snapshot(module.student))
+
+
+def test_checkpoint_is_small_and_names_its_base(
+    trained: tuple[OneStepDistillation, Path], tiny_sd: Path
+) -> None:
+    module, path = trained
+    content = torch.load(path, weights_only=True)
+    adapter = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert set(content["state_dict"]) == adapter
+    assert content["one_step"]["student_lora"] == {
+        "rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v", "conv1"], "dropout": 0.0,
+    }  # fmt: skip
+    assert content["one_step"]["student_base"]["path"] == str(tiny_sd)
+    student = {n: p for n, p in content["state_dict"].items() if n.startswith("student.")}
+    unet = sum(p.numel() for p in load_parts(tiny_sd).unet.parameters())
+    assert 0 < sum(p.numel() for p in student.values()) < unet / 4
+
+
+@pytest.mark.parametrize("weights", ["ema", "online"])
+def test_folded_is_unfolded(weights: str, trained: tuple[OneStepDistillation, Path], tiny_sd: Path) -> None:
+    """The prediction of a plain UNet with the adapter folded in, relative to its size; and by hand."""
+    module, path = trained
+    loaded = load_student(path, weights)  # type: ignore[arg-type]
+    assert set(loaded.parts.unet.state_dict()) == set(load_parts(tiny_sd).unet.state_dict())
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([625, 625]), torch.randn(2, 16, 16)
+    assert module.ema is not None and module.student is not None
+    with torch.no_grad():
+        folded = loaded.parts.unet(x, t, text).sample
+        with module.ema.swapped():
+            average = module.student(x, t, text).sample
+            shadow = copy.deepcopy(module.ema.shadow)
+        unfolded = average if weights == "ema" else module.student(x, t, text).sample
+        start = load_parts(tiny_sd).unet(x, t, text).sample
+    assert (folded - unfolded).norm() < 1e-5 * unfolded.norm()
+    assert (folded - start).norm() > 1e-3 * start.norm()
+    if weights == "ema":  # W + alpha / rank * B A
+        name = next(n.removesuffix(".lora_A.student.weight") for n in shadow if ".to_q.lora_A" in n)
+        b, a = (shadow[f"{name}.lora_{x}.student.weight"] for x in "BA")
+        base = load_parts(tiny_sd).unet.state_dict()[f"{name}.weight"]
+        torch.testing.assert_close(loaded.parts.unet.state_dict()[f"{name}.weight"], base + 2.0 * b @ a)
+
+
+def test_commands_read_it(trained: tuple[OneStepDistillation, Path], tmp_path: Path) -> None:
+    module, path = trained
+    batch = {"prompts": PROMPTS[:2], "indices": torch.tensor([7, 8]), "is_padding": torch.zeros(2).bool()}
+    images = module.eval().validation_step(batch, 0)["images"]
+    torch.testing.assert_close(load_generator(path).images(PROMPTS[:2], [7, 8]), images, rtol=0, atol=1e-5)
+    cli.main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out")])
+    torch.testing.assert_close(
+        load_generator(tmp_path / "out").images(PROMPTS[:2], [7, 8]), images, rtol=0, atol=1e-5
+    )
+    cli.main(["generate", "--model", str(path), "--prompt", "a cat", "--output", str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+
+
+def test_a_base_that_changed_is_refused(
+    trained: tuple[OneStepDistillation, Path], own_sd: Path, tmp_path: Path
+) -> None:
+    module = lora_student(own_sd)
+    fit(module, tmp_path, 1, RunCheckpoint(), enable_checkpointing=True)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    parts = load_parts(own_sd)
+    with torch.no_grad():
+        parts.unet.conv_out.bias += 1
+    parts.unet.save_pretrained(own_sd / "unet")
+    with pytest.raises(UserError, match=f"{path} holds a LoRA adapter .* weights of {own_sd}.*others now"):
+        load_student(path)
+    other = lora_student(own_sd)
+    other.configure_model()
+    with pytest.raises(UserError, match="the checkpoint holds a LoRA adapter"):
+        other.on_load_checkpoint(torch.load(path, weights_only=True))
+    shutil.rmtree(own_sd / "unet")
+    with pytest.raises(UserError, match=f"The base of the LoRA student in {path} can't be loaded: .*unet"):
+        load_student(path)
+
+
+def test_lora_on_an_exported_student_and_on_another_checkpoint(tiny_sd: Path, tmp_path: Path) -> None:
+    """The base is the initial student: first an export, then the LoRA checkpoint itself, folded."""
+    parts = load_parts(tiny_sd)
+    with torch.no_grad():
+        parts.unet.conv_out.bias += 0.1
+    start = export_student(parts.unet, parts, 625, tmp_path / "start", card={"teacher": "tiny"})
+    for number in range(2):
+        module = lora_student(tiny_sd, student_init=str(start))
+        module.configure_model()
+        expected = own_latents(module)
+        folded = load_generator(start)
+        with torch.no_grad():
+            condition = folded.prompt_encoder.encode(PROMPTS[:2])
+            assert torch.equal(folded.latents(folded.noise([7, 8]), condition), expected)
+        fit(module, tmp_path / str(number), 2, RunCheckpoint(), enable_checkpointing=True)
+        start = tmp_path / str(number) / "checkpoints" / "last.ckpt"
+        with module.evaluation_weights():
+            after = own_latents(module)
+        again = load_generator(start)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                again.latents(again.noise([7, 8]), condition), after, rtol=0, atol=1e-4
+            )
+        assert (after - expected).abs().max() > 1e-3
+        assert load_student(start).facts["student_init"] == module.student_init
+
+
+def test_a_full_students_checkpoint_does_not_fit(
+    trained: tuple[OneStepDistillation, Path], tiny_sd: Path
+) -> None:
+    full = distillation(tiny_sd)
+    full.configure_model()
+    with pytest.raises(UserError, match="does not fit this distillation: .*student_lora"):
+        full.on_load_checkpoint(torch.load(trained[1], weights_only=True))
+
+
+def test_targets_that_match_nothing(tiny_sd: Path) -> None:
+    module = distillation(tiny_sd, student_lora=StudentLoraSettings(targets=["to_x"]))
+    with pytest.raises(UserError, match=r"LoRA targets \['to_x'\] match no layer"):
+        module.configure_model()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_sd: Path, tmp_path: Path) -> None:
+    modules = [lora_student(tiny_sd, gradient_checkpointing=on) for on in (False, True)]
+    for module in modules:
+        fit(module, tmp_path, 2)
+    assert not changed(snapshot(modules[0].student), snapshot(modules[1].student))
+
+
+def test_memory_of_both_students(trained: tuple[OneStepDistillation, Path], tiny_sd: Path) -> None:
+    """The adapter is trained, its base frozen; gradients and the average are the adapter's alone."""
+    module, _ = trained
+    parts = module.memory_parts()
+    unet = sum(p.numel() for p in load_parts(tiny_sd).unet.parameters())
+    adapter = sum(p.numel() for n, p in module.student.named_parameters() if "lora_" in n)
+    assert parts["student (LoRA adapter)"] == (adapter, 4 * adapter, True)
+    assert parts["student's base"] == (unet, 4 * unet, False)
+    assert parts["student's moving average"][0] == adapter
+    assert parts["gradients"][0] <= max(adapter, parts["fake score (LoRA adapter)"][0]) < unet
+    assert "student (LoRA adapter)" in memory_table(parts) and "student's base" in memory_table(parts)
