@@ -10,14 +10,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from callbacks.cache import ResultCache
 from callbacks.hashing import hash_texts
 from callbacks.loggers import MetricsCSV
-from callbacks.measure import evaluate_model, milliseconds_per_image
+from callbacks.measure import evaluate_model, milliseconds_per_image, require_finite
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
-from callbacks.metrics.reference import ReferenceStatistics
-from callbacks.student import as_student, evaluating, evaluation_captions
+from callbacks.metrics.reference import ReferenceSource
+from callbacks.references import describe_reference, framed_reference
+from callbacks.student import as_student, evaluating, evaluation_captions, evaluation_extras
 from callbacks.teacher import Teacher, teacher_metrics
+from datamodules.picture_files import Frame
 from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import asset_path
 
@@ -51,9 +53,11 @@ class Evaluation(Callback):
     bias).
 
     Args:
-        scoring_clip: CLIP folder that sees the pictures.
-        reference: statistics of real pictures (scripts/make_reference.py); None: no ``frechet_distance``.
+        scoring_clip: CLIP folder that sees the pictures for metrics that name no network.
+        reference: folder of real pictures, or a file of their statistics (scripts/make_reference.py); None:
+            no ``frechet_distance``.
         metrics: metric objects (default: FrechetDistance if there is a reference, and ClipScore).
+        frame: crop and resize of drawn pictures, and of those in a reference folder; None: none.
         final_size: captions of the final evaluation, the first ones of the data module; 0 skips it.
         batch_size: pictures per pass and process in the final evaluation.
         seed: the picture of caption i is drawn from seed ``seed + i``, by student and teacher alike.
@@ -78,6 +82,7 @@ class Evaluation(Callback):
         teacher_steps: int = 25,
         teacher_guidance: float = 4.5,
         timing_batch_size: int = 16,
+        frame: Frame | None = None,
     ) -> None:
         for name, value, least in [
             ("final_size", final_size, 0),
@@ -99,28 +104,32 @@ class Evaluation(Callback):
             teacher_steps,
             teacher_guidance,
         )
-        self.timing_batch_size = timing_batch_size
+        self.timing_batch_size, self.frame = timing_batch_size, frame
         self.extractor: ClipExtractor | None = None
-        self.reference: ReferenceStatistics | None = None
+        self.reference: ReferenceSource | None = None
+        self._is_set_up = False
         self.final: FinalResults | None = None
         self._fed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the scoring CLIP and the reference, so that mistakes show before any training."""
-        if self.extractor is not None:
+        if self._is_set_up:
             return
-        self.extractor = ClipExtractor(asset_path(self.scoring_clip))
+        if any(metric.spec is None for metric in self.metrics):
+            self.extractor = ClipExtractor(asset_path(self.scoring_clip))
         if self.reference_path is not None:
-            self.reference = ReferenceStatistics.load(asset_path(self.reference_path))
+            self.reference = framed_reference(self.reference_path, self.frame)
         for metric in self.metrics:
             metric.bind(self.extractor, self.reference, trainer.strategy.root_device)
         self._warn_if_not_comparable(evaluation_captions(trainer))
+        self._is_set_up = True
 
     def _warn_if_not_comparable(self, captions: Sequence[str]) -> None:
-        if self.reference is not None and self.reference.captions_hash != hash_texts(captions):
+        described = describe_reference(self.reference, captions) or {}
+        if described.get("captions_are_those_of_the_evaluation") is False:
             rank_zero_warn(
                 f"the evaluation captions are not those of the reference statistics {self.reference_path} "
-                f"({self.reference.source}): frechet_distance is not comparable with published numbers; for "
+                f"({described['source']}): frechet_distance is not comparable with published numbers; for "
                 "your own captions make statistics of your own pictures with scripts/make_reference.py"
             )
 
@@ -136,28 +145,33 @@ class Evaluation(Callback):
         self._fed = False
         for metric in self.metrics:
             metric.reset()
+            metric.prepare(evaluation_captions(trainer), *evaluation_extras(trainer))
 
     def _feed(self, outputs: Any) -> None:
         if not outputs or outputs.get("images") is None:
             return
         self._fed = True
+        images, prompts, padding = outputs["images"], outputs["prompts"], outputs["is_padding"]
+        if self.frame is not None:  # 8-bit pictures hold no NaN any more
+            require_finite(images, outputs["indices"].tolist(), prompts, padding.tolist())
+            images = self.frame.batch(images)
         for metric in self.metrics:
-            metric.update(outputs["images"], outputs["prompts"], outputs["is_padding"])
+            metric.update(images, prompts, padding, outputs["indices"])
 
     def _log(self, trainer: Trainer, module: LightningModule, prefix: str) -> None:
         if trainer.sanity_checking or not self._fed:
             return
         for metric in self.metrics:
-            result = metric.result()
-            # The value is already that of all processes.
-            module.log(
-                f"{prefix}/{metric.name}",
-                result["value"],
-                rank_zero_only=False,
-                sync_dist=False,
-                prog_bar=prefix == "val",
-                batch_size=1,
-            )
+            for name, result in metric.results().items():
+                # The value is already that of all processes.
+                module.log(
+                    f"{prefix}/{name}",
+                    result["value"],
+                    rank_zero_only=False,
+                    sync_dist=False,
+                    prog_bar=prefix == "val" and "/" not in name,
+                    batch_size=1,
+                )
             metric.reset()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,7 +235,15 @@ class Evaluation(Callback):
         self._to_device(trainer)
         with evaluating(trainer, module) as weights:
             draw = student.generator.images
-            metrics = evaluate_model(draw, captions, self.metrics, self.batch_size, seeds, "student, 1 step")
+            metrics = evaluate_model(
+                draw,
+                captions,
+                self.metrics,
+                self.batch_size,
+                seeds,
+                "student, 1 step",
+                *self._extras(trainer),
+            )
             metrics["milliseconds_per_image"] = milliseconds_per_image(draw, captions, self.timing_batch_size)
             rows = (
                 self._teacher_rows(trainer, student.parts.path, captions, seeds) if self.teacher_rows else {}
@@ -236,6 +258,12 @@ class Evaluation(Callback):
         self._log_final(trainer)
         return self.final
 
+    def _extras(self, trainer: Trainer) -> tuple[list[str] | None, list[str] | None, Frame | None]:
+        groups, negatives = (
+            None if texts is None else texts[: self.final_size] for texts in evaluation_extras(trainer)
+        )
+        return groups, negatives, self.frame
+
     def _teacher_rows(
         self, trainer: Trainer, path: str, captions: list[str], seeds: list[int]
     ) -> dict[str, dict[str, Result]]:
@@ -243,8 +271,9 @@ class Evaluation(Callback):
         teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
         precision = str(trainer.precision)
         rows = teacher_metrics(
-            teacher, captions, seeds, self.metrics, self.batch_size, ResultCache(), precision
-        )
+            teacher, captions, seeds, self.metrics, self.batch_size, ResultCache(), precision,
+            extras=self._extras(trainer),
+        )  # fmt: skip
         for row, (draw, _) in teacher.rows.items():
             rows[row]["milliseconds_per_image"] = milliseconds_per_image(
                 draw, captions, self.timing_batch_size
@@ -254,7 +283,8 @@ class Evaluation(Callback):
 
     def _log_final(self, trainer: Trainer) -> None:
         assert self.final is not None
-        values = {f"test/{metric.name}": self.final.metrics[metric.name]["value"] for metric in self.metrics}
+        measured = {k: v for k, v in self.final.metrics.items() if k != "milliseconds_per_image"}
+        values = {f"test/{name}": result["value"] for name, result in measured.items()}
         step = self.final.step
         tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
         # A finished run that is completed again is measured again: the values are in the loggers already.
@@ -267,20 +297,24 @@ class Evaluation(Callback):
             table.flush()
 
     def _manifest(self, captions: list[str], every: list[str], weights: str) -> dict[str, Any]:
-        assert self.extractor is not None
-        reference = None
-        if self.reference is not None:
-            same = self.reference.captions_hash == hash_texts(every)
-            reference = self.reference.describe() | {"captions_are_those_of_the_evaluation": same}
+        sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
+        resize = {metric.name: metric.extractor.preprocessing.describe() for metric in self.metrics}
+        if self.extractor is not None:
+            sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}
         return {
             "captions": {
                 "count": len(captions),
                 "hash": hash_texts(captions),
                 "hash_of_all": hash_texts(every),
             },
-            "reference": reference,
-            "extractor": {"name": self.extractor.name, "hash": self.extractor.content_hash},
-            "crop_and_resize": self.extractor.preprocessing.describe(),
+            "reference": describe_reference(self.reference, every),
+            "extractor": sight,
+            "crop_and_resize": "; ".join(
+                [
+                    *([self.frame.describe()] if self.frame is not None else []),
+                    *dict.fromkeys(resize.values()),
+                ]
+            ),
             "seeds": {"first": self.seed, "count": len(captions), "rule": "first + index of the caption"},
             "guidance": {
                 "student": None,

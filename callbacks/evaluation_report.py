@@ -17,7 +17,6 @@ from callbacks.hashing import hash_texts
 from callbacks.loggers import MetricsCSV
 from callbacks.measure import Stopwatch
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
 from callbacks.published import deviations, label, open_questions, published_rows
 from callbacks.report_files import Report
 from callbacks.report_markdown import markdown_table
@@ -31,33 +30,20 @@ def evaluation_key(
     evaluation_set: EvaluationSet, drawer: Drawer, metrics: Sequence[ImageMetric]
 ) -> dict[str, Any]:
     """All that the numbers depend on: the core of the manifest, shared by what is unfinished."""
-    frame = evaluation_set.frame
+    frame, negatives = evaluation_set.frame, evaluation_set.negatives
     return {
         "evaluation_set": {
             "name": evaluation_set.name,
             "count": len(evaluation_set),
             "hash_of_captions": hash_texts(evaluation_set.captions),
             "hash_of_seeds": hash_texts([str(seed) for seed in evaluation_set.seeds]),
+            **({} if negatives is None else {"hash_of_negative_prompts": hash_texts(negatives)}),
             **evaluation_set.facts,
         },
         "model": {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity},
         "crop_and_resize": frame.describe() if frame is not None else "none before those of the networks",
         "metrics": {metric.name: metric.key() for metric in metrics},
     }
-
-
-def describe_reference(
-    reference: ReferenceSource | None, all_captions: Sequence[str]
-) -> dict[str, Any] | None:
-    """The reference in words; of statistics with captions, whether these are the evaluation's."""
-    if not isinstance(reference, ReferenceStatistics):
-        return None if reference is None else {"folder": Path(getattr(reference, "folder", "")).name}
-    described: dict[str, Any] = reference.describe()
-    if reference.captions_hash != hash_texts([]):
-        described["captions_are_those_of_the_evaluation"] = reference.captions_hash == hash_texts(
-            all_captions
-        )
-    return described
 
 
 def seeds_in_words(evaluation_set: EvaluationSet, drawer: Drawer) -> str:

@@ -45,6 +45,9 @@ def evaluate_model(
     batch_size: int,
     seeds: Sequence[int] | None = None,
     progress: str | None = None,
+    groups: Sequence[str] | None = None,
+    negatives: Sequence[str] | None = None,
+    frame: Frame | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Draw one picture for each caption and measure them; all processes must call it, each draws its share.
 
@@ -55,6 +58,7 @@ def evaluate_model(
         batch_size: pictures per pass and process.
         seeds: one for each caption (default 0, 1, 2, ...).
         progress: label of the progress bar; None shows none.
+        groups, negatives, frame: as for ``measure_pictures``.
 
     Returns:
         ``{name: {"value", "num_images", "details"}}``, the same on every process.
@@ -74,7 +78,7 @@ def evaluate_model(
     def draw(places: list[int]) -> Tensor:
         return generate([captions[i] for i in places], [numbers[i] for i in places])
 
-    return measure_pictures(draw, captions, metrics, batch_size, progress)
+    return measure_pictures(draw, captions, metrics, batch_size, progress, groups, negatives, frame)
 
 
 def measure_pictures(
@@ -84,6 +88,7 @@ def measure_pictures(
     batch_size: int,
     progress: str | None = None,
     groups: Sequence[str] | None = None,
+    negatives: Sequence[str] | None = None,
     frame: Frame | None = None,
     unfinished: Unfinished | None = None,
     on_pictures: OnPictures | None = None,
@@ -101,7 +106,7 @@ def measure_pictures(
         metrics: bound metrics; they are reset before and after.
         batch_size: pictures per pass and process.
         progress: label of the progress bar; None shows none.
-        groups: group of each caption, for metrics that report by group.
+        groups: group of each caption, for metrics that report by group; negatives: negative prompt of each.
         frame: crop and resize before the metrics.
         unfinished: where to put what has been measured, and to continue from.
         on_pictures: called with places and pictures (before crop and resize, without padding).
@@ -118,7 +123,7 @@ def measure_pictures(
     rank, world = rank_and_world_size()
     for metric in metrics:
         metric.reset()
-        metric.prepare(captions, groups)
+        metric.prepare(captions, groups, negatives)
     done = unfinished.load(metrics) if unfinished is not None else 0
     bar = tqdm(
         total=len(captions), initial=done, desc=progress, unit="image", disable=progress is None or rank > 0
@@ -150,7 +155,7 @@ def _pass(
     """Draw and measure the captions at these places, and as many padding samples, which are not counted."""
     start = time.perf_counter()
     images = draw(places + [0] * padding)[: len(places)]
-    require_finite(images, places, captions)
+    require_finite(images, places, [captions[i] for i in places])
     middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
     watch.drawing += middle - start
     watch.images += len(places)
@@ -164,16 +169,21 @@ def _pass(
     watch.measuring += time.perf_counter() - middle
 
 
-def require_finite(images: Sequence[Tensor], places: Sequence[int], captions: Sequence[str]) -> None:
-    """Refuse pictures that hold NaN or infinity.
+def require_finite(
+    images: Sequence[Tensor],
+    places: Sequence[int],
+    prompts: Sequence[str],
+    is_padding: Sequence[bool] | None = None,
+) -> None:
+    """Refuse pictures that hold NaN or infinity; padding does not matter.
 
     Raises:
-        UserError: one does; caption and place are named.
+        UserError: one does; its prompt and the place of that are named.
     """
-    for place, image in zip(places, images):
-        if not bool(torch.isfinite(image).all()):
+    for i, image in enumerate(images):
+        if not bool(torch.isfinite(image).all()) and not (is_padding is not None and is_padding[i]):
             raise UserError(
-                f"the picture of caption {place} ({captions[place]!r}) holds NaN or infinity, so nothing "
+                f"the picture of caption {places[i]} ({prompts[i]!r}) holds NaN or infinity, so nothing "
                 "can be "
                 "measured: evaluate with --dtype float32, or an earlier checkpoint"
             )

@@ -61,6 +61,14 @@ def evaluating(trainer: Trainer, module: LightningModule, own_weights: bool = Fa
             part.training = training
 
 
+def evaluation_extras(trainer: Trainer) -> tuple[list[str] | None, list[str] | None]:
+    """The data module's group and negative prompt of each evaluation caption (``eval_groups``,
+    ``eval_negatives``); None where it has none.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "eval_groups", None), getattr(data, "eval_negatives", None)
+
+
 def evaluation_captions(trainer: Trainer) -> list[str]:
     """All evaluation captions of the run's data module, of which validation uses the first ones.
 

@@ -12,9 +12,11 @@ from callbacks.distributed import from_rank_zero, rank_and_world_size
 from callbacks.hashing import hash_folder, hash_texts
 from callbacks.measure import Generate, evaluate_model
 from callbacks.metrics.base import ImageMetric
+from datamodules.picture_files import Frame
 from lightning_modules.generator import OneStepGenerator, make_generator, multistep_images
 from lightning_modules.networks.loading import TextToImageParts, load_parts, noise_schedule
 
+_PARTS = "parts"
 PROTOCOL = 1
 """Raised when the way the teacher's pictures are drawn changes, so that cached rows are made again."""
 
@@ -90,22 +92,30 @@ def teacher_metrics(
     cache: ResultCache,
     precision: str = "32-true",
     show_progress: bool = True,
+    extras: tuple[Sequence[str] | None, Sequence[str] | None, Frame | None] = (None, None, None),
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, cached or measured now. Collective.
 
     A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the
-    metric depends on are the same, by content.
+    metric depends on are the same, by content. ``extras`` are groups, negative prompts and frame.
     """
     rank, _ = rank_and_world_size()
+    groups, negatives, frame = extras
+    told = {"groups": groups and hash_texts(groups), "negatives": negatives and hash_texts(negatives),
+            "frame": frame and frame.describe()}  # fmt: skip
     rows = {}
     for row, (generate, settings) in teacher.rows.items():
-        drawn = settings | {
-            "teacher": teacher.content_hash,
-            "captions": hash_texts(captions),
-            "seeds": hash_texts([str(seed) for seed in seeds]),
-            "precision": precision,
-            "protocol": PROTOCOL,
-        }
+        drawn = (
+            settings
+            | {
+                "teacher": teacher.content_hash,
+                "captions": hash_texts(captions),
+                "seeds": hash_texts([str(seed) for seed in seeds]),
+                "precision": precision,
+                "protocol": PROTOCOL,
+            }
+            | {name: value for name, value in told.items() if value is not None}
+        )
         keys = {metric.name: drawn | metric.key() for metric in metrics}
         # Rank zero decides what is cached: a process that saw other files would wait for the others for ever.
         results = from_rank_zero(_cached(cache, row, keys) if rank == 0 else None)
@@ -113,19 +123,36 @@ def teacher_metrics(
         if missing:
             label = "teacher, 1 step" if row == "steps_1" else f"teacher, {teacher.steps} steps"
             fresh = evaluate_model(
-                generate, captions, missing, batch_size, seeds, label if show_progress else None
+                generate, captions, missing, batch_size, seeds, label if show_progress else None, *extras
             )
             if rank == 0:
-                for name, result in fresh.items():
-                    cache.put(_kind(row, name), keys[name], result)
+                for metric in missing:
+                    own = {name: fresh[name] for name in fresh if name.partition("/")[0] == metric.name}
+                    cache.put(_kind(row, metric.name), keys[metric.name], _packed(metric.name, own))
             results = results | fresh
-        rows[row] = {metric.name: results[metric.name] for metric in metrics}
+        rows[row] = {
+            name: results[name]
+            for metric in metrics
+            for name in results
+            if name.partition("/")[0] == metric.name
+        }
     return rows
 
 
 def _cached(cache: ResultCache, row: str, keys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     entries = {name: cache.get(_kind(row, name), key) for name, key in keys.items()}
-    return {name: entry.value for name, entry in entries.items() if entry is not None}
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if entry is not None:
+            result = dict(entry.value)
+            found |= {name: result, **result.pop(_PARTS, {})}
+    return found
+
+
+def _packed(name: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The results of one metric as one entry: its own, and in it those of its parts (``hpsv2/anime``)."""
+    parts = {part: result for part, result in results.items() if part != name}
+    return results[name] | ({_PARTS: parts} if parts else {})
 
 
 def _kind(row: str, name: str) -> str:

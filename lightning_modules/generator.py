@@ -216,18 +216,21 @@ def pipeline_images(
     guidance_scale: float,
     batch_size: int | None = None,
     progress: bool = False,
-    negative_prompt: str | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
 
-    One CPU generator per picture makes the start noise of `seeded_noise`, whatever the batch size.
+    One CPU generator per picture makes the start noise of `seeded_noise`, whatever the batch size. The
+    negative prompt is one for all, or one per picture.
     """
     _check_lengths(prompts, seeds)
     pictures = []
     for part in _batches(len(prompts), batch_size, progress):
-        options: dict[str, Any] = (
-            {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts[part])}
-        )
+        options: dict[str, Any] = {}
+        if isinstance(negative_prompt, str):
+            options["negative_prompt"] = [negative_prompt] * len(prompts[part])
+        elif negative_prompt is not None:
+            options["negative_prompt"] = list(negative_prompt[part])
         output = pipeline(
             prompt=prompts[part],
             num_inference_steps=steps,

@@ -137,11 +137,36 @@ def test_steps_and_guidance_of_a_stock_pipeline(evaluate: Evaluate, tmp_path: Pa
     manifest = json.loads((tmp_path / "guided" / "manifest.json").read_text())
     assert manifest["model"] | {"hash": "", "weights": ""} == {
         "pictures": "tiny_sd0, 2 steps, guidance 3", "sampler": "DDIMScheduler", "steps": 2,
-        "guidance_scale": 3.0, "dtype": "float32", "hash": "", "weights": "",
+        "guidance_scale": 3.0, "dtype": "float32", "hash": "", "weights": "", "negative_guidance": "none",
+        "negative_scale": None,
     }  # fmt: skip
     half = evaluate(count=4, dtype="bfloat16", output=tmp_path / "half")
     difference = abs(half["metrics"]["clip_score"]["value"] - one["metrics"]["clip_score"]["value"])
     assert 0 < difference < 0.02
+
+
+def test_negative_prompts_of_a_set_of_pairs(evaluate: Evaluate, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    rows = [f"{caption},{CAPTIONS[-1 - i]}" for i, caption in enumerate(CAPTIONS)]
+    pairs.write_text("\n".join(["prompt,negative_prompt", *rows]))
+    config = tmp_path / "pairs.yaml"
+    config.write_text(SET.replace("evaluation_sets.CaptionFile", "evaluation_sets.PromptPairs"))
+    given = {"config": config, "captions": pairs, "count": 4}
+
+    def score(name: str, **changed: Any) -> float:
+        report = evaluate(**given, **changed, output=tmp_path / name)
+        return float(report["metrics"]["clip_score"]["value"])
+
+    plain = score("plain")
+    nasa = score("nasa", negative_guidance="nasa", negative_scale=0.5)
+    swapped = score("one", negative_guidance="nasa", negative_scale=0.5, negative_prompt=CAPTIONS[-1])
+    guided = score("cfg", negative_guidance="cfg", negative_scale=3)
+    stock = score("stock", negative_guidance="cfg", negative_scale=3, steps=2)
+    assert len({plain, nasa, swapped, guided, stock}) == 5
+    assert score("off", negative_guidance="nasa", negative_scale=0) == pytest.approx(plain, abs=1e-7)
+    manifest = json.loads((tmp_path / "nasa" / "manifest.json").read_text())
+    assert manifest["model"]["pictures"] == "tiny_sd0, 1 step, negative prompts by nasa 0.5"
+    assert manifest["evaluation_set"]["hash_of_negative_prompts"]
 
 
 class Killed(BaseException):
@@ -311,6 +336,10 @@ def test_real_pictures_are_checked(evaluate: Evaluate, tmp_path: Path) -> None:
         ({"count": 13}, "count is 13, but captions has 12 captions"),
         ({"steps": 0}, "--steps is 0"),
         ({"dtype": "float16"}, "dtype"),
+        ({"negative_guidance": "nasa"}, "needs negative prompts: give --negative_prompt"),
+        ({"negative_scale": 2}, "--negative_scale has no effect"),
+        ({"negative_prompt": "x", "negative_guidance": "cfg"}, "cfg needs --negative_scale"),
+        ({"negative_prompt": "x", "negative_guidance": "nag", "guidance_scale": 3}, "exclude each other"),
         ({"stepz": 3}, "did you mean 'steps'"),
         ({"config": "none.yaml"}, "configuration file not found: .*none.yaml"),
         ({"reference": None}, "frechet_distance needs statistics of real pictures"),

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,11 @@ from lightning.pytorch.loggers import Logger
 
 from callbacks.config_errors import explain
 from callbacks.distributed import from_rank_zero, rank_and_world_size
-from callbacks.drawers import Drawer, given_pictures, model_drawer
+from callbacks.drawers import Drawer, Recipe, given_pictures, model_drawer
 from callbacks.drawing import save_png
 from callbacks.evaluation_report import (
     KIND,
     annotated,
-    describe_reference,
     evaluation_key,
     make_report,
     seeds_in_words,
@@ -41,9 +40,9 @@ from callbacks.loggers import MetricsCSV, RunTensorBoard
 from callbacks.measure import Stopwatch, measure_pictures
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
-from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference import ReferenceSource
 from callbacks.quiet import quieten
+from callbacks.references import describe_reference, framed_reference
 from callbacks.report_files import result_table, write_report
 from callbacks.report_markdown import render_text_table
 from callbacks.run_folder import write_text_atomically
@@ -108,6 +107,11 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--scoring_clip", type=str | None, default=None, help="CLIP folder of metrics that name no network")
     add("--output", type=str, required=True, help="folder to write")
     add("--steps", type=int, default=1, help="network steps (default: %(default)s)")
+    add("--negative_prompt", "--negative-prompt", type=str | None, default=None, help="one for all captions")
+    add("--negative_guidance", "--negative-guidance", default="none",
+        type=Literal["none", "nasa", "nag", "cfg"],
+        help="what the negative prompts (of the option, or of the set) act by")  # fmt: skip
+    add("--negative_scale", "--negative-scale", type=float | None, default=None, help="its strength")
     add(
         "--guidance_scale",
         "--guidance-scale",
@@ -148,6 +152,8 @@ def run(options: Any) -> None:
         if options.images is not None:
             files = match_files(options.images, len(whole), options.data.file_names())
             whole = replace(whole, files=[str(path) for path in files])
+        if options.negative_prompt is not None:
+            whole = replace(whole, negatives=[options.negative_prompt] * len(whole))
         chosen = whole.first(options.count)
         reference = _bind(options, whole, device)
         drawer = _drawer(options, chosen, device)
@@ -208,41 +214,17 @@ def _bind(options: Any, whole: EvaluationSet, device: torch.device) -> Reference
 
 
 def _reference(options: Any, whole: EvaluationSet) -> ReferenceSource:
-    path, frame = asset_path(options.reference), whole.frame
     least = options.min_reference
-    if least is None:
-        least = whole.published_references if options.count is None else None
-    if path.is_dir():
-        return ReferenceFolder(
-            path,
-            transform=frame.picture if frame is not None else None,
-            preprocessing=frame.describe() if frame is not None else "as they are",
-            minimum=least or 2,
-            skip_corrupt=options.skip_corrupt,
-        )
-    statistics = ReferenceStatistics.load(path)
-    if frame is not None and not statistics.preprocessing.startswith(frame.describe()):
-        raise UserError(
-            f"{path} holds statistics of pictures prepared as {statistics.preprocessing!r}, but "
-            f"{whole.name} needs "
-            f"{frame.describe()!r}: name the folder of real pictures instead"
-        )
-    if least is not None and statistics.num_images < least:
-        raise UserError(
-            f"{path} holds statistics of {statistics.num_images} pictures, and {least} are needed for "
-            f"{whole.name}; "
-            "give all of them, or --min-reference for another measurement"
-        )
-    return statistics
+    if least is None and options.count is None:
+        least = whole.published_references
+    return framed_reference(options.reference, whole.frame, least, options.skip_corrupt)
 
 
 def _drawer(options: Any, chosen: EvaluationSet, device: torch.device) -> Drawer:
     if options.images is not None:
         return given_pictures(options.images, [Path(path) for path in chosen.files or []], chosen.frame)
-    return model_drawer(
-        options.model, chosen.captions, chosen.seeds, options.steps, options.guidance_scale, options.weights,
-        options.dtype, device,
-    )  # fmt: skip
+    recipe = Recipe(**{f.name: options[f.name] for f in fields(Recipe)})
+    return model_drawer(recipe, chosen.captions, chosen.seeds, chosen.negatives, device)
 
 
 def _evaluate(
@@ -265,7 +247,7 @@ def _evaluate(
     watch, start = Stopwatch(), time.perf_counter()
     results = measure_pictures(
         drawer.draw, chosen.captions, options.metrics, options.batch_size, drawer.title, chosen.groups,
-        chosen.frame, unfinished, kept, watch,
+        chosen.negatives, chosen.frame, unfinished, kept, watch,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if rank_and_world_size()[0] > 0:
