@@ -16,7 +16,7 @@ def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     if found := difference(given, expected):
         raise UserError(
             f"the checkpoint does not fit this distillation: {found}; give the checkpoint of a distillation "
-            "with the same teacher and lora settings, those of student_lora too, or set them as they were then"
+            "with the same teacher and lora settings (also student_lora), or set them as they were there"
         )
 
 
