@@ -25,6 +25,7 @@ TOOL_COMMANDS = {
     "export": "write a student as a complete diffusers pipeline folder",
     "merge": "interpolate the weights of two students, and measure a grid of mixtures",
     "sweep": "a search over any config keys, resumable and parallel",
+    "compare": "runs side by side: metrics, curves, differences, sample grids",
 }
 TOOL_MODULES = {
     "generate": "lightning_modules.commands.generate",
@@ -32,6 +33,7 @@ TOOL_MODULES = {
     "export": "lightning_modules.commands.export",
     "merge": "callbacks.commands.merge",
     "sweep": "callbacks.commands.sweep",
+    "compare": "callbacks.commands.compare",
 }
 
 

@@ -171,7 +171,7 @@ class Driver:
         facts: dict[str, Any] = {"seconds": process.seconds}
         last = max(values, default=None)
         state, value, missing = "COMPLETE", None, None
-        if process.stopping and status != 0:
+        if process.stopping:
             state = "PRUNED"
         elif status != 0:
             state, facts["error"] = "FAIL", process.error()

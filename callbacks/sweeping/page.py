@@ -11,6 +11,7 @@ from callbacks.report_files import format_value
 from callbacks.report_html import _STYLE
 
 _MORE_STYLE = """
+main { max-width:1320px; }
 .rank1 td { background:var(--mark); font-weight:600; }
 .bar { display:inline-block; height:.7rem; background:var(--accent); border-radius:3px;
   vertical-align:middle; }
@@ -19,7 +20,7 @@ pre { white-space:pre-wrap; overflow-wrap:anywhere; font-size:.85rem; background
   border:1px solid var(--line); border-radius:8px; padding:.7rem .9rem; }
 .broad { overflow-x:auto; background:var(--card); border:1px solid var(--line); border-radius:8px;
   padding:.6rem; }
-.broad svg { height:auto; }
+.broad svg { height:auto; } svg text { paint-order:stroke; stroke:var(--card); stroke-width:3px; }
 """
 _IMPORTANCE_NOTE = (
     "Share of each key in what separates good trials from the rest (PED-ANOVA, as Optuna computes it). "
@@ -89,7 +90,7 @@ def _cell(value: Any) -> str:
 def _table(content: dict[str, Any], arrow: str) -> str:
     names = short_names(list(content["space"]))
     header = [
-        "rank",
+        "#",
         "trial",
         f"{content['metric']} {arrow}",
         *names.values(),
@@ -106,13 +107,12 @@ def _table(content: dict[str, Any], arrow: str) -> str:
             _cell(trial["rank"]), str(trial["trial"]), _cell(trial["value"]),
             *(_cell(trial["params"].get(key)) for key in names), trial["state"], _cell(trial["step"]),
             seconds,
-            trial["folder"] or "–",
+            (trial["folder"] or "–").removeprefix(f"{content['folder']}/"),
         ]  # fmt: skip
         body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr{' class=rank1' if trial['rank'] == 1 else ''}>{body}</tr>")
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="wide">{table}</div><p class="faint">Runs lie under {escape(content["folder"])}.</p>'
 
 
 def _importance(content: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ def collect(book: TrialBook) -> dict[str, Any]:
     best = trials[0] if rank else None
     return {
         "name": settings.name,
+        "folder": str(settings.folder),
         "metric": settings.metric,
         "direction": settings.direction,
         "trials_asked": settings.trials,
@@ -138,7 +139,7 @@ def write_best(settings: SweepSettings, best: dict[str, Any] | None) -> str | No
 def text_table(content: dict[str, Any]) -> str:
     """The ranked table for a terminal."""
     names = short_names(list(content["space"]))
-    header = ["rank", "trial", content["metric"], *names.values(), "state", "run"]
+    header = ["#", "trial", content["metric"], *names.values(), "state", "run"]
     rows = [
         [
             str(t["rank"] or "–"), str(t["trial"]), _text(t["value"]),
