@@ -115,9 +115,8 @@ def _encode(stock: Any, given: dict[str, Any], texts: list[str]) -> tuple[Any, A
     """
     distinct = list(dict.fromkeys(entry for entry in texts if entry))
     arguments = {name: None if name in _OTHER_TEXTS else value for name, value in given.items()}
-    arguments |= {"prompt": distinct, "num_images_per_prompt": 1}
-    if "do_classifier_free_guidance" in arguments:
-        arguments["do_classifier_free_guidance"] = False
+    wanted = {"prompt": distinct, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    arguments |= {name: value for name, value in wanted.items() if name in arguments}
     output = stock(**arguments.pop("kwargs", {}), **arguments)
     if len(distinct) == 1:
         return output, slice(None)
