@@ -15,11 +15,21 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{rem
 _ENDLESS_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
+# What is shown where it is logged, beside what modules log for the bar: logged name -> short one.
+_BEFORE = {"counts/images_seen": "images"}
+_AFTER = {
+    "objective/guidance_scale": "κ",
+    "throughput/images_per_second": "images/s",
+    "memory/peak_gib": "GiB",
+}
+
+
 class StepProgressBar(ProgressBar):
     """tqdm bar over `trainer.max_steps` student updates; other loops get a short-lived bar each.
 
     The number starts at the checkpoint's step in a resumed run, speed and time left count this session's
-    steps only. Values that modules log with `prog_bar=True` stand behind it.
+    steps only. Behind it stand images seen, what modules log with `prog_bar=True` (both losses), κ, images a
+    second and peak memory, as far as they are logged.
 
     Args:
         refresh_seconds: Least time between two drawings.
@@ -54,11 +64,11 @@ class StepProgressBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what modules log for the bar, as short text; without version number and `_step` endings."""
-        metrics: dict[str, int | str | float | dict[str, float]] = {}
-        for name, value in trainer.progress_bar_metrics.items():
-            number = value.item() if isinstance(value, Tensor) else value
-            metrics[name.removesuffix("_step")] = f"{number:.4g}" if isinstance(number, float) else number
-        return metrics
+        logged: dict[str, Any] = dict(trainer.callback_metrics)
+        values = {short: logged[name] for name, short in _BEFORE.items() if name in logged}
+        values |= {name.removesuffix("_step"): value for name, value in trainer.progress_bar_metrics.items()}
+        values |= {short: logged[name] for name, short in _AFTER.items() if name in logged}
+        return {name: _short(value) for name, value in values.items()}
 
     def _bar(self, what: str, total: float | None, done: int = 0, leave: bool = True) -> tqdm[Any]:
         # a file or a pipe cannot be drawn over: there a line now and then
@@ -167,3 +177,10 @@ class StepProgressBar(ProgressBar):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close it."""
         self._close_side()
+
+
+def _short(value: Any) -> str:
+    number = value.item() if isinstance(value, Tensor) else value
+    if not isinstance(number, float):
+        return str(number)
+    return f"{number:.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.4g}"

@@ -34,6 +34,7 @@ from callbacks.run_folder import (
     read_checkpoint,
 )
 from callbacks.start_summary import StartSummary
+from callbacks.throughput import Throughput
 from lightning_modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -269,8 +270,11 @@ class TrainerCLI(LightningCLI):
             callbacks.append(RunCheckpoint())
         if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
             callbacks.append(PredictionFiles())
-        # summary and report of a distillation; they speak in `fit` alone, but others read their checkpoints
-        for kind, method in {StartSummary: "memory_parts", RunReport: "evaluation_weights"}.items():
+        # of a distillation; they speak in `fit` alone, but others read their checkpoints
+        kinds: dict[type[Callback], str] = {
+            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights"
+        }  # fmt: skip
+        for kind, method in kinds.items():
             if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):
                 callbacks.append(kind())
         return callbacks

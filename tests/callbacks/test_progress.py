@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from callbacks.progress import StepProgressBar
 from tests.tiny_run import TinyData, TinyModule, TinyTwoRoles
@@ -33,6 +34,20 @@ def test_it_counts_updates_and_shows_values(
     drawn = capsys.readouterr().err
     assert " 4/6 " in drawn, "a resumed run starts from its step"
     assert " 6/6 " in drawn.split("\r")[-1]
+
+
+def test_what_a_distillation_logs_stands_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Logging(TinyModule):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.log("objective/guidance_scale", 4.5)
+            self.log("throughput/images_per_second", 55.123456)
+            self.log("memory/peak_gib", 1.25)
+            self.log("counts/images_seen", 123456.0)
+            return super().training_step(batch, batch_idx)
+
+    run(Logging(), 2, StepProgressBar())
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"images=123456, train/loss=[\d.]+, .*κ=4.5, images/s=55.12, GiB=1.25", last), last
 
 
 def test_other_loops_get_a_bar_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
