@@ -62,11 +62,11 @@ def run_command(args: list[str]) -> None:
     command = args[0]
     if command in TOOL_COMMANDS:
         module = importlib.import_module(TOOL_MODULES[command])
-        names = {"prog": f"cli.py {command}", "description": TOOL_COMMANDS[command]}
+        program, description = f"cli.py {command}", TOOL_COMMANDS[command]
         if hasattr(module, "parse"):
-            module.run(module.parse(args[1:], **names))
+            module.run(module.parse(args[1:], prog=program, description=description))
         else:
-            parser = argparse.ArgumentParser(**names)
+            parser = argparse.ArgumentParser(prog=program, description=description)
             module.add_arguments(parser)
             module.run(parser.parse_args(args[1:]))
     elif command in TRAINER_COMMANDS:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from callbacks.drawing import labelled_grid, to_pil
+from callbacks.measure import Images
 from callbacks.run_folder import write_text_atomically
 from datamodules.picture_files import read_pictures
 
@@ -32,7 +32,7 @@ class KeptPictures:
         """File of the picture of a caption."""
         return self.folder / f"{place:05d}.png"
 
-    def __call__(self, places: list[int], images: Sequence[Tensor]) -> None:
+    def __call__(self, places: list[int], images: Images) -> None:
         """Keep those of the pictures [3, H, W] in [0, 1] that are wanted."""
         for place, image in zip(places, images):
             if self.every or place < self.for_grid:

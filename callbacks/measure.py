@@ -18,9 +18,10 @@ from lightning_modules.errors import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
 """Prompts and one seed for each, to pictures [B, 3, H, W] in [0, 1]."""
-Draw = Callable[[list[int]], Sequence[Tensor]]
+Images = Tensor | Sequence[Tensor]
+Draw = Callable[[list[int]], Images]
 """Places in the list of captions to pictures [3, H, W] in [0, 1], which may differ in size."""
-OnPictures = Callable[[list[int], Sequence[Tensor]], None]
+OnPictures = Callable[[list[int], Images], None]
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _pass(
 
 
 def require_finite(
-    images: Sequence[Tensor],
+    images: Images,
     places: Sequence[int],
     prompts: Sequence[str],
     is_padding: Sequence[bool] | None = None,
@@ -189,7 +190,7 @@ def require_finite(
             )
 
 
-def _by_size(images: Sequence[Tensor], frame: Frame | None) -> list[tuple[list[int], Tensor]]:
+def _by_size(images: Images, frame: Frame | None) -> list[tuple[list[int], Tensor]]:
     """Batches of equal size with the numbers of their pictures; one batch where all are equal."""
     if isinstance(images, Tensor):
         return [(list(range(len(images))), images if frame is None else frame.batch(images))]

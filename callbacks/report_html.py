@@ -46,6 +46,7 @@ th, td { padding:.55rem .9rem; text-align:right; border-bottom:1px solid var(--l
 th:first-child, td:first-child { text-align:left; } tr:last-child td { border-bottom:0; }
 thead th { color:var(--faint); font-weight:600; font-size:.87rem; } tr.student td { background:var(--mark);
   font-weight:600; }
+.words td, .words th { white-space:normal; text-align:left; vertical-align:top; min-width:5rem; }
 figure { margin:0 0 1rem; } figure img { display:block; max-width:100%; height:auto; border:1px solid
   var(--line);
   border-radius:8px; } figcaption { margin:.3rem 0; }
@@ -126,7 +127,7 @@ def _more_tables(report: Report) -> str:
         ("Published values, measured the same way", published_table(report)),
     ]:
         if table is not None:
-            parts.append(f"<h2>{title}</h2>{_table(*table)}")
+            parts.append(f'<h2>{title}</h2><div class="words">{_table(*table)}</div>')
     return "\n".join(parts)
 
 

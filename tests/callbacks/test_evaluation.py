@@ -15,9 +15,13 @@ from callbacks.loggers import MetricsCSV
 from callbacks.measure import evaluate_model
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
+from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.reference import compute_reference
+from callbacks.metrics.reference_folder import ReferenceFolder
 from callbacks.teacher import Teacher
+from datamodules.picture_files import Frame
 from lightning_modules.errors import UserError
+from tests.callbacks.networks import pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 
 
@@ -199,3 +203,79 @@ def test_mistakes_are_named_before_training(tiny_sd: Path, tiny_clip: Path, tmp_
     with pytest.raises(UserError, match="twice"):
         evaluation(tiny_clip, None, metrics=[ClipScore(), ClipScore()])
     assert [metric.name for metric in evaluation(tiny_clip, None).metrics] == ["clip_score"]
+
+
+class Two(ClipScore):
+    """A metric with two names, one of them a part, as hpsv2 has; it needs the groups."""
+
+    name = "two"
+
+    def prepare(self, captions: Any, groups: Any = None, negatives: Any = None) -> None:
+        self.captions, self.groups, self.places = list(captions), groups, []
+
+    def _add_at(self, features: torch.Tensor, prompts: list[str], positions: Any) -> None:
+        assert [self.captions[place] for place in positions] == prompts
+        self.places += positions
+        super()._add_at(features, prompts, positions)
+
+    def results(self) -> dict[str, Any]:
+        whole = self.result()
+        part = {"value": float(len(self.places)), "num_images": whole["num_images"], "details": {}}
+        return {"two": whole, "two/part": part}
+
+
+class GroupedData(StandInData):
+    """Captions in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval_groups = ["a", "b"] * 6
+
+
+def test_metrics_with_parts_know_groups_and_places(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = Two()
+    callback = evaluation(tiny_clip, None, metrics=[metric])
+    run = trainer(tmp_path, callback, max_steps=1, val_check_interval=1)
+    run.fit(StandIn(tiny_sd), GroupedData())
+    assert run.callback_metrics["val/two/part"] == 7
+    assert callback.final is not None and metric.groups == ["a", "b"] * 4
+    assert callback.final.metrics["two/part"]["value"] == 8
+    rows = callback.final.teacher_metrics
+    assert {"two", "two/part"} <= set(rows["steps_1"]) and rows["steps_1"]["two/part"]["value"] == 8
+    monkeypatch.setattr(teacher_module, "evaluate_model", None)  # everything is cached
+    again = evaluation(tiny_clip, None, metrics=[Two()])
+    trainer(tmp_path, again, max_steps=1, limit_val_batches=0).fit(StandIn(tiny_sd), GroupedData())
+    assert again.final is not None
+    assert again.final.teacher_metrics["steps_1"]["two/part"] == rows["steps_1"]["two/part"]
+
+
+def test_real_pictures_get_the_frame_of_the_drawn_ones(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, reference: str
+) -> None:
+    real = save(pictures(9, height=40, width=24), tmp_path / "real")
+    callback = evaluation(tiny_clip, str(real), frame=Frame(12), teacher_rows=False)
+    run = trainer(tmp_path, callback)
+    (values,) = run.test(StandIn(tiny_sd), StandInData(), verbose=False)
+    metric = FrechetDistance().bind(
+        ClipExtractor(tiny_clip),
+        ReferenceFolder(save(Frame(12).batch(pictures(9, height=40, width=24)), tmp_path / "b")),
+    )
+    drawn = StandIn(tiny_sd).generator.images(CAPTIONS[:7], list(range(7)))
+    metric.update(Frame(12).batch(drawn), CAPTIONS[:7])
+    assert values["test/frechet_distance"] == pytest.approx(metric.result()["value"], rel=1e-5)
+    with pytest.raises(UserError, match="prepared as .* centre crop, LANCZOS to 12x12' is needed"):
+        trainer(tmp_path, evaluation(tiny_clip, reference, frame=Frame(12))).test(
+            StandIn(tiny_sd), StandInData()
+        )
+
+
+def test_pictures_with_nan_stop_the_evaluation(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    module = StandIn(tiny_sd)
+    draw = module.generator.images
+    module.generator.images = lambda *arguments: draw(*arguments) * torch.nan  # type: ignore[method-assign]
+    for frame in (None, Frame(12)):
+        run = trainer(tmp_path, evaluation(tiny_clip, None, frame=frame))
+        with pytest.raises(UserError, match="NaN or infinity"):
+            run.test(module, StandInData(), verbose=False)
