@@ -114,7 +114,9 @@ def _encode(stock: Any, given: dict[str, Any], texts: list[str]) -> tuple[Any, A
     of that row is returned, for all.
     """
     distinct = list(dict.fromkeys(entry for entry in texts if entry))
-    arguments = {name: None if name in _OTHER_TEXTS else value for name, value in given.items()}
+    arguments: dict[str, Any] = {
+        name: None if name in _OTHER_TEXTS else value for name, value in given.items()
+    }
     wanted = {"prompt": distinct, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     arguments |= {name: value for name, value in wanted.items() if name in arguments}
     output = stock(**arguments.pop("kwargs", {}), **arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def make_method(
 
 def backbone(network: nn.Module) -> str:
     """The family of a diffusers network by class and text width: a key of the tables above, or "other"."""
-    config = getattr(network, "config", {})
+    config: Any = getattr(network, "config", {})
     if type(network).__name__ == "UNet2DConditionModel":
         if config.get("addition_embed_type") == "text_time":
             return "sdxl"
