@@ -1,4 +1,4 @@
-"""A student turn of NASA-T: NASA in the student's forward pass, negative prompts in the teacher's guidance."""
+"""A student turn of NASA-T: NASA in the student's forward pass, negatives in the teacher's guidance."""
 
 from __future__ import annotations
 
