@@ -27,7 +27,7 @@ def student_terms(
         return terms
     whole = round(len(prompts) / share) * module.trainer.world_size
     max_steps = int(module.trainer.max_steps)
-    images, numbers = module.image_terms(sample.x0, prompts, random, whole, max_steps)
+    images, numbers = module.image_terms.judge(sample.x0, prompts, random, whole, max_steps)
     if both := terms.keys() & images.keys():
         raise UserError(f"objective and image losses both have a term {sorted(both)[0]!r}: rename one")
     module.numbers.note_all("image_losses", numbers, share, module.trainer.world_size)

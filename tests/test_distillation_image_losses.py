@@ -46,7 +46,7 @@ def test_gradient_reaches_the_student_by_finite_differences(
         random = StepRandom(module.seed, module.student_steps, torch.arange(4))
         condition = module.generator.prompt_encoder.encode(prompts)
         x0 = module.generator.latents(random.normal("start", (4, 8, 8)), condition)
-        return module.image_terms(x0, prompts, random, 4, 2)[0]["clip"]  # type: ignore[misc]
+        return module.image_terms.judge(x0, prompts, random, 4, 2)[0]["clip"]  # type: ignore[misc]
 
     @torch.no_grad()
     def watcher(role: str, update: Callable[[], bool]) -> bool:

@@ -72,7 +72,7 @@ class ImageTerms(nn.Module):
         """Weight of each loss after `step` student updates."""
         return {loss.name: loss.weight(step, max_steps) for loss in self._losses()}
 
-    def forward(
+    def judge(
         self, x0: Tensor, prompts: list[str], random: StepRandom, batch_size: int, max_steps: int
     ) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
         """Weighted terms of a micro-batch and numbers to log; nothing is decoded where all weights are zero.

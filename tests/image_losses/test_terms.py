@@ -83,13 +83,13 @@ def test_a_capped_micro_batch_may_hold_none(tiny_sd: Path) -> None:
     names, total = [], 0.0
     for row in range(3):
         x0 = latents()[row : row + 1].requires_grad_()
-        found, numbers = terms(x0, [PROMPTS[row]], random([row]), 3, 10)
+        found, numbers = terms.judge(x0, [PROMPTS[row]], random([row]), 3, 10)
         names.append(sorted(numbers))
         gradient = torch.autograd.grad(found["brightness"], x0)[0]
         assert bool(gradient.any()) == bool(found["brightness"] != 0)
         total += found["brightness"].item() / 3
     assert loss.calls == [1] and names[0] == names[1] == names[2]
-    whole, _ = terms(latents(), PROMPTS, random([0, 1, 2]), 3, 10)
+    whole, _ = terms.judge(latents(), PROMPTS, random([0, 1, 2]), 3, 10)
     assert total == pytest.approx(float(whole["brightness"]), rel=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_weights_follow_the_step_and_zero_decodes_nothing(
     monkeypatch.setattr(terms.decoder, "decode", lambda x: decoded.append(len(x)) or decode(x))  # type: ignore[func-returns-value]
     values = []
     for step in range(6):
-        found, numbers = terms(latents(), PROMPTS, random([0, 1, 2], step), 3, 100)
+        found, numbers = terms.judge(latents(), PROMPTS, random([0, 1, 2], step), 3, 100)
         assert numbers["weight_brightness"] == pytest.approx(max(0, 1 - step / 4))
         values.append(float(found.get("brightness", 0.0)))
         if step < 4:
@@ -120,7 +120,7 @@ def test_gradient_at_the_latents_by_finite_differences(tiny_sd: Path, tiny_clip:
     x0 = latents().double().requires_grad_()
 
     def value(x: Tensor) -> Tensor:
-        return terms(x, PROMPTS, random([0, 1, 2]), 3, 10)[0]["clip"]
+        return terms.judge(x, PROMPTS, random([0, 1, 2]), 3, 10)[0]["clip"]
 
     gradient = torch.autograd.grad(value(x0), x0)[0]
     way = torch.randn(x0.shape, generator=torch.Generator().manual_seed(4)).double()
@@ -145,7 +145,8 @@ def test_tiny_decoder(tiny_sd: Path, tmp_path: Path) -> None:
     x0 = latents().requires_grad_()
     expected = (terms.decoder.vae.decode(x0).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(terms.decoder.decode(x0), expected)
-    assert torch.autograd.grad(terms(x0, PROMPTS, random([0, 1, 2]), 3, 1)[0]["brightness"], x0)[0].any()
+    found, _ = terms.judge(x0, PROMPTS, random([0, 1, 2]), 3, 1)
+    assert torch.autograd.grad(found["brightness"], x0)[0].any()
 
 
 def test_decoders_that_cannot_be(tiny_sd: Path, tmp_path: Path) -> None:
