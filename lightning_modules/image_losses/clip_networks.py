@@ -124,6 +124,8 @@ class OpenClip(DifferentiableClip):
         UserError: open_clip is not installed, knows no such network, or can't read the weights.
     """
 
+    model: Any
+
     def __init__(self, name: str, pretrained: str | None) -> None:
         library = _open_clip()
         spec = f"{OPEN_CLIP}{name}" + (f"/{pretrained}" if pretrained else "")

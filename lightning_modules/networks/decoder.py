@@ -9,7 +9,6 @@ from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import asset_path, no_progress_bars
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
 KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -21,7 +20,7 @@ class LatentDecoder(nn.Module):
         slice_size: most pictures at once, to bound memory.
     """
 
-    def __init__(self, vae: Autoencoder, slice_size: int = 16) -> None:
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, slice_size: int = 16) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         self.slice_size = slice_size
@@ -50,7 +49,7 @@ class LatentDecoder(nn.Module):
         return super().train(False)
 
 
-def load_autoencoder(path: str) -> Autoencoder:
+def load_autoencoder(path: str) -> AutoencoderKL | AutoencoderTiny:
     """An autoencoder in float32 from a folder (or hub name) of its own: AutoencoderTiny, as TAESD is, or KL.
 
     Raises:
