@@ -1,14 +1,13 @@
 """Measures the student during validation and, with the teacher beside it, at the end of training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.cache import ResultCache
-from callbacks.hashing import hash_texts
+from callbacks.final_results import FinalResults, Result, run_manifest
 from callbacks.loggers import MetricsCSV
 from callbacks.measure import evaluate_model, milliseconds_per_image, require_finite
 from callbacks.metrics.base import ImageMetric
@@ -22,26 +21,6 @@ from callbacks.teacher import Teacher, teacher_metrics
 from datamodules.picture_files import Frame
 from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import asset_path
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FinalResults:
-    """What the last evaluation of a run found.
-
-    Attributes:
-        step: student updates done. ``weights``: "ema" or "online".
-        metrics: ``{name: {"value", "num_images", "details"}}`` of the student.
-        teacher_metrics: the same for each of the teacher's rows; empty if they were not asked for.
-        manifest: what a comparable measurement must share with this one.
-    """
-
-    step: int
-    weights: str
-    metrics: dict[str, Result]
-    teacher_metrics: dict[str, dict[str, Result]]
-    manifest: dict[str, Any]
 
 
 class Evaluation(Callback):
@@ -253,7 +232,7 @@ class Evaluation(Callback):
             weights=weights,
             metrics=metrics,
             teacher_metrics=rows,
-            manifest=self._manifest(captions, every, weights),
+            manifest=run_manifest(self, captions, every, weights),
         )
         self._log_final(trainer)
         return self.final
@@ -295,32 +274,3 @@ class Evaluation(Callback):
             logger.log_metrics(values, step=step)
         for table in tables:
             table.flush()
-
-    def _manifest(self, captions: list[str], every: list[str], weights: str) -> dict[str, Any]:
-        sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
-        resize = {metric.name: metric.extractor.preprocessing.describe() for metric in self.metrics}
-        if self.extractor is not None:
-            sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}
-        return {
-            "captions": {
-                "count": len(captions),
-                "hash": hash_texts(captions),
-                "hash_of_all": hash_texts(every),
-            },
-            "reference": describe_reference(self.reference, every),
-            "extractor": sight,
-            "crop_and_resize": "; ".join(
-                [
-                    *([self.frame.describe()] if self.frame is not None else []),
-                    *dict.fromkeys(resize.values()),
-                ]
-            ),
-            "seeds": {"first": self.seed, "count": len(captions), "rule": "first + index of the caption"},
-            "guidance": {
-                "student": None,
-                f"steps_{self.teacher_steps}": self.teacher_guidance,
-                "steps_1": None,
-            },
-            "metric_versions": {metric.name: metric.version for metric in self.metrics},
-            "weights": weights,
-        }
