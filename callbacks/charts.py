@@ -10,7 +10,7 @@ from html import escape
 from callbacks.curves import HEIGHT, NUM_COLORS, WIDTH, Point, _number, _thinned, _ticks
 
 _LEFT, _TOP = 58, 12
-_RIGHT, _FLOOR = WIDTH - 14, HEIGHT - 40
+_RIGHT, _FLOOR = WIDTH - 22, HEIGHT - 40
 _GOLDEN_ANGLE = 137.508  # degrees; neighbouring hues are as far apart as can be, however many there are
 _LANE, _PARALLEL_HEIGHT = 150, 300
 

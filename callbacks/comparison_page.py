@@ -152,7 +152,7 @@ def _facts(run: Run) -> list[str]:
     counts = {r.get("num_images") for name, r in run.metrics.items() if name != "milliseconds_per_image"}
     images = ", ".join(f"{count:,}" for count in sorted(count for count in counts if count is not None))
     step = f"{run.step:,}" if run.step is not None else "–"
-    return [step, str((run.report or {}).get("weights", "unfinished")), images or "–"]
+    return [step, str((run.report or {}).get("weights", "no report")), images or "–"]
 
 
 def _teacher_rows(runs: Sequence[Run], names: Sequence[str]) -> list[str]:

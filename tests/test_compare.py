@@ -115,8 +115,8 @@ def test_unfinished_runs_and_runs_without_pictures(tmp_path: Path) -> None:
     bare.mkdir()
     (bare / "config.yaml").write_text("model: {class_path: a.B}\n")
     page = compare(tmp_path, tmp_path / "a")
-    assert cells(page, "Metrics")[3][1:] == ["40", "unfinished", "–", "–", "–"]
-    assert cells(page, "Metrics")[4][1:] == ["–", "unfinished", "–", "–", "–"]
+    assert cells(page, "Metrics")[3][1:] == ["40", "no report", "–", "–", "–"]
+    assert cells(page, "Metrics")[4][1:] == ["–", "no report", "–", "–", "–"]
     assert cells(page, "Last validation")[1:] == [
         ["a/version_0", "20", "8.600"], ["a/version_1", "40", "★8.200"], ["a/version_2", "–", "–"]
     ]  # fmt: skip

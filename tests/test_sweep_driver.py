@@ -32,7 +32,7 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 def test_killed_after_three_trials_it_goes_on_with_two_workers(tmp_path: Path) -> None:
     """Eight distinct trials in the end; those that had ended are not run again, the lost one is."""
-    path = write_sweep(tmp_path, overrides={"delay": 0.03})
+    path = write_sweep(tmp_path, overrides={"delay": 0.05})
     settings = read_settings(path)
     first = in_background(lambda: driver(path).run())
     wait_for(lambda: len(noted(settings, "started")) == 4)
@@ -191,6 +191,18 @@ def test_an_interrupted_sweep_stops_its_trials_and_goes_on(tmp_path: Path) -> No
     assert len(noted(settings, "started")) == len(noted(settings, "ended")) + len(noted(settings, "stopped"))
     driver(path).run()
     assert states(path) == ["COMPLETE"] * 3 and all_distinct(path)
+
+
+def test_sigterm_ends_a_driver_like_ctrl_c(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, trials=3, overrides={"delay": 0.5})
+    settings = read_settings(path)
+    process = in_background(lambda: driver(path).run())
+    wait_for(lambda: len(noted(settings, "started")) == 1)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
+    assert noted(settings, "stopped") == noted(settings, "started")
+    assert book(path).live() == {}  # its slot is free again, at once and for every machine
 
 
 def test_a_trial_of_a_silent_machine_is_lost_after_a_while(

@@ -18,6 +18,9 @@ class _ParseOnly(TrainerCLI):
         """Take no beginning of a key for the key."""
         return super().init_parser(**kwargs, allow_abbrev=False)
 
+    def _set_seed(self) -> None:
+        """Seed nothing, and say nothing of it."""
+
     def instantiate_classes(self) -> None:
         """Build nothing."""
 

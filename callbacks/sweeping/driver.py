@@ -208,7 +208,8 @@ class Driver:
         running, self._running = list(self._running.values()), {}
         deadline = time.monotonic() + self.grace
         if running:
-            tqdm.write(f"stopping {len(running)} running trial{'s' if len(running) > 1 else ''}")
+            many = f"{len(running)} running trial{'s' if len(running) > 1 else ''}"
+            tqdm.write(f"stopping {many}; the same command goes on with the sweep")
         for one in running:
             one.process.stop()
         try:

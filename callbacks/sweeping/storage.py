@@ -15,6 +15,8 @@ from lightning_modules.errors import UserError, first_line
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
+_LOCK_SECONDS = 10
+
 
 def import_optuna() -> Any:
     """The optuna package, quiet.
@@ -43,7 +45,9 @@ def open_storage(settings: SweepSettings) -> BaseStorage:
         if "://" in address:
             return _database(address)
         Path(address).parent.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(address)
+        # a driver killed while it was writing leaves its lock; the others wait so long for it
+        lock = optuna.storages.journal.JournalFileSymlinkLock(address, grace_period=_LOCK_SECONDS)
+        backend = optuna.storages.journal.JournalFileBackend(address, lock)
         return optuna.storages.JournalStorage(backend)
     except Exception as error:  # each database driver raises its own types
         raise UserError(f"{settings.path}: cannot open the storage {address}: {first_line(error)}") from error

@@ -109,17 +109,28 @@ class TrialBook:
             if not waiting:
                 self._plan(free[0], live)
             trial = self.study.ask(self.settings.space.distributions())
+            if self._take(trial):
+                return trial
+
+    def _take(self, trial: Trial) -> bool:
+        """Make a trial that was asked for this driver's own; False, and it is void, if it does not count."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
             trial.set_user_attr("owner", self.me)
             if self._counts(trial):
                 trial.set_user_attr("attempt", self._attempts_before(trial))
-                return trial
+                return True
             trial.set_user_attr("void", True)
-            self.tell(trial, "FAIL")
+        except UpdateFinishedTrialError:
+            return False  # its planner is gone, and another driver gave it up before it was known to be ours
+        self.tell(trial, "FAIL")
+        return False
 
     def _plan(self, slot: int, live: dict[int, FrozenTrial]) -> None:
         lost = [t for t in self.trials() if t.user_attrs.get("slot") == slot and t.user_attrs.get("lost")]
         point = point_of(lost[-1]) if lost else self._new_point(slot, live)
-        self.study.enqueue_trial(point, user_attrs={"slot": slot})
+        self.study.enqueue_trial(point, user_attrs={"slot": slot, "owner": self.me})
 
     def _new_point(self, slot: int, live: dict[int, FrozenTrial]) -> Point:
         """A point no other trial has: drawn by Optuna's sampler, or, if that repeats itself, any free one."""

@@ -17,6 +17,8 @@ _COMMAND_LINE = Path(__file__).resolve().parents[2] / "cli.py"
 _LAST_LINES = 15
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+# loaded here, because little is safe between fork and exec
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def fit_command() -> list[str]:
@@ -61,7 +63,8 @@ def visible_gpus() -> list[str]:
 
 def _end_with_parent() -> None:
     """In the child: ask the kernel for SIGTERM when the driver dies, however it dies."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+    assert _LIBC is not None
+    _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 @dataclass
@@ -98,7 +101,7 @@ class TrialProcess:
             process = subprocess.Popen(
                 words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its trials
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_end_with_parent if _LIBC is not None else None,
             )  # fmt: skip
         return cls(parent / "version_0", log, words, metric, process)
 
