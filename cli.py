@@ -26,6 +26,7 @@ TOOL_COMMANDS = {
     "merge": "interpolate the weights of two students, and measure a grid of mixtures",
     "sweep": "a search over any config keys, resumable and parallel",
     "compare": "runs side by side: metrics, curves, differences, sample grids",
+    "app": "a local page to try a student beside its teacher",
 }
 TOOL_MODULES = {
     "generate": "lightning_modules.commands.generate",
@@ -34,6 +35,7 @@ TOOL_MODULES = {
     "merge": "callbacks.commands.merge",
     "sweep": "callbacks.commands.sweep",
     "compare": "callbacks.commands.compare",
+    "app": "lightning_modules.commands.app",
 }
 
 
