@@ -40,7 +40,9 @@ def take_from_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]
     Raises:
         UserError: the checkpoint is of another model, or of an adapter on other weights.
     """
-    check_fit(checkpoint["state_dict"], module.state_dict())
+    # sharded checkpoints have no weights here: the strategy has loaded them already
+    if "state_dict" in checkpoint:
+        check_fit(checkpoint["state_dict"], module.state_dict())
     if module.student_base is not None and "student_base" in (stored := checkpoint.get("one_step", {})):
         StudentBase(**stored["student_base"]).check(module.student_base.hash, "the checkpoint")
     for name, value in checkpoint.get("counters", {}).items():
@@ -50,5 +52,6 @@ def take_from_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]
     if checkpoint.get("ema"):
         module.ema.load_state_dict(checkpoint["ema"])
     else:
-        student = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items()}
+        weights = checkpoint.get("state_dict") or module.state_dict()
+        student = {k.removeprefix("student."): v for k, v in weights.items()}
         module.ema.shadow = {name: student[name].float().clone() for name in module.ema.shadow}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
+from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
 from lightning_modules.image_pairs import ImagePairs, PairRegression
-from lightning_modules.judging import objective_terms, pair_term, student_terms
+from lightning_modules.judging import not_finite, objective_terms, pair_term, student_terms
 from lightning_modules.memory import Part, memory_by_part
+from lightning_modules.micro_batches import MicroBatch, micro_batches, student_negatives
 from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.frozen import hide_from_state_dict
@@ -25,6 +28,7 @@ from lightning_modules.networks.student_lora import StudentBase, StudentLoraSett
 from lightning_modules.networks.student_start import make_student
 from lightning_modules.objectives.base import Objective, StudentSample
 from lightning_modules.optimization import RoleOptimization, UpdateGuard
+from lightning_modules.parallel import FullySharded, same_on_all_processes, shard_networks, without_sync
 from lightning_modules.score_views import score_views
 from lightning_modules.step_numbers import StepNumbers
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
@@ -88,6 +92,7 @@ class OneStepDistillation(L.LightningModule):
         self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
         self.seed = seed
         self.student_steps = self.fake_score_steps = 0
+        self._prompts: list[str] = []  # of the update in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
         self.student_base: StudentBase | None = None
@@ -136,7 +141,6 @@ class OneStepDistillation(L.LightningModule):
         self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
-        self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)
             if self._trainer is not None:
@@ -146,6 +150,9 @@ class OneStepDistillation(L.LightningModule):
             self.pair_regression = PairRegression(self.image_pairs, self.parts, processes)
         frozen = [self.scores, self.generator, *([self.image_terms] if self.image_terms is not None else [])]
         cast_frozen(frozen, frozen_dtype(self._trainer))
+        if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
+            shard_networks([student, *self.scores.networks()], self.device_mesh["data_parallel"])
+        self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
 
     def configure_optimizers(self) -> Any:
         assert self.student is not None
@@ -162,7 +169,9 @@ class OneStepDistillation(L.LightningModule):
         ]
 
     def on_fit_start(self) -> None:
-        """Say so if the training is not image-free."""
+        """Say so if the training is not image-free; processes begin with the same weights."""
+        if isinstance(self.trainer.strategy, FullySharded):
+            same_on_all_processes(p for p in self.parameters() if p.requires_grad)
         if self.pair_regression is not None:
             self.print(self.pair_regression.notice)
 
@@ -176,10 +185,10 @@ class OneStepDistillation(L.LightningModule):
         student_optimizer, fake_optimizer = self.optimizers()  # type: ignore[attr-defined]
         # Lightning counts every optimizer's steps in global_step; only the student's are to count.
         fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
-        step = self.student_steps
+        step, self._prompts = self.student_steps, batch["prompts"]
         self.numbers.clear()
-        with fast_attention(self.device):
-            samples = [self._student_turn(part, step) for part in self._micro_batches(batch)]
+        with fast_attention(self.device), without_sync(self.trainer.strategy.model):
+            samples = [self._student_turn(part, step) for part in micro_batches(self, batch)]
             if (term := pair_term(self, step)) is not None:
                 self.manual_backward(term)
             if updated := self._update(student_optimizer, self.student_optimization, "student"):
@@ -195,28 +204,26 @@ class OneStepDistillation(L.LightningModule):
         self.numbers.log(self)
         self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[list[str], Tensor, float]]:
-        """Parts (prompts, places in the global batch, share of this process's batch) that fit into memory."""
-        prompts, indices = batch["prompts"], batch["indices"]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        size = getattr(data, "micro_batch_size", None) or len(prompts)
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            yield prompts[part], indices[part], len(prompts[part]) / len(prompts)
-
-    def _student_turn(
-        self, part: tuple[list[str], Tensor, float], step: int
-    ) -> tuple[StudentSample, StepRandom, float]:
+    def _student_turn(self, part: MicroBatch, step: int) -> tuple[StudentSample, StepRandom, float]:
         """Draw samples, have them judged and backpropagate into the student; returns them detached."""
-        prompts, indices, share = part
-        random = StepRandom(self.seed, step, indices, self.device)
-        condition = self.generator.prompt_encoder.encode(prompts)
+        random = StepRandom(self.seed, step, part.indices, self.device)
+        encode = self.generator.prompt_encoder.encode
+        condition = encode(part.prompts)
+        negative = None if part.negatives is None else encode(part.negatives)
+        with student_negatives(self, negative, random):
+            return self._judged_sample(part, random, condition, negative)
+
+    def _judged_sample(
+        self, part: MicroBatch, random: StepRandom, condition: Condition, negative: Condition | None
+    ) -> tuple[StudentSample, StepRandom, float]:
+        """The student's forward pass, its terms and its backward pass."""
+        share = part.share
         x0 = self.generator.latents(random.normal("start", self.generator.latent_shape), condition)
         # The terms are differentiated at the student's output first: that yields the norm of each term's
         # gradient, and whatever the objective did inside reaches no other weight.
         leaf = x0.detach().requires_grad_()
-        sample = StudentSample(leaf, condition)
-        terms = student_terms(self, sample, prompts, random, share)
+        sample = StudentSample(leaf, condition, negative)
+        terms = student_terms(self, sample, part.prompts, random, share)
         parts = {n: torch.autograd.grad(term, leaf, retain_graph=True)[0] for n, term in terms.items()}
         del terms, sample  # and with them what they keep for backward passes
         self.manual_backward(share * (x0 * torch.stack([*parts.values()]).sum(0)).sum())
@@ -225,7 +232,7 @@ class OneStepDistillation(L.LightningModule):
             self.numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
         self.numbers.note("latents/mean", leaf.mean(), share)
         self.numbers.note("latents/std", leaf.std(), share)
-        return StudentSample(x0.detach(), condition), random, share
+        return StudentSample(x0.detach(), condition, negative), random, share
 
     def _fake_score_turn(self, sample: StudentSample, random: StepRandom, share: float) -> None:
         """Train the fake score, and networks of the objective, on detached samples."""
@@ -234,7 +241,8 @@ class OneStepDistillation(L.LightningModule):
 
     def _update(self, optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
         """Clip and step, unless the gradient is not finite; whether it was (the same on all processes)."""
-        finite, norm = self._guard.step(optimizer, optimization, role, self.student_steps)
+        suspects = partial(not_finite, self.numbers, self._prompts, role)
+        finite, norm = self._guard.step(optimizer, optimization, role, self.student_steps, suspects)
         self.numbers.note(f"gradient_norm/{role}", norm)
         return finite
 

@@ -9,9 +9,13 @@ from torch import Tensor
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.objectives.base import StudentSample
+from lightning_modules.parallel import on_all_processes
+from lightning_modules.step_numbers import StepNumbers
 
 if TYPE_CHECKING:
     from lightning_modules.distillation import OneStepDistillation
+
+SHOWN_PROMPTS = 3
 
 
 def student_terms(
@@ -32,6 +36,20 @@ def student_terms(
         raise UserError(f"objective and image losses both have a term {sorted(both)[0]!r}: rename one")
     module.numbers.note_all("image_losses", numbers, share, module.trainer.world_size)
     return terms | _noted(module, "student", images, share)
+
+
+def not_finite(numbers: StepNumbers, prompts: list[str], role: str) -> str:
+    """Which terms of the update in progress are not finite, and its first prompts. Collective.
+
+    Those of the first process that has such a term; where none has, the network's backward pass made it so.
+    """
+    kinds = (f"train/{role}_", *(["gradient_at_output/"] if role == "student" else []))
+    names = [name.partition("/")[2] for name in numbers.nonfinite() if name.startswith(kinds)]
+    terms = list(dict.fromkeys(name.removeprefix(f"{role}_") for name in names))
+    found = on_all_processes((terms, prompts[:SHOWN_PROMPTS]))
+    terms, shown = next((one for one in found if one[0]), found[0])
+    what = f"terms: {', '.join(terms)}" if terms else "no term: in the network's backward pass"
+    return f" ({what}; prompts: {', '.join(map(repr, shown))} …)"
 
 
 def objective_terms(

@@ -1,7 +1,7 @@
 """How one role (student or fake score) is optimized, and what happens when it can't be."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_modules.errors import UserError
+from lightning_modules.parallel import average_gradients, clip_gradients
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -68,7 +69,7 @@ class RoleOptimization:
 
     def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         """Clip the gradients in place; returns their norm before, a scalar tensor."""
-        return torch.nn.utils.clip_grad_norm_(list(parameters), self.clip_norm or float("inf"))
+        return clip_gradients(parameters, self.clip_norm or float("inf"))
 
 
 class UpdateGuard:
@@ -92,16 +93,22 @@ class UpdateGuard:
         self._in_a_row: Counter[str] = Counter()
 
     def step(
-        self, optimizer: Any, optimization: RoleOptimization, role: str, student_steps: int
-    ) -> tuple[bool, torch.Tensor]:
-        """Clip, step or skip, and drop the gradients; whether they were finite, and their norm before.
+        self, optimizer: Any, optimization: RoleOptimization, role: str, student_steps: int,
+        suspects: Callable[[], str] = lambda: "",
+    ) -> tuple[bool, torch.Tensor]:  # fmt: skip
+        """Average over the processes, clip, step or skip, drop the gradients; whether finite, and their norm.
 
-        Gradients are averaged over the processes by now, so all of them decide alike.
+        The gradients being the same on all processes then, all of them decide alike.
+
+        Args:
+            suspects: what the message about too many skipped updates says of terms and prompts; collective.
 
         Raises:
             UserError: too many updates of this role in a row were skipped.
         """
-        norm = optimization.clip(p for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
+        norm = optimization.clip(parameters)
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()
@@ -113,6 +120,6 @@ class UpdateGuard:
         if (count := self._in_a_row[role]) >= self.most_in_a_row:
             raise UserError(
                 f"{count} updates of the {role} in a row, the last after step {student_steps}, had a loss or "
-                "gradient that is not finite: lower its learning rate or the guidance scale"
+                f"gradient that is not finite{suspects()}: lower its learning rate or the guidance scale"
             )
         return finite, norm

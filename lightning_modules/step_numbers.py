@@ -31,6 +31,10 @@ class StepNumbers:
             is_count = name.startswith(("nonfinite", "truncated"))
             self.note(f"{group}/{name}", number, world_size if is_count else share)
 
+    def nonfinite(self) -> list[str]:
+        """Names of those that are not finite, in the order in which they were noted; waits for the GPU."""
+        return [name for name, value in self._values.items() if not bool(torch.isfinite(value))]
+
     def log(self, module: L.LightningModule) -> None:
         """Log them by the module, averaged over the processes, which all must have noted the same names."""
         values = torch.stack([value.to(module.device) for value in self._values.values()])

@@ -4,18 +4,19 @@ from collections.abc import Iterable
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lightning_modules.errors import UserError
+from lightning_modules.parallel import FullySharded
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse what doesn't work, and let DDP expect weights that a turn leaves without gradient.
+    """Refuse what doesn't work.
 
     Raises:
-        UserError: a precision other than fp32 and bf16-mixed; clipping or accumulation by the Trainer; DDP
-            with a static graph.
+        UserError: a precision other than fp32 and bf16-mixed; clipping or accumulation by the Trainer; shards
+            by another strategy than FullySharded.
     """
     precision = str(trainer.precision)
     if precision not in ("32-true", "bf16-mixed"):
@@ -34,19 +35,22 @@ def check_trainer(trainer: Trainer) -> None:
             "update: leave it out and set data.init_args.micro_batch_size to what fits into memory"
         )
     if isinstance(trainer.strategy, DDPStrategy):
-        options = trainer.strategy._ddp_kwargs
-        if options.get("static_graph"):
-            raise UserError(
-                "trainer.strategy is DDP with static_graph, but student and fake score are trained in turn, "
-                "so the graph changes: leave static_graph out"
-            )
-        options["find_unused_parameters"] = True  # each turn leaves the weights of the other one unused
+        # gradients are averaged by the module, see lightning_modules/parallel.py: there is nothing to search
+        trainer.strategy._ddp_kwargs |= {"find_unused_parameters": False, "static_graph": False}
+    sharding = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    if sharding and not isinstance(trainer.strategy, FullySharded):
+        raise UserError(
+            f"trainer.strategy is {type(trainer.strategy).__name__}, which can't train two networks in turn; "
+            "for shards take configs/trainer/fsdp.yaml (strategy: lightning_modules.parallel.FullySharded)"
+        )
 
 
 def frozen_dtype(trainer: Trainer | None) -> torch.dtype:
     """Type of weights that are not trained: bfloat16 where a bf16 run is on an accelerator, else float32."""
     if trainer is None or str(trainer.precision) != "bf16-mixed":
         return torch.float32
+    if isinstance(trainer.strategy, FullySharded):
+        return torch.float32  # a group of shards has one type, and that of trained weights is float32
     return torch.float32 if trainer.strategy.root_device.type == "cpu" else torch.bfloat16
 
 

@@ -1,5 +1,6 @@
 """What a distillation refuses, skips or stops at, and the precision of its parts."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.objectives.base import Scores, StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
+from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
 from tests.tiny_distillation import LORA, Hooks, adam, changed, distillation, fit, snapshot
 
@@ -80,9 +82,13 @@ def test_what_is_not_finite_skips_the_update(role: str, how: str, tiny_sd: Path,
 def test_too_many_skipped_updates_stop_the_run(role: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Although the other role's updates are fine all the time."""
     module = distillation(tiny_sd, Broken(role, range(1, 99)), max_skipped_updates=3)
-    with pytest.raises(UserError, match=f"3 updates of the {role} in a row.*not finite.*learning rate"):
+    term = "vsd" if role == "student" else "denoising"
+    message = f"3 updates of the {role} in a row, the last after step [0-9], .*not finite.*learning rate"
+    with pytest.raises(UserError, match=message) as stopped:
         fit(module, tmp_path, 50)
     assert module.skipped_updates == 3
+    three = ", ".join([r"'a \w+ \w+'"] * 3)
+    assert re.search(rf"\(terms: {term}; prompts: {three} …\)", str(stopped.value))
 
 
 def test_scattered_skips_do_not_stop_the_run(tiny_sd: Path, tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_other_precisions_are_refused(precision: Any, tiny_sd: Path, tmp_path: P
         fit(distillation(tiny_sd), tmp_path, 1, precision=precision)
 
 
-def test_fp16_mixed_and_static_graphs_are_refused() -> None:
+def test_fp16_mixed_and_other_shards_are_refused() -> None:
     """Lightning turns 16-mixed into bf16-mixed on the CPU, so there the check is called by itself."""
 
     def check(precision: str, strategy: Any) -> None:
@@ -109,11 +115,15 @@ def test_fp16_mixed_and_static_graphs_are_refused() -> None:
 
     with pytest.raises(UserError, match="16-mixed.*loss scaler"):
         check("16-mixed", None)
-    with pytest.raises(UserError, match="static_graph"):
-        check("32-true", L.pytorch.strategies.DDPStrategy(static_graph=True))
-    strategy = L.pytorch.strategies.DDPStrategy()
-    check("32-true", strategy)
-    assert strategy._ddp_kwargs["find_unused_parameters"] is True
+    strategies = L.pytorch.strategies
+    for sharded in (strategies.ModelParallelStrategy(), object.__new__(strategies.FSDPStrategy)):
+        with pytest.raises(UserError, match=f"{type(sharded).__name__}, which can't train two networks"):
+            check("32-true", sharded)
+    check("32-true", FullySharded())
+    for setting in ("find_unused_parameters", "static_graph"):
+        strategy = strategies.DDPStrategy(**{setting: True})
+        check("32-true", strategy)
+        assert strategy._ddp_kwargs == {"find_unused_parameters": False, "static_graph": False}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.fitting import difference
+from lightning_modules.parallel import gather, scatter_like
 
 
 class StudentEMA:
@@ -68,8 +69,11 @@ class StudentEMA:
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """{"shadow": {name: float32 tensor}, "decay": float, "num_updates": int}; plain data."""
-        return {"shadow": dict(self.shadow), "decay": self.decay, "num_updates": self.num_updates}
+        """{"shadow": {name: float32 tensor}, "decay": float, "num_updates": int}; plain data.
+
+        Shards are gathered on the first process (collective); the others get no shadow.
+        """
+        return {"shadow": gather(self.shadow), "decay": self.decay, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over shadow and counter; the decay of this object stays (settings win over checkpoints).
@@ -83,8 +87,7 @@ class StudentEMA:
                 f"{found}. Give a checkpoint of the same model."
             )
         self.shadow = {
-            name: state["shadow"][name].to(device=own.device, dtype=torch.float32, copy=True)
-            for name, own in self.shadow.items()
+            name: scatter_like(state["shadow"][name], own) for name, own in self.shadow.items()
         }
         self.num_updates = int(state["num_updates"])
 

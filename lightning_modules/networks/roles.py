@@ -140,6 +140,10 @@ class ScoreModels(nn.Module):
 
     # --- training and storage -------------------------------------------------------------------------------
 
+    def networks(self) -> list[nn.Module]:
+        """The networks that hold the two roles: one, or two with a full copy."""
+        return [self.base_unet, *([self.full_copy] if self.full_copy is not None else [])]
+
     def fake_parameters(self) -> list[nn.Parameter]:
         """Parameters of the fake score, whether or not they require a gradient at the moment."""
         if self.full_copy is not None:

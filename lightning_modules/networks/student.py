@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from lightning_modules.consolidation import consolidated, is_sharded
 from lightning_modules.errors import UserError
 from lightning_modules.networks.content_hash import content_hash
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
@@ -84,7 +85,7 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
     """
     if name not in ("best", "last"):
         path = asset_path(name)
-        if not path.is_file():
+        if not (path.is_file() or is_sharded(path)):
             raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
         return path
     # Two files can carry the same time on coarse clocks; the higher version is the later run then.
@@ -108,7 +109,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, unreadable, or not a one-step distillation's.
     """
-    if not path.is_file():
+    if not (path.is_file() or is_sharded(path)):
         raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
     content = _read(path)
     if not _is_distillation(content):
@@ -145,6 +146,8 @@ def student_weights(
 def _read(path: Path, mmap: bool = False) -> Any:
     """Content of a file; with `mmap` its tensors stay on disk until they are used."""
     try:
+        if is_sharded(path):
+            return consolidated(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and runtime errors alike
         raise UserError(

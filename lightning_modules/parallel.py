@@ -1,0 +1,173 @@
+"""Several processes: averaged gradients, and networks in shards (FSDP2), with what that asks of the rest.
+
+Student and fake score are trained in turn, so in each turn the weights of the other one have no gradient. DDP
+would search the graph for them at every backward pass and send zeros in their place. Gradients are averaged
+here instead, once per update: no search, and nothing is sent after the inner passes of an accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_modules.networks.fitting import check_fit
+
+_BUCKET_BYTES = 64 * 2**20
+
+
+class FullySharded(ModelParallelStrategy):
+    """FSDP2 over all processes: each holds one shard of every network in training.
+
+    Args:
+        save_distributed_checkpoint: A checkpoint is a folder to which each process writes its shard; false:
+            one file, gathered on the first process.
+        process_group_backend: As in Lightning.
+    """
+
+    def __init__(
+        self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        """One group of all processes, rather than Lightning's tensor-parallel group on each machine."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Frozen weights are in no checkpoint; whether all the others are is checked here for single files.
+
+        Raises:
+            UserError: the file is of another model.
+        """
+        module = self.lightning_module
+        assert module is not None
+        if Path(checkpoint_path).is_file():
+            content = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+            check_fit(content["state_dict"], module.state_dict())
+        strict, module.strict_loading = module.strict_loading, False
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            module.strict_loading = strict
+
+
+def without_sync(model: Any) -> AbstractContextManager[None]:
+    """A context in which DDP leaves gradients alone; for other models it does nothing."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over the processes; those of shards are means already. Collective.
+
+    All processes must have gradients of the same parameters.
+    """
+    if not dist.is_initialized() or (processes := dist.get_world_size()) == 1:
+        return
+    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
+    for gradient in _plain_gradients(parameters):
+        of_type = buckets.setdefault(gradient.dtype, [[]])
+        if sum(g.nbytes for g in of_type[-1]) + gradient.nbytes > _BUCKET_BYTES and of_type[-1]:
+            of_type.append([])
+        of_type[-1].append(gradient)
+    for bucket in (bucket for of_type in buckets.values() for bucket in of_type):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= processes
+        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> Tensor:
+    """Clip gradients in place by their common norm; returns that before, a scalar tensor. Collective."""
+    parameters = list(parameters)
+    plain, shards = _plain_gradients(parameters), _sharded_gradients(parameters)
+    if not shards:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
+    total = torch.nn.utils.get_total_norm(shards)
+    norm = total.full_tensor() if isinstance(total, DTensor) else total
+    if plain:
+        norm = torch.linalg.vector_norm(torch.stack([norm, torch.nn.utils.get_total_norm(plain)]))
+    factor = (largest_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does
+    for gradient in [*plain, *(shard.to_local() for shard in shards)]:
+        gradient.mul_(factor)
+    return norm
+
+
+def _plain_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+
+
+def _sharded_gradients(parameters: Iterable[nn.Parameter]) -> list[DTensor]:
+    return [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+
+
+def shard_networks(networks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Split each network's weights over the processes, block by block, so that one block at a time is whole.
+
+    Frozen and trained weights share a group, so they must be of one type.
+    """
+    for network in networks:
+        for block in _blocks(network):
+            fully_shard(block, mesh=mesh)
+        # by default the outermost group stays whole after a forward pass; weights are written between passes
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    children = list(network.named_children())
+    listed = [block for _, child in children if isinstance(child, nn.ModuleList) for block in child]
+    return [*listed, *(child for name, child in children if name == "mid_block" and child is not None)]
+
+
+@torch.no_grad()
+def same_on_all_processes(parameters: Iterable[nn.Parameter]) -> None:
+    """Give weights that are not in shards the first process's values (DDP does so itself). Collective."""
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            dist.broadcast(parameter.data, src=0)
+
+
+def on_all_processes(value: Any) -> list[Any]:
+    """Every process's value, in the order of the ranks. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process, nothing on the others; plain ones as they are."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return dict(tensors)
+    whole = {}
+    for name, tensor in tensors.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            whole[name] = value.cpu()
+    return whole
+
+
+def scatter_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A copy of ``whole`` (the same on all processes) with device, type and shards of ``like``."""
+    value = whole.to(device=like.device, dtype=like.dtype, copy=True)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
