@@ -11,9 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.environment import environment, peak_memory_gib
 from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.logging_media import log_config, log_report
 from callbacks.report_files import Report, findings, write_report
 from callbacks.report_markdown import render_text_table
-from callbacks.run_folder import run_dir
+from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
 from callbacks.student import as_student
 
@@ -80,6 +81,11 @@ class RunReport(Callback):
         self.timer = StepTimer()
         self._earlier: dict[str, Any] = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the settings to the loggers."""
+        if trainer.is_global_zero:
+            log_config(trainer.loggers, run_dir(trainer) / CONFIG_NAME)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -107,6 +113,7 @@ class RunReport(Callback):
             folder = run_dir(trainer)
             report = self.assemble(trainer, pl_module, final, folder)
             path = write_report(report, folder)
+            log_report(trainer.loggers, report, folder)
             lines = (
                 ["", render_text_table(report), "", *findings(report)] if report.content["metrics"] else [""]
             )

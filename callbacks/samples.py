@@ -3,16 +3,14 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
 from callbacks.cache import ResultCache
 from callbacks.drawing import labelled_grid, save_png
 from callbacks.hashing import hash_texts, to_uint8
+from callbacks.logging_media import log_media
 from callbacks.run_folder import run_dir
 from callbacks.student import as_student, evaluating, evaluation_captions
 from callbacks.teacher import PROTOCOL, Teacher
@@ -79,7 +77,8 @@ class Pictures(Callback, ABC):
         image = self.draw(trainer, module)
         if trainer.is_global_zero:
             save_png(image, run_dir(trainer) / "samples" / f"{self.stem}{step}.png")
-            send_to_loggers(trainer, self.tag, image, step)
+            for logger in trainer.loggers:
+                log_media(logger, self.tag, image, step)
 
     @abstractmethod
     def draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
@@ -159,13 +158,3 @@ class ScoreViews(Pictures):
         with evaluating(trainer, module, own_weights=True):
             views = as_student(module).score_views(prompts, seeds)
         return labelled_grid({name: images.cpu() for name, images in views.items()}, prompts, columns=3)
-
-
-def send_to_loggers(trainer: Trainer, tag: str, image: Image.Image, step: int) -> None:
-    """Hand a picture to every logger that takes them (TensorBoard; those with ``log_image``, as W&B's)."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            array = torch.from_numpy(np.array(image))
-            logger.experiment.add_image(tag, array, step, dataformats="HWC")
-        elif callable(log_image := getattr(logger, "log_image", None)):
-            log_image(key=tag, images=[image], step=step)

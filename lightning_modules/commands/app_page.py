@@ -80,7 +80,8 @@ def drawing(gr: Any, models: SideBySide) -> Any:
             yield *shown, gr.skip(), gr.skip()
             teacher = models.teacher(prompt, negative, method, seed)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            yield gr.skip(), str(error), gr.skip(), gr.skip()  # while a number is typed it may be empty
+            return
         title = f"Teacher, {TEACHER_STEPS} steps, guidance {TEACHER_GUIDANCE}"
         times = f", {teacher.milliseconds / student.milliseconds:.3g} times the student's"
         yield gr.skip(), gr.skip(), teacher.image, caption(title, teacher) + times
