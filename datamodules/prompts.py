@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.readers import read_texts
-from datamodules.sources import PromptPools, PromptSource, listed_prompts
+from datamodules.sources import PromptPools, as_sources, listed_prompts
 from datamodules.streams import EvaluationPrompts, PromptStream
 from lightning_modules.errors import UserError
 
@@ -58,8 +58,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         prompts: Training prompts: a file (.txt, .csv, .tsv, .jsonl, .parquet, also .gz or .zst), a glob
-            pattern, a Hugging Face dataset folder, a list of prompts, or a list of sources, each with path,
-            column and weight (see `PromptSource`). None: the bundled captions.
+            pattern, a Hugging Face dataset folder, a list of prompts, or a list of sources, each a mapping
+            of path, column and weight (see `PromptSource`). None: the bundled captions.
         batch_size: Prompts per student update, over all processes and accumulation.
         micro_batch_size: Prompts per process and pass. None: a process's whole share at once.
         eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
@@ -82,7 +82,7 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        prompts: str | list[str] | list[PromptSource] | None = None,
+        prompts: str | list[str] | list[dict[str, Any]] | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         eval_captions: str | list[str] | None = None,
@@ -107,7 +107,7 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed
         cleaning = Cleaning(min_length, max_length, deduplicate)
         self._prompts = PromptPools(
-            str(CAPTIONS) if prompts is None else prompts, column, cleaning, epoch_size
+            str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
         )
         self._negatives = (
             None if negative_prompts is None else PromptPools(negative_prompts, key="data.negative_prompts")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -33,6 +34,29 @@ class PromptSource:
     path: str
     column: str | None = None
     weight: float | None = None
+
+
+def as_sources(
+    given: str | list[str] | list[dict[str, Any]] | list[PromptSource],
+) -> str | list[str] | list[PromptSource]:
+    """The setting `data.prompts` with its mappings (as in YAML) made into sources.
+
+    Mappings, not `PromptSource` itself, are the setting's type: the command line would read the file that
+    a path names for a list of objects.
+
+    Raises:
+        UserError: a mapping has an unknown key or no path.
+    """
+    if isinstance(given, str) or not any(isinstance(item, dict) for item in given):
+        return given  # type: ignore[return-value]
+    known = {field.name for field in fields(PromptSource)}
+    for number, item in enumerate(given, 1):
+        if not isinstance(item, dict) or "path" not in item or set(item) - known:
+            raise UserError(
+                f"data.prompts: source {number} is {item!r}; give each a path and, if wanted, a column and a "
+                "weight"
+            )
+    return [PromptSource(**item) for item in given]  # type: ignore[arg-type]
 
 
 class PromptPool:

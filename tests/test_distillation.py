@@ -127,8 +127,8 @@ def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> N
         return update()
 
     batches: list[list[str]] = []
-    micro_batches = module._micro_batches
-    module._micro_batches = lambda batch: batches.append(batch["prompts"]) or micro_batches(batch)  # type: ignore[method-assign, func-returns-value]
+    train = module.training_step
+    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore[method-assign, func-returns-value]
     watch_updates(module, watcher)
     fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
     assert len(compared) == 2 and compared[1] > 1e-6

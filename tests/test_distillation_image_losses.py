@@ -63,8 +63,8 @@ def test_gradient_reaches_the_student_by_finite_differences(
             slopes.append((along, (ends[0] - ends[1]) / 2e-6))
         return update()
 
-    micro_batches = module._micro_batches
-    module._micro_batches = lambda batch: batches.append(batch["prompts"]) or micro_batches(batch)  # type: ignore[method-assign, func-returns-value]
+    train = module.training_step
+    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore[method-assign, func-returns-value]
     watch_updates(module, watcher)
     run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()), micro_batch_size=2)
     assert len(slopes) == 2

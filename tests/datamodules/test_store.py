@@ -251,6 +251,21 @@ def test_sources_are_given_in_yaml(file: Path) -> None:
         assert draws.at(np.arange(3))[0] in PROMPTS
 
 
+def test_a_file_named_on_the_command_line_is_not_read_by_the_parser(tmp_path: Path) -> None:
+    """Its lines could be YAML: the path itself must reach the data module."""
+    (tmp_path / "lines.txt").write_text("- a ship\n- a tree\n")
+    parser = ArgumentParser()
+    parser.add_class_arguments(PromptDataModule, "data")
+    config = parser.parse_args([f"--data.prompts={tmp_path / 'lines.txt'}"])
+    assert config.data.prompts == str(tmp_path / "lines.txt")
+
+
+def test_sources_with_unknown_keys_or_no_path(file: Path) -> None:
+    for source in ({"path": str(file), "wieght": 2}, {"weight": 2}, "a ship"):
+        with pytest.raises(UserError, match="source 2 is"):
+            module_of(file, prompts=[{"path": str(file)}, source])
+
+
 # --- in a run -----------------------------------------------------------------------------------------------
 
 
