@@ -64,7 +64,7 @@ def test_gradient_reaches_the_student_by_finite_differences(
         return update()
 
     train = module.training_step
-    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore[method-assign, func-returns-value]
+    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore
     watch_updates(module, watcher)
     run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()), micro_batch_size=2)
     assert len(slopes) == 2
@@ -152,7 +152,7 @@ def test_the_schedule_ends_the_calls(tiny_sd: Path, tiny_clip: Path, tmp_path: P
     seen: list[int] = []
     loss = settings.losses[0]
     forward = loss.forward
-    loss.forward = lambda *given: seen.append(module.student_steps) or forward(*given)  # type: ignore[method-assign, func-returns-value]
+    loss.forward = lambda *given: seen.append(module.student_steps) or forward(*given)  # type: ignore
     fit(module, tmp_path, 4)
     assert seen == [0, 1]
 
