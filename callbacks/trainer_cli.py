@@ -38,6 +38,7 @@ from callbacks.throughput import Throughput
 from lightning_modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test", "predict")
+PARTS = ("trainer", "data")
 # One step is one student update, and validation counts steps: no epochs anywhere.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -60,11 +61,16 @@ def import_components() -> None:
 
 
 def experiment_name(args: list[str]) -> str:
-    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none."""
+    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
+
+    Files in folders called trainer or data are parts that go with any experiment: they name it only
+    where there is no other.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     known, _ = parser.parse_known_args(args)
-    return Path(known.config[-1]).stem if known.config else "experiment"
+    whole = [name for name in known.config if Path(name).parent.name not in PARTS]
+    return Path([*known.config, *whole][-1]).stem if known.config else "experiment"
 
 
 class TrainerCLI(LightningCLI):

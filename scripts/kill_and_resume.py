@@ -243,8 +243,10 @@ def prepare(arguments: argparse.Namespace) -> list[str]:
     arguments.output.mkdir(parents=True)
     own = {} if arguments.config else json.loads(json.dumps(SHORT))
     marks = [{"class_path": "scripts.kill_and_resume.PhaseMarks"}]
-    trainer = own.setdefault("trainer", {})
-    trainer["callbacks" if "callbacks" in trainer else "callbacks+"] = trainer.pop("callbacks", []) + marks
+    if arguments.config:
+        own["trainer"] = {"callbacks+": marks}
+    else:
+        own["trainer"]["callbacks"] += marks
     path = arguments.output / "marked.yaml"
     path.write_text(yaml.safe_dump(own, sort_keys=False))
     files = [*(arguments.config or [ROOT / "configs" / "quickstart.yaml"]), path]
@@ -272,7 +274,7 @@ def check(arguments: argparse.Namespace, start: Start = start_process) -> list[s
         print(f"kill {number}: for a {phase} from step {step} on; hit: {hit or 'nothing'}", flush=True)
     run_to_the_end(start, resume, output / "killed_end.log")
     wrong, compared = compare(alone, newest_run(output / "killed"))
-    where = ", ".join(f"{fell[phase]} in a {phase}" for phase in PHASES)
+    where = ", ".join(f"{fell[phase]} in {phase}s" for phase in PHASES)
     print(f"{arguments.kills} kills: {where}; {fell['too late']} too late\n{compared}")
     print("\n".join(["DIFFERENT:", *wrong]) if wrong else "identical")
     print(f"{time.perf_counter() - began:.0f} s with {arguments.threads} thread(s); runs in {output}")

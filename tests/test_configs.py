@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from callbacks.time_limit import parse_limit
 from callbacks.trainer_cli import TrainerCLI
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,42 @@ def test_config_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = yaml.safe_load(parsed._resolved_config())
     content = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
     assert set(class_names(content)) <= set(class_names(resolved))
-    assert parsed.settings.experiment == Path(name).stem
+    whole = [file for file in command_for(name)[2::2] if "model" in yaml.safe_load((ROOT / file).read_text())]
+    assert parsed.settings.experiment == Path(whole[-1]).stem, "parts name no experiment"
+
+
+TRAINERS = [name for name in NAMES if name.startswith("configs/trainer/")]
+EXPERIMENTS = [name for name in NAMES if name.startswith("configs/experiment/")]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "part"), [(name, TRAINERS[i % len(TRAINERS)]) for i, name in enumerate(EXPERIMENTS)]
+)
+def test_trainer_parts_go_with_any_experiment(
+    experiment: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the part says counts, the rest is the experiment's, also its callbacks and its name."""
+    monkeypatch.chdir(ROOT)
+    files = [part for name in (experiment, part) for part in ("--config", name)]
+    settings = ParseOnly(["fit", *files]).settings
+    alone = ParseOnly(["fit", "--config", experiment]).settings
+    said = yaml.safe_load((ROOT / part).read_text())["trainer"]
+    more = [callback["class_path"].rpartition(".")[2] for callback in said.get("callbacks+", [])]
+    callbacks = (alone.trainer.callbacks or [], settings.trainer.callbacks or [])
+    names = [[one.class_path.rpartition(".")[2] for one in own] for own in callbacks]
+    assert names[1] == [*names[0], *more]
+    for name in {"accelerator", "precision", "devices"} & said.keys():
+        assert settings.trainer[name] == said[name], name
+    assert settings.trainer.max_steps == alone.trainer.max_steps
+    assert settings.experiment == alone.experiment == Path(experiment).stem
+
+
+def test_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = ["--trainer.callbacks+=TimeLimit", "--trainer.callbacks.limit=03:50:00"]
+    callbacks = ParseOnly(["fit", "--config", "configs/quickstart.yaml", *options]).settings.trainer.callbacks
+    assert len(callbacks) > 1 and callbacks[-1].class_path.endswith("TimeLimit")
+    assert parse_limit(callbacks[-1].init_args.limit) == 3 * 3600 + 50 * 60
 
 
 def test_a_misspelt_key_fails(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import cli
 from scripts import kill_and_resume
-from scripts.kill_and_resume import MARKS_FD, Session, check, differences, moments
+from scripts.kill_and_resume import MARKS_FD, Session, check, differences, moments, prepare
+from tests.test_configs import ParseOnly
 from tests.tiny_distillation import write_config
 
 
@@ -105,8 +105,15 @@ def test_differences_are_named() -> None:
     assert list(differences(one, one)) == []
 
 
-def test_the_short_settings_fit_the_quickstart() -> None:
-    quickstart = yaml.safe_load((Path(cli.__file__).parent / "configs" / "quickstart.yaml").read_text())
-    short = kill_and_resume.SHORT
-    assert short["data"]["init_args"].keys() - {"eval_batch_size"} <= quickstart["data"]["init_args"].keys()
-    assert short["trainer"]["precision"] == "32-true"
+def test_the_short_settings_fit_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart's callbacks are replaced, those of a given configuration are kept."""
+    monkeypatch.setenv(MARKS_FD, "1")
+    arguments: Any = Arguments(tmp_path / "out", tmp_path / "own.yaml", 1)
+    prepare(arguments)
+    assert "callbacks+" in (tmp_path / "out" / "marked.yaml").read_text()
+    arguments.output, arguments.config = tmp_path / "short", None
+    settings = ParseOnly(["fit", *prepare(arguments)]).settings
+    names = [callback.class_path.rpartition(".")[2] for callback in settings.trainer.callbacks]
+    assert names == ["RunCheckpoint", "Evaluation", "SampleGrid", "RunReport", "PhaseMarks"]
+    assert settings.trainer.precision == "32-true" and settings.data.init_args.batch_size == 4
+    assert settings.trainer.max_steps == 60
