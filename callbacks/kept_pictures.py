@@ -41,12 +41,12 @@ class KeptPictures:
                 to_pil(image).save(partial, format="PNG")
                 partial.replace(self.path(place))
 
-    def grid(self, captions: Sequence[str], title: str) -> Image.Image:
+    def grid(self, captions: Sequence[str]) -> Image.Image:
         """The first pictures with their captions; of several sizes those as large as the first."""
         places = [place for place in range(min(self.for_grid, len(captions))) if self.path(place).is_file()]
         images = read_pictures([self.path(place) for place in places])
         shown = [i for i, image in enumerate(images) if image.shape == images[0].shape]
-        views = {title: torch.stack([images[i] for i in shown])}
+        views = {"": torch.stack([images[i] for i in shown])}  # one view, which needs no name
         return labelled_grid(views, [captions[places[i]] for i in shown])
 
     def write_list(self, captions: Sequence[str], seeds: Sequence[int]) -> None:

@@ -253,7 +253,7 @@ def _evaluate(
     if rank_and_world_size()[0] > 0:
         return
     output.mkdir(parents=True, exist_ok=True)
-    save_png(kept.grid(chosen.captions, drawer.title), output / GRID)
+    save_png(kept.grid(chosen.captions), output / GRID)
     if options.save_images:
         kept.write_list(chosen.captions, chosen.seeds)
     manifest = key | {
