@@ -19,6 +19,7 @@ from tests.tiny_distillation import (
     distillation,
     fit,
     snapshot,
+    watch_batches,
     watch_updates,
 )
 
@@ -126,9 +127,7 @@ def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> N
             compared.append(max(gradient.abs().max().item() for gradient in expected))
         return update()
 
-    batches: list[list[str]] = []
-    train = module.training_step
-    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore
+    batches = watch_batches(module)
     watch_updates(module, watcher)
     fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
     assert len(compared) == 2 and compared[1] > 1e-6

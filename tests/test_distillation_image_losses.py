@@ -27,6 +27,7 @@ from tests.tiny_distillation import (
     distillation,
     fit,
     snapshot,
+    watch_batches,
     watch_updates,
     write_config,
 )
@@ -39,7 +40,7 @@ def test_gradient_reaches_the_student_by_finite_differences(
     """The student's gradient of the CLIP term alone, two micro-batches, a capped number of pictures."""
     settings = clip_settings(tiny_clip, weight=0.7, images_per_update=3)
     module = distillation(tiny_sd, NoDistillation(), image_losses=settings)
-    batches: list[list[str]] = []
+    batches = watch_batches(module)
     slopes: list[tuple[Tensor, Tensor]] = []
 
     def value(prompts: list[str]) -> Tensor:
@@ -63,8 +64,6 @@ def test_gradient_reaches_the_student_by_finite_differences(
             slopes.append((along, (ends[0] - ends[1]) / 2e-6))
         return update()
 
-    train = module.training_step
-    module.training_step = lambda batch, batch_idx: batches.append(batch["prompts"]) or train(batch, batch_idx)  # type: ignore
     watch_updates(module, watcher)
     run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()), micro_batch_size=2)
     assert len(slopes) == 2
@@ -152,7 +151,7 @@ def test_the_schedule_ends_the_calls(tiny_sd: Path, tiny_clip: Path, tmp_path: P
     seen: list[int] = []
     loss = settings.losses[0]
     forward = loss.forward
-    loss.forward = lambda *given: seen.append(module.student_steps) or forward(*given)  # type: ignore
+    loss.forward = lambda *given: seen.append(module.student_steps) or forward(*given)  # type: ignore[method-assign, func-returns-value]
     fit(module, tmp_path, 4)
     assert seen == [0, 1]
 

@@ -49,6 +49,18 @@ def watch_updates(module: OneStepDistillation, watcher: Callable[[str, Callable[
     module._update = watched  # type: ignore[method-assign]
 
 
+def watch_batches(module: OneStepDistillation) -> list[list[str]]:
+    """The prompts of every batch to come, as they come."""
+    train, seen = module.training_step, list[list[str]]()
+
+    def watched(batch: dict[str, Any], batch_idx: int) -> None:
+        seen.append(batch["prompts"])
+        train(batch, batch_idx)
+
+    module.training_step = watched  # type: ignore[method-assign]
+    return seen
+
+
 class Pull(Objective):
     """Draws the student's latents to one value, by way of a trained number of its own."""
 
