@@ -169,7 +169,8 @@ def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     if odd is None and (setting := _first_difference(*configs)) is not None:
         # Some settings only say the same in other words (false for null, 8 for [8, 8, 8, 8]), others change
         # what equal weights compute (number of heads, activation): so look at what they compute.
-        odd = None if _compute_the_same(unets[0], unets[1], first.parts.text_encoder.config.hidden_size) else setting
+        width = first.parts.text_encoder.config.hidden_size
+        odd = None if _compute_the_same(unets[0], unets[1], width) else setting
     if odd is not None:
         raise UserError(
             f"The two UNets are of different architectures: {odd}. "
