@@ -185,9 +185,9 @@ def log_now(trainer: Trainer, loggers: Iterable[Logger]) -> None:
         return
     values = {name: value.item() if isinstance(value, Tensor) else value
               for name, value in connector.metrics["log"].items()}  # fmt: skip
-    step = int(values.pop("step", trainer.global_step))  # type: ignore[arg-type]
+    step = int(values.pop("step", trainer.global_step))
     for logger in loggers:
-        logger.log_metrics(values, step=step)  # type: ignore[arg-type]
+        logger.log_metrics(values, step=step)
 
 
 class StepAxis(Callback):

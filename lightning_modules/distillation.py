@@ -151,7 +151,8 @@ class OneStepDistillation(L.LightningModule):
         frozen = [self.scores, self.generator, *([self.image_terms] if self.image_terms is not None else [])]
         cast_frozen(frozen, frozen_dtype(self._trainer))
         if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
-            shard_networks([student, *self.scores.networks()], self.device_mesh["data_parallel"])
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard_networks([student, *self.scores.networks()], mesh)
         self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
 
     def configure_optimizers(self) -> Any:

@@ -1,5 +1,7 @@
 """Several processes are one: gradients, losses, checkpoints and the order of prompts."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +82,8 @@ def whole(tensor: Any) -> Tensor:
 
 
 def train(
-    teacher: Path, folder: Path, *, strategy: Any = "auto", devices: int = 1, micro: int | None = None,
+    teacher: Path, folder: Path, *more: L.Callback, strategy: Any = "auto", devices: int = 1,
+    micro: int | None = None,
     double: bool = False, steps: int = STEPS, ckpt: Path | None = None, save: bool = False,
     watch: Callable[[L.Trainer], None] | None = None, **settings: Any,
 ) -> None:  # fmt: skip
@@ -91,7 +95,8 @@ def train(
     data = PromptDataModule(
         PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2
     )
-    callbacks = [notes, RunFolder(folder), *([RunCheckpoint(STEPS, keep_step_checkpoints=1)] if save else [])]
+    saving = [RunCheckpoint(STEPS, keep_step_checkpoints=1)] if save else []
+    callbacks = [notes, *more, RunFolder(folder), *saving]
     run = trainer(
         folder, steps, callbacks, devices=devices, strategy=strategy, enable_checkpointing=save,
         precision="64-true" if double else "32-true",
@@ -260,3 +265,17 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4
+
+
+def test_a_signal_to_one_process_stops_all_after_a_saved_step(tiny_sd: Path, tmp_path: Path) -> None:
+    def stopped() -> None:
+        class Signal(L.Callback):
+            def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_rank == 1 and trainer.global_step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SIGTERMException):
+            train(tiny_sd, tmp_path / "run", Signal(), strategy="ddp", devices=2, steps=9, save=True)
+
+    run_processes(2, stopped, tmp_path / "log")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
