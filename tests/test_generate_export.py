@@ -251,8 +251,10 @@ def test_bad_checkpoints_are_named_and_nothing_is_written(
     torch.save({**good, "one_step": {**good["one_step"], "teacher": "gone"}}, tmp_path / "orphan.ckpt")
     narrow = {**good["one_step"]["architecture"], "block_out_channels": (4, 8)}
     torch.save({**good, "one_step": {**good["one_step"], "architecture": narrow}}, tmp_path / "narrow.ckpt")
+    torch.save({**good, "checkpoint_format": 2}, tmp_path / "later.ckpt")
     for name, message in {
         "missing.ckpt": "missing.ckpt does not exist",
+        "later.ckpt": "later.ckpt was written by a later version",
         "best": "There is no best.ckpt of a distillation under runs",
         "text.ckpt": "text.ckpt can't be read as a checkpoint",
         "other.ckpt": "not a checkpoint of a one-step distillation",

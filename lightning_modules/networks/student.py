@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lightning_modules.consolidation import consolidated, is_sharded
+from lightning_modules.checkpoint_format import check_format
 from lightning_modules.errors import UserError
 from lightning_modules.networks.content_hash import content_hash
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
@@ -107,13 +108,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a training checkpoint of this project, tensors on the CPU; runs no code from the file.
 
     Raises:
-        UserError: the file is missing, unreadable, or not a one-step distillation's.
+        UserError: the file is missing, unreadable, not a one-step distillation's, or of another version.
     """
     if not (path.is_file() or is_sharded(path)):
         raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
     content = _read(path)
     if not _is_distillation(content):
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
+    check_format(content, path)
     return dict(content)
 
 
