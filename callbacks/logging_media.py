@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-Media = Image.Image | Table | Path
+Media: TypeAlias = Image.Image | Table | Path
 
 
 def log_media(logger: Logger, name: str, media: Media, step: int) -> None:
