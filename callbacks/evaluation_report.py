@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from callbacks.distributed import rank_and_world_size
@@ -15,11 +14,11 @@ from callbacks.drawers import Drawer
 from callbacks.environment import environment, peak_memory_gib
 from callbacks.hashing import hash_texts
 from callbacks.loggers import MetricsCSV
+from callbacks.logging_media import Table, log_media
 from callbacks.measure import Stopwatch
 from callbacks.metrics.base import ImageMetric
 from callbacks.published import deviations, label, open_questions, published_rows
 from callbacks.report_files import Report
-from callbacks.report_markdown import markdown_table
 from datamodules.evaluation_sets import EvaluationSet
 
 Results = dict[str, dict[str, Any]]
@@ -127,12 +126,7 @@ def send(report: Report, loggers: Sequence[Logger], table: tuple[list[str], list
     for logger in loggers:
         if not (isinstance(logger, MetricsCSV) and logger.amend(values, step)):
             logger.log_metrics(values, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("results", "\n".join(markdown_table(*table)), step)
-            for title, image in images.items():
-                logger.experiment.add_image(title, torch.from_numpy(np.array(image)), step, dataformats="HWC")
-        if callable(log_table := getattr(logger, "log_table", None)):
-            log_table(key="results", columns=table[0], data=table[1])
-        if callable(log_image := getattr(logger, "log_image", None)):
-            log_image(key="samples", images=list(images.values()), step=step)
+        log_media(logger, "results", Table(*table), step)
+        for title, image in images.items():
+            log_media(logger, title, image, step)
         logger.finalize("success")
