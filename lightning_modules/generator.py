@@ -128,7 +128,7 @@ class OneStepGenerator(nn.Module):
                 present = torch.tensor([bool(text) for text in texts[part]])
                 with negative_attention(self.student, negative, negative_method, present):
                     latents = self.latents(noise, condition, guidance_scale)
-            pictures.append(self.decoder.decode(latents))
+            pictures.append(self.decoder.decode(latents).float())
         return torch.cat(pictures)
 
 
