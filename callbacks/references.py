@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from callbacks.hashing import hash_texts
+from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.extractors import FeatureExtractor
 from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference_folder import UNFRAMED, ReferenceFolder
 from datamodules.picture_files import Frame
 from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import asset_path
@@ -31,15 +35,18 @@ def framed_reference(
         return ReferenceFolder(
             path,
             transform=frame.picture if frame is not None else None,
-            preprocessing=frame.describe() if frame is not None else "as they are",
+            preprocessing=frame.describe() if frame is not None else UNFRAMED,
             minimum=minimum or 2,
             skip_corrupt=skip_corrupt,
         )
     statistics = ReferenceStatistics.load(path)
-    if frame is not None and not statistics.preprocessing.startswith(frame.describe()):
+    # "<crop and resize>; <the network's own>", or the network's own alone
+    before, separator, _ = statistics.preprocessing.partition("; ")
+    found, needed = before if separator else UNFRAMED, frame.describe() if frame is not None else UNFRAMED
+    if found != needed:
         raise UserError(
             f"{path} holds statistics of pictures prepared as {statistics.preprocessing!r}, but "
-            f"{frame.describe()!r} is needed: name the folder of real pictures instead"
+            f"{needed!r} is needed: name the folder of real pictures instead"
         )
     if minimum is not None and statistics.num_images < minimum:
         raise UserError(
@@ -48,6 +55,26 @@ def framed_reference(
             "of all pictures"
         )
     return statistics
+
+
+def bind_metrics(
+    metrics: Sequence[ImageMetric],
+    extractor: FeatureExtractor | None,
+    reference: ReferenceSource | None,
+    device: torch.device,
+) -> None:
+    """Give all metrics network and reference; a folder goes through each network once. Collective.
+
+    Args:
+        metrics: what to measure.
+        extractor, reference, device: as for ``ImageMetric.bind``.
+
+    Raises:
+        UserError: there is no network or no reference where one is needed, or none that serves.
+    """
+    # statistics with the features of single pictures serve the metrics that need none of those
+    for metric in sorted(metrics, key=lambda metric: not metric.needs_reference_features):
+        metric.bind(extractor, reference, device)
 
 
 def describe_reference(reference: ReferenceSource | None, captions: Sequence[str]) -> dict[str, Any] | None:

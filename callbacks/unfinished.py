@@ -62,6 +62,19 @@ class Unfinished:
         """Whether there is something to continue from."""
         return self._newest()[0] > 0
 
+    def begin(self) -> None:
+        """Make the folder, by which an evaluation that is killed before its first state is known as one.
+
+        Call it on rank zero.
+
+        Raises:
+            UserError: it can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be made: {error}; give another --output") from error
+
     def is_due(self, done: int) -> bool:
         """Whether it is time to write, ``done`` captions being measured."""
         return self.every > 0 and done - self._last >= self.every

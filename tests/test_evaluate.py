@@ -17,6 +17,7 @@ from PIL import Image
 import cli
 from callbacks import unfinished as unfinished_module
 from callbacks.commands.evaluate import parse
+from callbacks.kept_pictures import KeptPictures
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.reference import compute_reference
@@ -125,6 +126,9 @@ def test_saved_pictures_score_as_the_model_that_drew_them(
         output=tmp_path / "given",
     )
     assert values(found) == pytest.approx(values(drawn), rel=1e-6)
+    with pytest.raises(UserError, match="lie in the output folder"):  # which would be cleared
+        evaluate(model=None, images=pictures, captions=pictures / "generation.json")
+    assert len(list(pictures.glob("*.png"))) == 12
     assert found["weights"] == "given pictures"
     assert found["metrics"]["clip_score"]["details"]["seeds"] == "given pictures"
 
@@ -205,6 +209,26 @@ def test_an_interrupted_evaluation_goes_on(
     assert found["metrics"]["clip_score"]["num_images"] == 12
     assert [path.stat().st_mtime_ns for path in drawn] == times
     assert not (output / "unfinished").exists()
+
+
+def test_an_evaluation_killed_before_its_first_state_starts_again(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = KeptPictures.__call__
+
+    def keep_and_die(self: Any, places: list[int], images: Any) -> None:
+        keep(self, places, images)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptPictures, "__call__", keep_and_die)
+        with pytest.raises(Killed):
+            evaluate(save_images="true")
+    pictures = Path(arguments["output"]) / "images"
+    assert len(list(pictures.glob("*.png"))) == 5
+    # other settings are no obstacle, since nothing has been measured; what lies there is drawn again
+    assert evaluate(save_images="true", count=4)["metrics"]["clip_score"]["num_images"] == 4
+    assert len(list(pictures.glob("*.png"))) == 4
 
 
 def test_damaged_states_are_named(
@@ -290,7 +314,9 @@ def test_every_configuration_parses_and_says_what_it_needs(path: Path) -> None:
 # Mistakes
 
 
-def test_pictures_with_nan_are_refused(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_with_nan_are_refused(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning_modules.generator import OneStepGenerator
 
     images = OneStepGenerator.images
@@ -301,8 +327,10 @@ def test_pictures_with_nan_are_refused(evaluate: Evaluate, monkeypatch: pytest.M
         return drawn
 
     monkeypatch.setattr(OneStepGenerator, "images", broken)
-    with pytest.raises(UserError, match=rf"picture of caption 7 \('{CAPTIONS[7]}'\) holds NaN"):
-        evaluate()
+    for save_images in ("false", "true"):
+        with pytest.raises(UserError, match=rf"picture of caption 7 \('{CAPTIONS[7]}'\) holds NaN"):
+            evaluate(save_images=save_images)
+        assert not Path(arguments["output"]).exists()  # the pictures of the first batch are gone, too
 
 
 def test_a_damaged_picture_is_named(evaluate: Evaluate, tmp_path: Path, arguments: dict[str, str]) -> None:

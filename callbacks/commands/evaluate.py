@@ -42,7 +42,7 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.reference import ReferenceSource
 from callbacks.quiet import quieten
-from callbacks.references import describe_reference, framed_reference
+from callbacks.references import bind_metrics, describe_reference, framed_reference
 from callbacks.report_files import result_table, write_report
 from callbacks.report_markdown import render_text_table
 from callbacks.run_folder import write_text_atomically
@@ -150,6 +150,11 @@ def run(options: Any) -> None:
         output = check_output_folder(Path(options.output), own_names)
         whole = options.data.load()
         if options.images is not None:
+            if Path(options.images).expanduser().resolve().is_relative_to(output):
+                raise UserError(
+                    f"the pictures in {options.images} lie in the output folder, where the report replaces "
+                    "former files: give another --output"
+                )
             files = match_files(options.images, len(whole), options.data.file_names())
             whole = replace(whole, files=[str(path) for path in files])
         if options.negative_prompt is not None:
@@ -206,8 +211,8 @@ def _bind(options: Any, whole: EvaluationSet, device: torch.device) -> Reference
     """Give every metric its network and its reference; returns the reference."""
     extractor = ClipExtractor(asset_path(options.scoring_clip)) if options.scoring_clip else None
     reference = _reference(options, whole) if options.reference is not None else None
+    bind_metrics(options.metrics, extractor, reference, device)
     for metric in options.metrics:
-        metric.bind(extractor, reference, device)
         # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
         metric.to(device if device.type == "cuda" else "cpu")
     return reference
@@ -241,14 +246,20 @@ def _evaluate(
     kept = KeptPictures(
         output / (IMAGES if options.save_images else f"{UNFINISHED}/{IMAGES}"), options.save_images
     )
-    if rank_and_world_size()[0] == 0 and not unfinished.exists() and (output / IMAGES).is_dir():
-        shutil.rmtree(output / IMAGES)  # of a former evaluation, which this one replaces
+    if rank_and_world_size()[0] == 0:
+        if not unfinished.exists() and (output / IMAGES).is_dir():
+            shutil.rmtree(output / IMAGES)  # of a former evaluation, which this one replaces
+        unfinished.begin()
     from_rank_zero(None)  # nobody draws before that is done
     watch, start = Stopwatch(), time.perf_counter()
-    results = measure_pictures(
-        drawer.draw, chosen.captions, options.metrics, options.batch_size, drawer.title, chosen.groups,
-        chosen.negatives, chosen.frame, unfinished, kept, watch,
-    )  # fmt: skip
+    try:
+        results = measure_pictures(
+            drawer.draw, chosen.captions, options.metrics, options.batch_size, drawer.title, chosen.groups,
+            chosen.negatives, chosen.frame, unfinished, kept, watch,
+        )  # fmt: skip
+    except UserError:
+        _discard(unfinished, kept)
+        raise
     seconds = time.perf_counter() - start
     if rank_and_world_size()[0] > 0:
         return
@@ -272,3 +283,18 @@ def _evaluate(
     path = write_report(report, output)
     unfinished.discard()
     print(f"\n{render_text_table(report)}\n\nReport: {path}", flush=True)
+
+
+def _discard(unfinished: Unfinished, kept: KeptPictures) -> None:
+    """Remove the pictures of an evaluation that failed, unless there is something to continue from.
+
+    Of several processes others may still be writing: there the next evaluation in this folder removes them.
+    """
+    if rank_and_world_size()[1] > 1 or unfinished.exists():
+        return
+    unfinished.discard()
+    if kept.folder.is_dir():
+        shutil.rmtree(kept.folder)
+    output = unfinished.folder.parent
+    if not any(output.iterdir()):
+        output.rmdir()

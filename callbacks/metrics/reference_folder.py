@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VERSION = 1
 """Raised when the statistics of the same pictures change, so that cached ones are made again."""
+UNFRAMED = "as they are"
+"""The name of no crop and resize before the network's own."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -60,7 +63,7 @@ class ReferenceFolder:
         self,
         folder: str | Path,
         transform: Callable[[Image.Image], Image.Image] | None = None,
-        preprocessing: str = "as they are",
+        preprocessing: str = UNFRAMED,
         minimum: int = 2,
         skip_corrupt: bool = False,
         batch_size: int = 64,
@@ -74,6 +77,7 @@ class ReferenceFolder:
         self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
         self._require(len(self.files))
         self._digests: list[str] | None = None
+        self._known: dict[Path, ReferenceStatistics] = {}
 
     def _require(self, count: int) -> None:
         if count < self.minimum:
@@ -106,7 +110,8 @@ class ReferenceFolder:
     def statistics(self, extractor: FeatureExtractor, features: bool = False) -> ReferenceStatistics:
         """The statistics in the features of this network: found in the cache, or computed now and kept there.
 
-        Collective: every process takes its share of the pictures.
+        Collective: every process takes its share of the pictures. Those that hold the features of single
+        pictures serve without them, too, so ask for these first.
 
         Args:
             extractor: the network that sees the pictures.
@@ -115,6 +120,20 @@ class ReferenceFolder:
         Raises:
             UserError: a picture can't be read (it is named), or too few can.
         """
+        for holds_features in (True,) if features else (False, True):
+            found = self._find(self._path(extractor, holds_features))
+            if found is not None:
+                return found if features else replace(found, features=None)
+        path, statistics = self._path(extractor, features), self._compute(extractor, features)
+        self._known[path] = statistics
+        if rank_and_world_size()[0] == 0:
+            try:
+                statistics.save(path)
+            except OSError as error:
+                log.warning("%s can't be written: these statistics will be computed again: %s", path, error)
+        return statistics
+
+    def _path(self, extractor: FeatureExtractor, features: bool) -> Path:
         key = {
             "version": VERSION,
             "pictures": self.content_hash,
@@ -123,19 +142,15 @@ class ReferenceFolder:
             "features": features,
             "skip_corrupt": self.skip_corrupt,
         }
-        path = self.cache_dir / f"reference-{hash_json(key)[:16]}.safetensors"
+        return self.cache_dir / f"reference-{hash_json(key)[:16]}.safetensors"
+
+    def _find(self, path: Path) -> ReferenceStatistics | None:
         # Cached only where every process finds it: those that do not would wait for the others for ever.
-        if all(from_every_rank(path.is_file())):
+        if path not in self._known and all(from_every_rank(path.is_file())):
             statistics = ReferenceStatistics.load(path)
             self._require(statistics.num_images)
-            return statistics
-        statistics = self._compute(extractor, features)
-        if rank_and_world_size()[0] == 0:
-            try:
-                statistics.save(path)
-            except OSError as error:
-                log.warning("%s can't be written: these statistics will be computed again: %s", path, error)
-        return statistics
+            self._known[path] = statistics
+        return self._known.get(path)
 
     def _compute(self, extractor: FeatureExtractor, keep: bool) -> ReferenceStatistics:
         rank, world = rank_and_world_size()
@@ -178,7 +193,8 @@ class ReferenceFolder:
         if not self.skip_corrupt:
             raise UserError(
                 f"the reference folder {str(self.folder)!r} holds a picture that can't be read: {named}. "
-                "Fetch it again, or let corrupt pictures be skipped (the reference is another one then)"
+                "Fetch it again, or let corrupt pictures be skipped (evaluate: --skip-corrupt true; the "
+                "reference is another one then)"
             )
         log.warning("%d corrupt pictures of %s are skipped: %s", len(corrupt), self.folder, named)
 

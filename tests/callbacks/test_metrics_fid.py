@@ -3,6 +3,7 @@
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import cleanfid.features
 import cleanfid.fid
@@ -15,9 +16,10 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FID, FrechetDistance
 from callbacks.metrics.inception import InceptionExtractor, InceptionNetwork, find_inception
-from callbacks.metrics.precision_recall import Precision
+from callbacks.metrics.precision_recall import Precision, Recall
 from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.metrics.reference_folder import ReferenceFolder, open_reference
+from callbacks.references import bind_metrics
 from lightning_modules.errors import UserError
 from tests.callbacks.networks import inception_file, pictures, save
 
@@ -108,6 +110,35 @@ def test_metrics_share_one_network_and_one_pass(
     assert all(int(metric.count) == 4 for metric in (first, second, third))
 
 
+def test_a_reference_goes_through_a_network_once(
+    narrow: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, passes = save(pictures(60), tmp_path / "real"), []
+    forward = InceptionExtractor._image_features
+
+    def counting(self: InceptionExtractor, images: torch.Tensor) -> torch.Tensor:
+        passes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(InceptionExtractor, "_image_features", counting)
+
+    def bound() -> list[dict[str, Any]]:
+        path = str(narrow)
+        metrics = [FID(inception=path), Precision(inception=path), Recall(inception=path)]
+        bind_metrics(metrics, None, ReferenceFolder(real), torch.device("cpu"))
+        features = [metric.__dict__["reference"].features for metric in metrics]
+        assert features[0] is None and features[1] is features[2] and len(features[1]) == 60
+        return [metric.key() for metric in metrics]
+
+    keys = bound()
+    assert passes == [60]
+    assert bound() == keys and passes == [60]  # from the cache
+    for file in own_cache.glob("reference-*"):
+        file.unlink()
+    alone = FID(inception=str(narrow)).bind(reference=ReferenceFolder(real))
+    assert alone.key() == keys[0] and passes == [60, 60]  # the same statistics, however they were asked for
+
+
 def test_inception_is_found_or_asked_for(
     narrow: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,12 +216,14 @@ def test_folder_statistics_are_cached_by_content(
     assert again.content_hash == statistics.content_hash and torch.equal(again.features, statistics.features)
     # the file serves without the folder; other features, another crop or other pictures make another one
     assert open_reference(file).statistics(extractor, True).content_hash == statistics.content_hash
-    ReferenceFolder(folder).statistics(extractor)
+    # ... and where the features are not asked for
+    plain = ReferenceFolder(folder).statistics(extractor)
+    assert plain.features is None and torch.equal(plain.covariance, statistics.covariance)
     half = ReferenceFolder(folder, lambda image: image.resize((8, 8)), "8x8").statistics(extractor)
     assert half.preprocessing.startswith("8x8; ") and not torch.allclose(half.mean, statistics.mean)
     (folder / "0000.png").unlink()
     assert ReferenceFolder(folder).statistics(extractor).num_images == 59
-    assert len(list(own_cache.iterdir())) == 4
+    assert len(list(own_cache.iterdir())) == 3
 
 
 def test_reference_folders_that_do_not_serve(narrow: Path, tmp_path: Path, tiny_clip: Path) -> None:
