@@ -29,7 +29,7 @@ def evaluation_key(
     evaluation_set: EvaluationSet, drawer: Drawer, metrics: Sequence[ImageMetric]
 ) -> dict[str, Any]:
     """All that the numbers depend on: the core of the manifest, shared by what is unfinished."""
-    frame, negatives = evaluation_set.frame, evaluation_set.negatives
+    frame, negatives, groups = evaluation_set.frame, evaluation_set.negatives, evaluation_set.groups
     return {
         "evaluation_set": {
             "name": evaluation_set.name,
@@ -37,6 +37,7 @@ def evaluation_key(
             "hash_of_captions": hash_texts(evaluation_set.captions),
             "hash_of_seeds": hash_texts([str(seed) for seed in evaluation_set.seeds]),
             **({} if negatives is None else {"hash_of_negative_prompts": hash_texts(negatives)}),
+            **({} if groups is None else {"hash_of_groups": hash_texts(groups)}),
             **evaluation_set.facts,
         },
         "model": {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity},

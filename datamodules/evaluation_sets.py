@@ -73,6 +73,13 @@ class EvaluationSet:
                     f"share equally; choose a multiple of {len(names)}"
                 )
             places = {name: [i for i, group in enumerate(self.groups) if group == name] for name in names}
+            smallest = min(names, key=lambda name: len(places[name]))
+            if count // len(names) > len(places[smallest]):
+                raise UserError(
+                    f"count is {count}, so {count // len(names)} captions of each of the {len(names)} "
+                    f"groups, but {smallest!r} of {self.name} has {len(places[smallest])}; choose at most "
+                    f"{len(names) * len(places[smallest])}"
+                )
             chosen = [i for name in names for i in places[name][: count // len(names)]]
         pick = lambda values: None if values is None else [values[i] for i in chosen]  # noqa: E731
         return replace(

@@ -172,6 +172,12 @@ def test_few_sample_variants_have_their_own_name() -> None:
     assert part.facts == {"first_of": 3} and whole.first(None) is whole is whole.first(3)
     with pytest.raises(UserError, match="choose 1 to 3"):
         whole.first(4)
+    uneven = EvaluationSet("x", list("abcde"), list(range(5)), groups=["u", "u", "v", "u", "u"])
+    assert uneven.first(2).captions == ["a", "c"]
+    with pytest.raises(UserError, match="but 'v' of x has 1; choose at most 2"):
+        uneven.first(4)
+    with pytest.raises(UserError, match="choose a multiple of 2"):
+        uneven.first(3)
     assert [few(n, 30_000) for n in (5000, 30_000, 2500, 64)] == ["5k", None, "2.5k", "64"]
     assert few(5000, None) is None
 
