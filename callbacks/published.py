@@ -43,6 +43,7 @@ _LSG, _SB1, _SB2 = (
     "SwiftBrush v2, arXiv 2408.14176",
 )
 _DMD2 = "DMD2, arXiv 2405.14867"
+_SNOOPI1, _SNOOPI3 = "SNOOPI, arXiv 2412.02687v1", "SNOOPI, arXiv 2412.02687v3"
 
 PROTOCOLS: dict[str, Protocol] = {
     "coco30k_dmd2": Protocol(
@@ -95,8 +96,18 @@ PROTOCOLS: dict[str, Protocol] = {
             Published("SwiftBrush", _SB2, _scores(_STYLES, 26.91, 27.21, 26.32, 26.37)),
             Published("SwiftBrush v2", _SB2, _scores(_STYLES, 27.13, 27.56, 26.69, 26.76)),
             Published("SwiftBrush v2, with real images", _SB2, _scores(_STYLES, 27.25, 27.62, 26.86, 26.77)),
+            Published("SwiftBrush v2, with an HPS loss", _SB2, _scores(_STYLES, 28.22, 28.00, 27.35, 27.42)),
+            Published("PG-SB, SD1.5", _SNOOPI1, _scores("hpsv2", 27.02)),
+            Published("PG-SB, SD2.1", _SNOOPI1, _scores("hpsv2", 27.35)),
+            Published("PG-SB, PixArt-α", _SNOOPI1, _scores("hpsv2", 30.34)),
+            Published("PG-SB, SD1.5, with NASA", _SNOOPI1, _scores("hpsv2", 27.03)),
+            Published("PG-SB, SD2.1, with NASA", _SNOOPI1, _scores("hpsv2", 27.53)),
+            Published("PG-SB, PixArt-α, with NASA", _SNOOPI1, _scores("hpsv2", 31.08)),
+            Published("NASA-T, SD1.5", _SNOOPI3, _scores("hpsv2", 27.45)),
+            Published("NASA-T, SD2.1", _SNOOPI3, _scores("hpsv2", 27.84)),
+            Published("NASA-T, PixArt-α", _SNOOPI3, _scores("hpsv2", 30.61)),
         ),
-        notes={"hpsv2": "the paper does not say which version of HPSv2 it uses; v2.0 is assumed"},
+        notes={"hpsv2": "the papers do not say which version of HPSv2 they use; v2.0 is assumed"},
     ),
 }  # fmt: skip
 

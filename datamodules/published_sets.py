@@ -60,7 +60,10 @@ class Coco30kDMD2(EvaluationSource):
             "coco30k_dmd2", captions, list(range(len(captions))), frame=Frame(256), published_count=30_000,
             published_references=VAL2014,
             facts={"file": Path(self.captions).name, "md5": DMD2_MD5},
-            notes=("drawn pictures are rounded to 8 bits, DMD2's evaluator cuts them off",),
+            notes=(
+                "drawn pictures are rounded to 8 bits, DMD2's evaluator cuts them off",
+                "a seed for each line, DMD2's evaluator has one for each batch",
+            ),
         )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ def test_the_numbers_are_those_of_the_papers() -> None:
     assert swiftbrush["SwiftBrush"] == {"fid": 16.67, "clip_score": 0.29}
     styles = {row.model: dict(row.values) for row in PROTOCOLS["hpsv2"].results}["SwiftBrush"]
     assert styles["hpsv2/concept-art"] == 26.32 and styles["hpsv2/paintings"] == 26.37
+    means = {row.model: row.values.get("hpsv2") for row in PROTOCOLS["hpsv2"].results}
+    assert means["PG-SB, SD2.1"] == 27.35 and means["NASA-T, PixArt-α"] == 30.61 and not means["SwiftBrush"]
     assert "assumed" in open_questions("hpsv2/anime", EvaluationSet("hpsv2", ["x"], [0]))[0]
 
 
