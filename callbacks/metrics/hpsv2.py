@@ -124,8 +124,8 @@ class HPSv2(ImageMetric):
         return means[used].mean()
 
     def settings(self) -> dict[str, Any]:
-        """Version of the weights, and whether styles were told apart."""
-        return {"hps_version": self.hps_version, "styles": len(self.styles) or 1}
+        """Version of the weights. (The styles belong to the captions, which caches know as groups.)"""
+        return {"hps_version": self.hps_version}
 
     def details(self) -> dict[str, Any]:
         """Means of the styles, spreads, and what differs from the repository's own evaluation."""

@@ -121,7 +121,9 @@ def test_hpsv2_without_styles_is_one_mean(network: tuple[str, Path]) -> None:
     metric.update(images, PROMPTS)
     alone = metric.results()
     assert list(alone) == ["hpsv2"] and alone["hpsv2"]["details"]["spread"] is None
+    key = metric.key()
     metric.prepare(PROMPTS)
+    assert metric.key() == key  # caches find a value whether or not the prompts have been told
     with pytest.raises(ValueError, match="needs their positions"):
         metric.update(images, PROMPTS)
     with pytest.raises(ValueError, match="6 pictures, but 6 prompts and 5 positions"):
