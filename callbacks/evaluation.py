@@ -15,7 +15,7 @@ from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.reference import ReferenceSource
-from callbacks.references import describe_reference, framed_reference
+from callbacks.references import bind_metrics, describe_reference, framed_reference
 from callbacks.student import as_student, evaluating, evaluation_captions, evaluation_extras
 from callbacks.teacher import Teacher, teacher_metrics
 from datamodules.picture_files import Frame
@@ -89,6 +89,7 @@ class Evaluation(Callback):
         self._is_set_up = False
         self.final: FinalResults | None = None
         self._fed = False
+        self.measured: dict[str, Result] = {}  # by the last validation or test
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the scoring CLIP and the reference, so that mistakes show before any training."""
@@ -98,8 +99,7 @@ class Evaluation(Callback):
             self.extractor = ClipExtractor(asset_path(self.scoring_clip))
         if self.reference_path is not None:
             self.reference = framed_reference(self.reference_path, self.frame)
-        for metric in self.metrics:
-            metric.bind(self.extractor, self.reference, trainer.strategy.root_device)
+        bind_metrics(self.metrics, self.extractor, self.reference, trainer.strategy.root_device)
         self._warn_if_not_comparable(evaluation_captions(trainer))
         self._is_set_up = True
 
@@ -121,7 +121,7 @@ class Evaluation(Callback):
 
     def _start(self, trainer: Trainer) -> None:
         self._to_device(trainer)
-        self._fed = False
+        self._fed, self.measured = False, {}
         for metric in self.metrics:
             metric.reset()
             metric.prepare(evaluation_captions(trainer), *evaluation_extras(trainer))
@@ -141,7 +141,9 @@ class Evaluation(Callback):
         if trainer.sanity_checking or not self._fed:
             return
         for metric in self.metrics:
-            for name, result in metric.results().items():
+            results = metric.results()
+            self.measured |= results
+            for name, result in results.items():
                 # The value is already that of all processes.
                 module.log(
                     f"{prefix}/{name}",

@@ -32,6 +32,25 @@ class FinalResults:
     manifest: dict[str, Any]
 
 
+def told(results: dict[str, Result], first_seed: int) -> dict[str, Result]:
+    """Results with what a reader needs beside each number: reference, seeds, what differs from its paper.
+
+    A run's own captions belong to no published protocol. Times stay as they are.
+    """
+    found: dict[str, Result] = {}
+    for name, result in results.items():
+        details = dict(result["details"])
+        if "extractor" in details:
+            count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))
+            details |= {
+                "reference": f"{count:,} real pictures ({digest[:12]})" if count is not None else "none",
+                "seeds": f"{first_seed} + place of the caption",
+                "differs_from_published": [details["differs"]] if "differs" in details else None,
+            }
+        found[name] = result | {"details": details}
+    return found
+
+
 def run_manifest(
     evaluation: Evaluation, captions: list[str], every: list[str], weights: str
 ) -> dict[str, Any]:

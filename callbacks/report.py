@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.environment import environment, peak_memory_gib
-from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.evaluation import Evaluation
+from callbacks.final_results import FinalResults, told
 from callbacks.logging_media import log_config, log_report
 from callbacks.report_files import Report, findings, write_report
 from callbacks.report_markdown import render_text_table
@@ -131,7 +132,7 @@ class RunReport(Callback):
             "step": student.student_steps,
             "weights": weights,
             "model": str(checkpoint if checkpoint.exists() else student.parts.path),
-            "metrics": final.metrics if final is not None else {},
+            "metrics": told(final.metrics, final.manifest["seeds"]["first"]) if final is not None else {},
             "teacher_metrics": final.teacher_metrics if final is not None else {},
             "timing": self._timing(),
             "environment": environment() | {

@@ -33,6 +33,7 @@ from callbacks.run_folder import (
     new_version,
     read_checkpoint,
 )
+from callbacks.stage_report import StageReport
 from callbacks.start_summary import StartSummary
 from callbacks.throughput import Throughput
 from lightning_modules.errors import UserError
@@ -276,9 +277,10 @@ class TrainerCLI(LightningCLI):
             callbacks.append(RunCheckpoint())
         if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
             callbacks.append(PredictionFiles())
-        # of a distillation; they speak in `fit` alone, but others read their checkpoints
+        # of a distillation; all but the last speak in `fit` alone, but others read their checkpoints
         kinds: dict[type[Callback], str] = {
-            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights"
+            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights",
+            StageReport: "evaluation_weights",
         }  # fmt: skip
         for kind, method in kinds.items():
             if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):

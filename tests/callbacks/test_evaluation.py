@@ -18,6 +18,7 @@ from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.reference import compute_reference
 from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.references import framed_reference
 from callbacks.teacher import Teacher
 from datamodules.picture_files import Frame
 from lightning_modules.errors import UserError
@@ -265,6 +266,12 @@ def test_real_pictures_get_the_frame_of_the_drawn_ones(
     drawn = StandIn(tiny_sd).generator.images(CAPTIONS[:7], list(range(7)))
     metric.update(Frame(12).batch(drawn), CAPTIONS[:7])
     assert values["test/frechet_distance"] == pytest.approx(metric.result()["value"], rel=1e-5)
+    statistics = callback.metrics[0].__dict__["reference"]
+    statistics.save(tmp_path / "framed.safetensors")
+    assert framed_reference(tmp_path / "framed.safetensors", Frame(12)).describe() == statistics.describe()
+    for frame in (None, Frame(12, crop=False)):
+        with pytest.raises(UserError, match="prepared as '8-bit, centre crop, LANCZOS to 12x12; "):
+            framed_reference(tmp_path / "framed.safetensors", frame)
     with pytest.raises(UserError, match="prepared as .* centre crop, LANCZOS to 12x12' is needed"):
         trainer(tmp_path, evaluation(tiny_clip, reference, frame=Frame(12))).test(
             StandIn(tiny_sd), StandInData()

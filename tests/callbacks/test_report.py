@@ -19,6 +19,7 @@ from callbacks.report import RunReport, StepTimer, sample_pictures
 from callbacks.report_files import Report, findings, format_value, write_report
 from callbacks.report_markdown import render_text_table
 from callbacks.samples import SampleGrid
+from callbacks.stage_report import StageReport
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import evaluation, own_cache, reference, trainer  # noqa: F401 - fixtures
 
@@ -57,6 +58,35 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_validate_and_test_leave_a_report_of_their_own(
+    stage: str,
+    tiny_sd: Path,
+    tiny_clip: Path,
+    reference: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "emoji" / "version_3"
+    run = trainer(folder, StageReport(), evaluation(tiny_clip, reference, seed=5))
+    (values,) = getattr(run, stage)(StandIn(tiny_sd), StandInData(), verbose=False)
+    report = json.loads((folder / stage / "report.json").read_text())
+    assert set(report) == KEYS and report["weights"] == "ema" and report["experiment"] == "emoji"
+    prefix = {"validate": "val", "test": "test"}[stage]
+    assert set(report["metrics"]) == {"frechet_distance", "clip_score"}
+    for name, result in report["metrics"].items():
+        assert result["value"] == pytest.approx(values[f"{prefix}/{name}"])
+        assert result["num_images"] == 7  # without the padding sample
+        assert result["details"]["seeds"] == "0 + place of the caption"
+    assert report["metrics"]["frechet_distance"]["details"]["reference"].startswith("12 real pictures (")
+    manifest = json.loads((folder / stage / "manifest.json").read_text())
+    assert manifest["captions"]["count"] == 7 and manifest["seeds"]["first"] == 0
+    page = (folder / stage / "report.html").read_text()
+    assert "How each number was measured" in page and "data:image/png" in page
+    assert (folder / stage / "samples.png").is_file() and not (folder / "report.json").exists()
+    assert f"{stage}/report.html" in capsys.readouterr().out
 
 
 def test_a_run_of_one_step_leaves_a_whole_report(
