@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.image_losses.pixels import PixelProcessing, processing_of
-from lightning_modules.networks.loading import asset_path, no_progress_bars, read_json
+from lightning_modules.networks.loading import asset_path, may_be_hub_name, no_progress_bars, read_json
 
 OPEN_CLIP = "open_clip:"
 
@@ -77,6 +77,8 @@ class TransformersClip(DifferentiableClip):
         source = str(folder)
         if folder.is_dir():
             _check_towers(path, read_json(folder / "config.json"))
+        elif not may_be_hub_name(path):
+            raise UserError(f"the CLIP {path} can't be loaded: there is no such folder. Check the path.")
         try:
             with no_progress_bars():
                 model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
@@ -131,7 +133,10 @@ class OpenClip(DifferentiableClip):
         spec = f"{OPEN_CLIP}{name}" + (f"/{pretrained}" if pretrained else "")
         weights = None if pretrained is None else str(asset_path(pretrained))
         try:
-            model = library.create_model(name, pretrained=weights, require_pretrained=True)
+            quick = _quick_gelu(library, name, pretrained)
+            model = library.create_model(
+                name, pretrained=weights, require_pretrained=True, force_quick_gelu=quick
+            )
             tokenizer = library.get_tokenizer(name)
         except Exception as error:  # the library raises many kinds; the cause stays attached
             raise UserError(f"{spec} can't be loaded: {first_line(error)}") from error
@@ -189,6 +194,12 @@ def _open_clip() -> Any:
     except ImportError as error:
         raise UserError('open_clip is not installed: pip install -e ".[openclip]"') from error
     return open_clip
+
+
+def _quick_gelu(library: Any, name: str, pretrained: str | None) -> bool:
+    """Whether the weights of this tag were trained with QuickGELU (OpenAI's were): the library warns only."""
+    settings = {} if pretrained is None else library.get_pretrained_cfg(name, pretrained)
+    return bool(settings.get("quick_gelu", False))
 
 
 def _open_clip_pixels(library: Any, model: nn.Module) -> PixelProcessing:

@@ -6,7 +6,7 @@ from lightning_modules.image_losses.clip_networks import OpenClip
 from lightning_modules.image_losses.schedules import WeightSchedule
 from lightning_modules.networks.loading import asset_path
 
-VERSIONS = ("v2.0", "v2.1")
+VERSIONS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 class HpsLoss(ClipLoss):
@@ -46,5 +46,8 @@ class HpsLoss(ClipLoss):
     def load(self) -> None:
         """Read the network."""
         if not asset_path(self.path).is_file():
-            raise UserError(f"the HPS{self.version} checkpoint {self.path} does not exist: give its file")
+            raise UserError(
+                f"the HPS{self.version} checkpoint {self.path} does not exist: get it with `hf download "
+                f"xswu/HPSv2 {VERSIONS[self.version]} --local-dir .`, and give its file"
+            )
         self.network = OpenClip(self.architecture, self.path)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.frozen import hide_from_state_dict
-from lightning_modules.networks.loading import asset_path, no_progress_bars
+from lightning_modules.networks.loading import asset_path, may_be_hub_name, no_progress_bars
 
 KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -56,6 +56,8 @@ def load_autoencoder(path: str) -> AutoencoderKL | AutoencoderTiny:
         UserError: it can't be read, is of another kind, or lacks weights.
     """
     source = str(asset_path(path))
+    if not (asset_path(path).is_dir() or may_be_hub_name(path)):
+        raise UserError(f"the decoder {path} can't be loaded: there is no such folder. Check the path.")
     try:
         with no_progress_bars():
             kind = KINDS.get(AutoencoderTiny.load_config(source).get("_class_name", ""))

@@ -143,13 +143,20 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def may_be_hub_name(name: str) -> bool:
+    """Whether a name that is no folder here can be one of the hub, owner/model, rather than a mistyped path.
+
+    Asking the hub takes a minute where there is no network.
+    """
+    parent = name.split("/")[0]
+    local = name.startswith((".", "/", "~")) or parent in ("assets", "runs", "outputs")
+    return name.count("/") == 1 and not local and not asset_path(parent).is_dir()
+
+
 def _download(name: str) -> Path:
     """Fetch a pipeline from the hub (or its local cache); other names are missing folders."""
     missing = f"The model folder {name} does not exist"
-    parent = name.split("/")[0]
-    local = name.startswith((".", "/", "~")) or parent in ("assets", "runs", "outputs")
-    # A hub name is owner/model. Where the first word is a folder that is here, it is a mistyped path.
-    if name.count("/") != 1 or local or asset_path(parent).is_dir():
+    if not may_be_hub_name(name):
         raise UserError(f"{missing}. Check the path.")
     try:
         return Path(DiffusionPipeline.download(name))

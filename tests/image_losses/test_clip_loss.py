@@ -92,8 +92,9 @@ def test_folder_without_an_image_tower(tiny_sd: Path, tiny_clip: Path, tmp_path:
     (no_processor / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="can't be loaded.*image processor"):
         load_clip(str(no_processor))
-    with pytest.raises(UserError, match="the CLIP missing can't be loaded"):
-        load_clip("missing")
+    for path in ("missing", "assets/missing"):  # no hub names: nothing is asked for over the network
+        with pytest.raises(UserError, match=f"the CLIP {path} can't be loaded: there is no such folder"):
+            load_clip(path)
 
 
 def test_clip_that_lacks_weights(tiny_clip: Path, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_hps_loss(tmp_path: Path) -> None:
     torch.testing.assert_close(values, torch.relu(0.9 - cosine))
     assert torch.autograd.grad(values.sum(), pictures)[0].abs().max() > 0
     assert loss.name == "hps" and loss.version == "v2.1" and loss.state_dict() == {}
-    with pytest.raises(UserError, match="HPSv2.0 checkpoint .* does not exist"):
+    with pytest.raises(UserError, match="HPSv2.0 checkpoint .* does not exist: get it .* HPS_v2_compressed"):
         HpsLoss(str(tmp_path / "no.pt"), "v2.0", tau=0.3).load()
     with pytest.raises(UserError, match="choose one of v2.0, v2.1"):
         HpsLoss("x.pt", "2", tau=0.3)
@@ -167,6 +168,23 @@ def test_hps_loss(tmp_path: Path) -> None:
 def test_open_clip_that_cannot_be(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_clip(spec)
+
+
+def test_weights_trained_with_quick_gelu_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's were, and the library only warns of the other activation."""
+    import open_clip
+
+    forced: list[bool] = []
+
+    def create(name: str, **options: Any) -> None:
+        forced.append(options["force_quick_gelu"])
+        raise RuntimeError("no weights here")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for spec in ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32/laion2b_s34b_b79k"):
+        with pytest.raises(UserError, match="no weights here"):
+            load_clip(spec)
+    assert forced == [True, False]
 
 
 def test_open_clip_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
