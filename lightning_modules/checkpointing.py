@@ -29,6 +29,8 @@ def add_to_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -
     }
     if module.student_init is not None:
         checkpoint["one_step"]["student_init"] = module.student_init
+    if module.pair_regression is not None:
+        checkpoint["one_step"]["trained_on"] = module.pair_regression.trained_on
     if module.student_lora is not None and module.student_base is not None:
         checkpoint["one_step"]["student_lora"] = asdict(module.student_lora)
         checkpoint["one_step"]["student_base"] = asdict(module.student_base)

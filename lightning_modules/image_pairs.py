@@ -89,6 +89,11 @@ class PairRegression:
             f"of {self.settings.folder} (image_pairs)."
         )
 
+    @property
+    def trained_on(self) -> str:
+        """What checkpoint and model card say."""
+        return f"prompts and {len(self.captions)} captioned pictures, so not image-free"
+
     def places(self, rank: int) -> Tensor:
         """Places in the global batch of pictures of one process, long."""
         return torch.arange(rank * self.share, (rank + 1) * self.share)

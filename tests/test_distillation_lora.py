@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 import cli
@@ -153,8 +156,16 @@ def test_commands_read_it(trained: tuple[OneStepDistillation, Path], tmp_path: P
     torch.testing.assert_close(
         load_generator(tmp_path / "out").images(PROMPTS[:2], [7, 8]), images, rtol=0, atol=1e-5
     )
-    cli.main(["generate", "--model", str(path), "--prompt", "a cat", "--output", str(tmp_path / "pictures")])
-    assert (tmp_path / "pictures" / "grid.png").is_file()
+    pictures = tmp_path / "pictures"
+    for model in (path, path.parents[1]):  # the checkpoint, the run folder
+        cli.main(["generate", "--model", str(model), "--prompt", PROMPTS[0], "--seed", "7",
+                  "--output", str(pictures / model.name)])  # fmt: skip
+        drawn = torch.from_numpy(np.array(Image.open(pictures / model.name / "0000.png"))) / 255
+        torch.testing.assert_close(drawn.permute(2, 0, 1), images[0], rtol=0, atol=0.6 / 255)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")  # stock diffusers knows nothing of adapters
+    noise = load_generator(path).noise([7, 8])
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": noise, "output_type": "pt"}
+    torch.testing.assert_close(pipe(PROMPTS[:2], **settings).images, images, rtol=0, atol=1e-4)
 
 
 def test_a_base_that_changed_is_refused(

@@ -14,6 +14,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError
 from lightning_modules.image_pairs import ImagePairs, PairRegression, ddim_inversion
 from lightning_modules.networks.loading import load_parts, noise_schedule
+from lightning_modules.networks.student import load_student
 from tests.tiny_distillation import Hooks, adam, distillation, fit
 from tests.tiny_judges import NoDistillation
 
@@ -98,7 +99,9 @@ def test_training_with_pictures_says_so(
     module = distillation(tiny_sd, NoDistillation(), image_pairs=pictures, student=adam(1e-2))
     losses: list[float] = []
     hooks = Hooks(after_step=lambda m: losses.append(m.trainer.callback_metrics["train/student_pairs"]))
-    fit(module, tmp_path, 8, hooks)
+    fit(module, tmp_path, 8, hooks).save_checkpoint(tmp_path / "a.ckpt")
+    card = load_student(tmp_path / "a.ckpt").facts
+    assert card["trained_on"] == "prompts and 5 captioned pictures, so not image-free"
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     assert "This training is not image-free: it also sees 5 captioned pictures" in capsys.readouterr().out
     fit(distillation(tiny_sd), tmp_path, 1)

@@ -32,10 +32,9 @@ from lightning_modules.networks.merging import (
     merge_students,
     merged_weights,
     stored_dtype,
-    student_path,
 )
 from lightning_modules.networks.output_folder import check_output_folder, filled_at_once
-from lightning_modules.networks.student import LoadedStudent, is_checkpoint, load_student
+from lightning_modules.networks.student import LoadedStudent, is_checkpoint, load_student, student_path
 
 BATCH_SIZE = 64
 MOST_POINTS = 101

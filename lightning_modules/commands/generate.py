@@ -22,7 +22,7 @@ from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.negative import attention_layers, negative_prompting, pipeline_network
 from lightning_modules.networks.loading import pipeline_folder, read_json
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
-from lightning_modules.networks.student import is_checkpoint, load_student
+from lightning_modules.networks.student import is_checkpoint, load_student, student_path
 
 DEFAULT_MODEL = "assets/emoji-sd-swiftbrush"
 MANIFEST, GRID = "generation.json", "grid.png"
@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default=DEFAULT_MODEL,
-        help="a .ckpt file or a diffusers pipeline folder (default: %(default)s)",
+        help="a run folder (its best.ckpt, else last.ckpt), a .ckpt file or a diffusers pipeline folder "
+        "(default: %(default)s)",
     )
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts-file", type=Path, help="text file with one prompt a line (UTF-8)")
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     _check_counts(options)
     guidance = read_guidance(options)
     target = check_output_folder(options.output, own_names)
-    draw, facts = _drawer(options.model, options.steps, guidance)
+    draw, facts = _drawer(student_path(options.model), options.steps, guidance)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
         write_pictures(draw, jobs, options.seed, folder, facts)

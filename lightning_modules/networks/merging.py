@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.export import one_step_scheduler
-from lightning_modules.networks.loading import asset_path, noise_schedule, pipeline_folder
+from lightning_modules.networks.loading import noise_schedule, pipeline_folder
 from lightning_modules.networks.student import LoadedStudent, architecture, is_checkpoint
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,7 +95,9 @@ def interpolate(first: Tensor, second: Tensor, weight: float) -> Tensor:
     if weight == 0:
         return second
     # theta = lambda theta_A + (1 - lambda) theta_B                        SwiftBrush v2, arXiv 2408.14176
-    return weight * first.double() + (1 - weight) * second.double()
+    mixed = weight * first.double() + (1 - weight) * second.double()
+    # equal weights stay as they are, the sign of zero included, however far lambda is from [0, 1]
+    return torch.where(first == second, first.double(), mixed)
 
 
 def check_weight(weight: float) -> None:
@@ -261,31 +263,6 @@ def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:
 
 
 # --- what the user names ------------------------------------------------------------------------------
-
-
-def student_path(name: str) -> str:
-    """What `load_student` reads: of a run folder its best.ckpt (last.ckpt if there is none), else the name.
-
-    Raises:
-        UserError: a run folder without a checkpoint, or a folder of several runs.
-    """
-    folder = asset_path(name)
-    if not folder.is_dir() or (folder / "model_index.json").is_file():
-        return name
-    for file in ("best.ckpt", "last.ckpt"):
-        if (folder / "checkpoints" / file).is_file():
-            return str(folder / "checkpoints" / file)
-    if runs := sorted(folder.glob("version_*")):
-        raise UserError(
-            f"{name} holds the runs {', '.join(run.name for run in runs[:8])}. Give one of them, "
-            f"e.g. {runs[-1]}."
-        )
-    if (folder / "config.yaml").is_file():
-        raise UserError(
-            f"The run folder {name} holds no checkpoints/best.ckpt or last.ckpt yet. "
-            "Give a run that has saved one."
-        )
-    return name
 
 
 def stored_dtype(path: str) -> torch.dtype:

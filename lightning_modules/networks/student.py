@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lightning_modules.consolidation import consolidated, is_sharded
 from lightning_modules.checkpoint_format import check_format
+from lightning_modules.consolidation import consolidated, is_sharded
 from lightning_modules.errors import UserError
 from lightning_modules.networks.content_hash import content_hash
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
@@ -49,6 +49,31 @@ class LoadedStudent:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether the path names a checkpoint file rather than a model folder."""
     return Path(path).suffix == ".ckpt" or asset_path(path).is_file()
+
+
+def student_path(name: str) -> str:
+    """What `load_student` reads: of a run folder its best.ckpt (last.ckpt if there is none), else the name.
+
+    Raises:
+        UserError: a run folder without a checkpoint, or a folder of several runs.
+    """
+    folder = asset_path(name)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return name
+    for file in ("best.ckpt", "last.ckpt"):
+        if (folder / "checkpoints" / file).exists():  # a folder where it is in shards
+            return str(folder / "checkpoints" / file)
+    if runs := sorted(folder.glob("version_*")):
+        raise UserError(
+            f"{name} holds the runs {', '.join(run.name for run in runs[:8])}. Give one of them, "
+            f"e.g. {runs[-1]}."
+        )
+    if (folder / "config.yaml").is_file():
+        raise UserError(
+            f"The run folder {name} holds no checkpoints/best.ckpt or last.ckpt yet. "
+            "Give a run that has saved one."
+        )
+    return name
 
 
 def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStudent:
@@ -176,8 +201,7 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     start = int(facts["start_timestep"])
     parts.scheduler = one_step_scheduler(parts.scheduler, start)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
-    if "student_init" in facts:
-        origin["student_init"] = facts["student_init"]
+    origin |= {name: facts[name] for name in ("student_init", "trained_on") if name in facts}
     return LoadedStudent(parts, start, chosen, origin)
 
 
