@@ -53,6 +53,7 @@ from datamodules.tables import read_json
 from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import REPOSITORY, asset_path
 from lightning_modules.networks.output_folder import check_output_folder
+from lightning_modules.networks.student import student_path
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "eval" / "emoji.yaml"
 CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfinished"
@@ -96,7 +97,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Declare the options of `evaluate`; every one may stand in a configuration file, too."""
     add = parser.add_argument
     add("--config", action="config", help="YAML file; several are merged (default: configs/eval/emoji.yaml)")
-    add("--model", type=str | None, default=None, help="a .ckpt file, a pipeline folder or a hub name")
+    add("--model", type=str | None, default=None, help="a .ckpt file, run or pipeline folder, or hub name")
     add("--images", type=str | None, default=None, help="a folder of existing pictures, instead of a model")
     add(
         "--captions", type=str | None, default=None, help="file (or folder) of captions, read as the set says"
@@ -228,7 +229,8 @@ def _reference(options: Any, whole: EvaluationSet) -> ReferenceSource:
 def _drawer(options: Any, chosen: EvaluationSet, device: torch.device) -> Drawer:
     if options.images is not None:
         return given_pictures(options.images, [Path(path) for path in chosen.files or []], chosen.frame)
-    recipe = Recipe(**{f.name: options[f.name] for f in fields(Recipe)})
+    given = {f.name: options[f.name] for f in fields(Recipe)}
+    recipe = Recipe(**given | {"model": student_path(options.model)})
     return model_drawer(recipe, chosen.captions, chosen.seeds, chosen.negatives, device)
 
 

@@ -153,7 +153,11 @@ def open_clip_parts(model: str, pretrained: str | None) -> tuple[torch.nn.Module
     """
     open_clip = import_open_clip()
     try:
-        network, transform = open_clip.create_model_from_pretrained(model, pretrained=pretrained)
+        # OpenAI's weights were trained with another GELU, which the library only warns about.
+        weights = open_clip.get_pretrained_cfg(model, pretrained or "")
+        network, transform = open_clip.create_model_from_pretrained(
+            model, pretrained=pretrained, force_quick_gelu=bool(weights.get("quick_gelu", False))
+        )
         return network, transform, open_clip.get_tokenizer(model)
     except Exception as error:  # RuntimeError, OSError, KeyError, UnpicklingError, hub errors …
         raise UserError(

@@ -16,7 +16,7 @@ from lightning_modules.generator import ddim_scheduler, make_generator, pipeline
 from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.negative import negative_prompting
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.student import LoadedStudent, load_student
+from lightning_modules.networks.student import LoadedStudent, load_student, student_path
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 4.5  # as in the reports
 
@@ -45,7 +45,7 @@ class SideBySide:
 
     def __init__(self, model: str, teacher: str | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        student = load_student(model)
+        student = load_student(student_path(model))
         self._pipeline = _teacher(model, student, teacher).to(device)
         self._one_step, self._network = _one_step(student, device)
         self._lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -16,7 +17,7 @@ from callbacks.metrics.clip_score import PRESETS, ClipScore
 from callbacks.metrics.hpsv2 import HPSv2
 from callbacks.metrics.hpsv2_features import FILES
 from callbacks.metrics.inception import InceptionNetwork
-from callbacks.metrics.open_clip_features import OpenClipNetwork
+from callbacks.metrics.open_clip_features import OpenClipNetwork, open_clip_parts
 from lightning_modules.errors import UserError
 from tests.callbacks.networks import inception_file, open_clip_file, pictures, pil
 
@@ -154,3 +155,18 @@ def test_missing_or_wrong_hps_checkpoints(
     assert found.extractor.path == tmp_path / "hps" / FILES["v2.0"]
     with pytest.raises(UserError, match="open_clip can't load the model 'tiny-other'"):
         HPSv2("v2.0", architecture="tiny-other").bind()
+
+
+def test_weights_trained_with_quick_gelu_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's were, and the library only warns of the other activation."""
+    forced: list[bool] = []
+
+    def create(name: str, **options: Any) -> None:
+        forced.append(options["force_quick_gelu"])
+        raise RuntimeError("no weights here")
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
+    for weights in ("openai", "laion2b_s34b_b79k"):
+        with pytest.raises(UserError, match="no weights here"):
+            open_clip_parts("ViT-B-32", weights)
+    assert forced == [True, False]
