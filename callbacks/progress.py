@@ -105,7 +105,9 @@ class StepProgressBar(ProgressBar):
         if (bar := self._train_bar) is None:
             return
         if trainer.global_step > bar.n:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            # reading the values waits for the GPU
+            if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
+                bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -219,6 +220,15 @@ class PromptDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.training and "is_padding" not in batch:
             self.position += self.batch_size
         return batch
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Leave a training batch on the CPU: its indices are read there, which would wait for the GPU."""
+        if "is_padding" not in batch:
+            return batch
+        moved: dict[str, Any] = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream; it is the same on all processes."""

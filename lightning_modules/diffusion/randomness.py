@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_modules.diffusion.transfer import to_device
+
 
 def _hash(*key: int | str) -> int:
     """64 well-mixed bits of ``key``."""
@@ -28,7 +30,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
     generator = torch.Generator()
     for row, seed in zip(noise, seeds, strict=True):
         torch.randn(tuple(shape), generator=generator.manual_seed(int(seed)), out=row)
-    return noise.to(device)
+    return to_device(noise, device)
 
 
 class StepRandom:
@@ -69,7 +71,7 @@ class StepRandom:
     def uniform(self, name: str) -> Tensor:
         """One number in [0, 1) per sample, [B], float32 (24 random bits: rounding never reaches 1)."""
         bits = [self._key(name, index) >> 40 for index in self.indices]
-        return (torch.tensor(bits, dtype=torch.float64) / 2**24).to(self.device, torch.float32)
+        return to_device((torch.tensor(bits, dtype=torch.float64) / 2**24).float(), self.device)
 
     def shared_uniform(self, name: str) -> float:
         """One number in [0, 1) for the whole global batch: equal on every process."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.frozen import hide_from_state_dict
 
 
@@ -46,8 +47,8 @@ class PromptEncoder(nn.Module):
         device = self.text_encoder.device
         # Stable Diffusion attends to padding too, unless its text encoder says otherwise.
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = inputs.attention_mask.to(device) if masked else None
-        hidden: Tensor = self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
+        mask = to_device(inputs.attention_mask, device) if masked else None
+        hidden: Tensor = self.text_encoder(to_device(inputs.input_ids, device), attention_mask=mask)[0]
         return hidden
 
     def null(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
@@ -48,6 +49,25 @@ def test_what_a_distillation_logs_stands_on_the_line(capsys: pytest.CaptureFixtu
     run(Logging(), 2, StepProgressBar())
     last = capsys.readouterr().err.split("\r")[-1]
     assert re.search(r"images=123456, train/loss=[\d.]+, .*κ=4.5, images/s=55.12, GiB=1.25", last), last
+
+
+def test_values_are_read_only_when_they_are_drawn() -> None:
+    """Reading one waits for the GPU; a bar that is seldom drawn must not do so at every step."""
+    read = []
+
+    class Watched(StepProgressBar):
+        def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+            read.append(1)
+            return super().get_metrics(*arguments)
+
+    class NoValidation(TinyModule):
+        validation_step = None  # type: ignore[assignment]
+
+    run(NoValidation(), 10, Watched(refresh_seconds=3600.0))
+    assert len(read) == 1, "at the end"
+    read.clear()
+    run(NoValidation(), 10, Watched(refresh_seconds=0.0))
+    assert len(read) <= 2, "a pipe gets a line every 20 seconds"
 
 
 def test_other_loops_get_a_bar_of_batches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,16 @@ def test_module_counts_used_batches_not_fetched_ones() -> None:
     assert next(iter(again.train_dataloader()))["prompts"] == fetched[1]["prompts"]
 
 
+def test_places_of_a_training_batch_stay_on_the_cpu() -> None:
+    """They seed random numbers there: on a GPU, reading them would wait for it in every micro-batch."""
+    module = PromptDataModule(PROMPTS, batch_size=4, eval_captions=PROMPTS, eval_size=None)
+    places = []
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        moved = module.transfer_batch_to_device(next(iter(loader)), torch.device("meta"), 0)
+        places.append(moved["indices"].device.type)
+    assert places == ["cpu", "meta"]
+
+
 def test_batch_sizes_are_shared_and_split() -> None:
     module = PromptDataModule(PROMPTS, batch_size=8, micro_batch_size=2, eval_captions=PROMPTS, eval_size=3)
     module.trainer = SimpleNamespace(global_rank=1, world_size=2, training=True)  # type: ignore[assignment]
