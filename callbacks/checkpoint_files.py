@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+REPLACED = ".old.tmp"
+"""Ending of a folder that is being replaced, in place of ``.ckpt``."""
+
 
 class PlainFile(TorchCheckpointIO):
     """Writes a checkpoint straight to its file, and keeps what went wrong for the caller.
@@ -42,8 +45,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run was writing; a folder that was being replaced gets its name back."""
-    for aside in folder.glob("*.old.tmp"):
-        target = folder / f"{aside.name.removesuffix('.old.tmp')}.ckpt"
+    for aside in folder.glob(f"*{REPLACED}"):
+        target = folder / f"{aside.name.removesuffix(REPLACED)}.ckpt"
         if not target.exists():
             os.replace(aside, target)
     for leftover in folder.glob("*.tmp"):
@@ -65,6 +68,7 @@ def give_name(source: Path, target: Path) -> None:
     remove(staged)
     if source.is_dir():
         shutil.copytree(source, staged)
+        _flush_to_disk(staged)
     else:
         try:
             os.link(source, staged)
@@ -76,7 +80,7 @@ def give_name(source: Path, target: Path) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     if target.is_dir():  # a folder (sharded checkpoint) cannot be replaced in one call
-        aside = target.with_suffix(".old.tmp")
+        aside = target.with_suffix(REPLACED)
         remove(aside)
         os.replace(target, aside)
         os.replace(source, target)

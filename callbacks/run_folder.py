@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.checkpoint_files import REPLACED
 from lightning_modules.checkpoint_format import check_format
 from lightning_modules.errors import UserError, first_line
 
@@ -51,11 +52,14 @@ def versions(experiment_folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """Return `last.ckpt` of a run, else its `step_<n>.ckpt` with the largest n, else None."""
+    """Return `last.ckpt` of a run, else its `step_<n>.ckpt` with the largest n, else None.
+
+    A run killed while a folder of shards was being replaced has left the old one under another name.
+    """
     folder = run_folder / "checkpoints"
-    last = folder / "last.ckpt"
-    if last.exists():
-        return last
+    for name in ("last.ckpt", f"last{REPLACED}"):
+        if (last := folder / name).exists():
+            return last
     steps = [
         (int(match.group(1)), path)
         for path in folder.glob("step_*.ckpt")

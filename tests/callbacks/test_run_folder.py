@@ -54,6 +54,12 @@ def test_without_last_the_largest_step_counts(tmp_path: Path) -> None:
     assert newest_checkpoint(run) == run / "checkpoints" / "step_1000.ckpt"
 
 
+def test_a_folder_of_shards_is_found_while_it_is_being_replaced(tmp_path: Path) -> None:
+    """Killed between the two renames: the run must not start afresh."""
+    run = make(tmp_path, "last.old.tmp", "saving.tmp", "step_900.ckpt")
+    assert newest_checkpoint(run) == run / "checkpoints" / "last.old.tmp"
+
+
 def test_best_is_the_newest_best(tmp_path: Path) -> None:
     expected = make(tmp_path / "a" / "version_0", "last.ckpt", "best.ckpt")
     make(tmp_path / "a" / "version_1", "last.ckpt")
