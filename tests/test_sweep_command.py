@@ -32,6 +32,8 @@ def test_mistakes_in_the_yaml(tmp_path: Path) -> None:
     refused(tmp_path, "direction is 'down'; it must be minimize or maximize", direction="down")
     refused(tmp_path, "trials is 0", trials=0)
     refused(tmp_path, "both searched and overridden", overrides={"x": 1})
+    refused(tmp_path, "experiment is given to each trial", overrides={"experiment": "mine"})
+    refused(tmp_path, "trainer.default_root_dir is given", space={"trainer.default_root_dir": ["a", "b"]})
     refused(tmp_path, "pruning is .*warmup_steps and finished_trials", pruning={"warm_up": 3})
     refused(tmp_path, "only 3 different points; write trials: 3", space={"x": [1, 2, 3]})
     for entry, message in [
@@ -42,6 +44,8 @@ def test_mistakes_in_the_yaml(tmp_path: Path) -> None:
         ({"range": ["a", 2]}, "'a' is not a number"),
         ({"rang": [1, 2]}, "unknown rang; give exactly one of grid"),
         ({"choices": [1, 1]}, "the same value twice"),
+        ({"choices": [1, 1.0]}, "the same value twice"),
+        ({"grid": [0, float("inf")]}, "must be finite"),
         ({"choices": []}, "not empty"),
         ({"log_range": [1, 2], "step": 1}, "step is 1"),
         (3, "write e.g."),
@@ -61,7 +65,9 @@ def test_the_space_is_what_the_yaml_says(tmp_path: Path) -> None:
     }
     read = read_settings(write_sweep(tmp_path, space=space)).space
     lists = [dimension.all_values() for dimension in read.dimensions]
-    assert lists[:4] == [[1, 2], [None, True, "[0.0, 0.9]"], [0, 0.25, 0.5, 0.75, 1], [4, 8, 12]]
+    assert [list(values or ()) for values in lists[:4]] == [
+        [1, 2], [None, True, "[0.0, 0.9]"], [0, 0.25, 0.5, 0.75, 1], [4, 8, 12]
+    ]  # fmt: skip
     assert lists[4] is None and read.size() == float("inf")
     log = read.distributions()["e"]
     assert (log.low, log.high, log.log) == (1e-4, 1e-2, True)  # type: ignore[attr-defined]
@@ -69,6 +75,9 @@ def test_the_space_is_what_the_yaml_says(tmp_path: Path) -> None:
     assert finite.size() == 2 * 3 * 5 * 3 == len(finite.points())
     assert read.cells() == [{"a": 1}, {"a": 2}]
     assert not same({"x": 1}, {"x": True}) and same({"x": 1}, {"x": 1.0})
+    assert same({"x": 0.1 + 0.2}, {"x": 0.3}) and not same({"x": 1e-4}, {"x": 1.0001e-4})
+    seeds = read_settings(write_sweep(tmp_path, space={"x": {"int_range": [0, 10**12]}})).space
+    assert seeds.size() == 10**12 + 1, "counted, not listed"
 
 
 def test_options_keep_every_digit() -> None:

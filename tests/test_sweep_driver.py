@@ -12,6 +12,7 @@ from callbacks.sweeping import study
 from callbacks.sweeping.results import collect
 from callbacks.sweeping.settings import read_settings
 from callbacks.sweeping.space import same
+from callbacks.sweeping.storage import is_alive, this_process
 from callbacks.sweeping.study import TrialBook, point_of
 from callbacks.sweeping.trial_process import environment, read_values, threads_per_worker
 from lightning_modules.errors import UserError
@@ -70,7 +71,7 @@ def test_more_trials_continue_a_finished_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize("database", [False, True])
 def test_two_drivers_that_start_at_once_share_the_trials(tmp_path: Path, database: bool) -> None:
     changes: dict[str, Any] = {"storage": f"sqlite:///{tmp_path}/study.db"} if database else {}
-    changes["trials"] = 4 if database else 8  # SQLite takes its time
+    changes["trials"] = 3 if database else 6  # SQLite takes its time
     path = write_sweep(tmp_path, overrides={"delay": 0.05}, **changes)
     start = tmp_path / "start"
 
@@ -114,6 +115,36 @@ def test_a_small_space_is_tried_completely(tmp_path: Path) -> None:
     assert points == [(x, y) for x in (1, 2, 3) for y in ("a", "b")]
     firsts = [book(path).live()[slot].params["x"] for slot in range(3)]
     assert firsts == [1, 2, 3]  # the grid is gone through in order
+
+
+def claimed(path: Path, count: int) -> list[dict[str, Any]]:
+    one = book(path)
+    return [trial.params for _ in range(count) if (trial := one.claim())]
+
+
+def test_steps_of_a_range_are_tried_once_each(tmp_path: Path) -> None:
+    """0.1 + 6 * 0.1 is above 0.7, and 0.1 + 2 * 0.1 above 0.3."""
+    path = write_sweep(tmp_path, space={"x": {"range": [0.1, 0.7], "step": 0.1}}, trials=7)
+    values = sorted(point["x"] for point in claimed(path, 7))
+    assert values == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], rel=1e-12) and values[-1] == 0.7
+
+
+def test_a_large_space_is_never_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that repeats itself gets help from chance; the points of the space would fill the memory."""
+    path = write_sweep(tmp_path, space={"x": {"int_range": [0, 10**12]}}, trials=3)
+    monkeypatch.setattr(study, "_MOST_DRAWS", 2)
+    monkeypatch.setattr(TrialBook, "_draft", stubborn)
+    points = [point["x"] for point in claimed(path, 3)]
+    assert points[0] == 5 and len(set(points)) == 3
+
+
+def stubborn(self: TrialBook, slot: int, live: Any) -> Any:
+    """A study whose sampler always gives 5."""
+    import optuna
+
+    draft = optuna.create_study()
+    draft.sampler = optuna.samplers.PartialFixedSampler({"x": 5}, optuna.samplers.RandomSampler(seed=0))
+    return draft
 
 
 def test_the_search_is_a_function_of_its_seed(tmp_path: Path) -> None:
@@ -226,6 +257,15 @@ def test_a_trial_of_a_silent_machine_is_lost_after_a_while(
     assert not elsewhere.beat(trial) and not elsewhere.tell(trial, "COMPLETE", 1.0)
     again = here.claim()
     assert again is not None and again.params == trial.params
+
+
+def test_a_machine_of_the_same_name_is_another_one() -> None:
+    """Its process ids say nothing here: a copied machine must not lose its trials at once."""
+    me = this_process()
+    assert is_alive(me)
+    name, rest = me.split("|", 1)
+    assert is_alive(f"{name.split()[0]} another-boot|{rest}") is None
+    assert is_alive(f"{name}|{os.getpid()}|1") is False
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from lightning_modules.errors import UserError
 
 _DIRECTIONS = ("minimize", "maximize")
 _SAMPLERS = ("tpe", "random")
+_OWN = ("experiment", "trainer.default_root_dir", "config")
+"""What the sweep itself gives to every trial."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def read_settings(path: Path) -> SweepSettings:
         raise UserError(f"{path}: space and overrides are mappings from config keys; space is not empty")
     if twice := sorted(space.keys() & overrides.keys()):
         raise UserError(f"{path}: {twice[0]} is both searched and overridden; keep one of them")
+    for key in _OWN:
+        if key in space or key in overrides:
+            raise UserError(
+                f"{path}: {key} is given to each trial by the sweep; leave it out, see base, root and name"
+            )
     launcher = given.get("launcher") or []
     settings = SweepSettings(
         path=path,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.errors import UserError
@@ -54,16 +56,18 @@ class Dimension:
             return IntDistribution(low, high, log=self.logarithmic, step=int(self.step or 1))
         return FloatDistribution(low, high, log=self.logarithmic, step=self.step)
 
-    def all_values(self) -> list[Any] | None:
-        """Every value in order; None if there are endlessly many (or too many to list)."""
+    def all_values(self) -> Sequence[Any] | None:
+        """Every value in order; None if there are endlessly many."""
         if self.kind in _LISTS:
-            return list(self.values)
+            return self.values
         low, high = self.values
         if self.kind.startswith("int"):
-            return list(range(low, high + 1, int(self.step or 1)))
+            return range(low, high + 1, int(self.step or 1))
         if self.step is None:
-            return [low] if low == high else None
-        return [low + i * self.step for i in range(int((high - low) / self.step + 1e-9) + 1)]
+            return (low,) if low == high else None
+        # decimal, as Optuna reckons the end: 0.1 + 6 * 0.1 is above 0.7 in binary
+        first, last, step = (Decimal(str(number)) for number in (low, high, self.step))
+        return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
 
     def samples(self) -> list[Any]:
         """Values to try on the parser: each of a list, the ends of a range."""
@@ -92,11 +96,12 @@ def read_dimension(key: str, given: Any, where: str) -> Dimension:
     if kind in _LISTS:
         if step is not None:
             raise UserError(f"{place}: step is for range and int_range")
-        texts = [json.dumps(value) for value in values]
-        if len(set(texts)) < len(texts):
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise UserError(f"{place}: {kind} is {values}; its numbers must be finite")
+        plain = tuple(value if _is_scalar(value) else json.dumps(value) for value in values)
+        if len(set(plain)) < len(plain):  # Optuna can't tell 1 from 1.0 and true either
             raise UserError(f"{place}: {kind} holds the same value twice: {values}")
-        plain = (value if _is_scalar(value) else text for value, text in zip(values, texts))
-        return Dimension(key, kind, tuple(plain))
+        return Dimension(key, kind, plain)
     return Dimension(key, kind, _ends(kind, values, place), _step(kind, step, place))
 
 
@@ -163,7 +168,7 @@ class Space:
         return [dict(zip((grid.key for grid in grids), values)) for values in products]
 
     def points(self) -> list[Point]:
-        """Every point of a finite space.
+        """Every point of a finite (and small) space.
 
         Raises:
             ValueError: the space is endless.
@@ -183,7 +188,16 @@ def option(key: str, value: Any) -> str:
 
 
 def same(a: Point, b: Point) -> bool:
-    """Whether two points are one: the same keys and values (1 and 1.0 are equal, 1 and true are not)."""
-    return a.keys() == b.keys() and all(
-        a[key] == b[key] and isinstance(a[key], bool) == isinstance(b[key], bool) for key in a
-    )
+    """Whether two points are one: the same keys and values (1 and 1.0 are equal, 1 and true are not).
+
+    Numbers that differ by rounding alone (0.3 and 0.1 + 0.2) are equal, too.
+    """
+    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-12)
+    return bool(a == b)

@@ -79,8 +79,19 @@ def _connected(address: str) -> BaseStorage:
 
 
 def this_process() -> str:
-    """Host, process id and (where /proc tells) start time, which tells two processes of one id apart."""
-    return f"{socket.gethostname()}|{os.getpid()}|{_started(os.getpid())}"
+    """Machine, process id and (where /proc tells) start time, which tells two processes of one id apart."""
+    return f"{_machine()}|{os.getpid()}|{_started(os.getpid())}"
+
+
+def _machine() -> str:
+    """Host name and (where /proc tells) boot and process namespace: copies of a machine or container have
+    one name, and the process ids of one say nothing of the other.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _started(pid: int) -> str:
@@ -92,8 +103,8 @@ def _started(pid: int) -> str:
 
 def is_alive(owner: str) -> bool | None:
     """Whether the process lives; None if it belongs to another machine."""
-    host, pid, started = owner.split("|")
-    if host != socket.gethostname():
+    machine, pid, started = owner.split("|")
+    if machine != _machine():
         return None
     try:
         os.kill(int(pid), 0)

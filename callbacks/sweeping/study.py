@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 _MOST_DRAWS = 30
+_MOST_LISTED = 10_000
+"""Points of a space that are listed to find a free one; of more, they are drawn."""
 PATIENCE = 180.0
 """Seconds without a sign of life after which a trial of another machine counts as lost."""
 
@@ -137,12 +139,15 @@ class TrialBook:
         settings, used = self.settings, [point_of(trial) for trial in live.values()]
         cells = settings.space.cells()
         cell = cells[slot % len(cells)]
-        draft = self._draft(slot, live)
+        draft, draws = self._draft(slot, live), 0
         distributions = settings.space.distributions()
-        for _ in range(_MOST_DRAWS):
+        while draws < _MOST_DRAWS or settings.space.size() > _MOST_LISTED:
+            if draws == _MOST_DRAWS:
+                draft.sampler = import_optuna().samplers.RandomSampler(seed=slot)
             point = {**draft.ask(distributions).params, **cell}
             if not any(same(point, other) for other in used):
                 return point
+            draws += 1
         chosen = random.Random(f"{settings.seed} {slot}")
         points = [p for p in settings.space.points() if not any(same(p, other) for other in used)]
         in_cell = [point for point in points if same(cell, {key: point[key] for key in cell})]
