@@ -177,7 +177,9 @@ def parallel_plot(axes: Sequence[Axis], rows: Sequence[tuple[Curve, Sequence[flo
             body.append(f'<path class="axis" d="M{x - 4} {y:.1f}H{x}"/>')
             text = escape(axis.label(tick, 12))
             body.append(f'<text x="{x - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    size = f'viewBox="0 0 {width} {_PARALLEL_HEIGHT}" style="min-width:{min(width, 900)}px"'
+    # of a few axes the letters would grow with the page
+    limits = f"min-width:{min(width, 900)}px;max-width:{1.5 * width:.0f}px"
+    size = f'viewBox="0 0 {width} {_PARALLEL_HEIGHT}" style="{limits}"'
     return f'<svg {size} role="img" aria-label="parallel coordinates">{"".join(body)}</svg>'
 
 

@@ -176,12 +176,12 @@ def _history(content: dict[str, Any], valued: list[dict[str, Any]]) -> str:
     return xy_plot([Curve("best so far", steps, "var(--curve-1)"), *dots], x, y)
 
 
-def _axis(content: dict[str, Any], key: str, values: list[Any], title: str) -> Axis:
-    """The axis of a key: numbers of a range as they are, members of a list as named places."""
+def _axis(content: dict[str, Any], key: str, title: str) -> Axis:
+    """The axis of a key: all of its range, so that what was not tried shows, or a list as named places."""
     dimension = content["space"][key]
     if dimension["kind"] in ("grid", "choices"):
         return Axis.of_names(title, [_cell(value) for value in dimension["values"]])
-    return Axis.around(title, values, logarithmic="log" in dimension["kind"])
+    return Axis.around(title, dimension["values"], logarithmic="log" in dimension["kind"])
 
 
 def _at(content: dict[str, Any], key: str, value: Any) -> float:
@@ -194,21 +194,21 @@ def _at(content: dict[str, Any], key: str, value: Any) -> float:
 
 def _slice(content: dict[str, Any], valued: list[dict[str, Any]], key: str) -> str:
     title = short_names(list(content["space"]))[key]
-    x = _axis(content, key, [trial["params"][key] for trial in valued], title)
+    x = _axis(content, key, title)
     y = Axis.around(content["metric"], [trial["value"] for trial in valued])
     dots = [_dot(trial, content, _at(content, key, trial["params"][key])) for trial in valued]
     return xy_plot(dots, x, y)
 
 
 def _curves(content: dict[str, Any]) -> str:
-    """The metric of every trial against student updates, if it was reported more than once."""
-    trials = [trial for trial in content["trials"] if len(trial["values"]) > 1]
+    """The metric of every trial against student updates, if any trial reported it more than once."""
+    trials = content["trials"]
     points = {
         trial["trial"]: [(float(step), value) for step, value in trial["values"].items() if value is not None]
         for trial in trials
     }
     all_points = [point for some in points.values() for point in some]
-    if not all_points:
+    if not any(len(some) > 1 for some in points.values()):
         return ""
     x = Axis.around("student updates", [step for step, _ in all_points], whole=True, logarithmic=False)
     y = Axis.around(content["metric"], [value for _, value in all_points])
@@ -231,7 +231,7 @@ def _color(trial: dict[str, Any], content: dict[str, Any]) -> str:
 
 def _parallel(content: dict[str, Any], valued: list[dict[str, Any]]) -> str:
     names = short_names(list(content["space"]))
-    axes = [_axis(content, key, [t["params"][key] for t in valued], name) for key, name in names.items()]
+    axes = [_axis(content, key, name) for key, name in names.items()]
     axes.append(Axis.around(content["metric"], [trial["value"] for trial in valued]))
     rows = []
     for trial in sorted(valued, key=lambda t: -(t["rank"] or math.inf)):  # the best one on top
