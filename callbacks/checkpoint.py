@@ -249,7 +249,10 @@ class RunCheckpoint(Checkpoint):
     def _publish(self, trainer: Trainer, temporary: Path, targets: list[Path]) -> str | None:
         """Give the checkpoint its names; return what the file system objects to, if anything."""
         try:
-            if error := getattr(trainer.strategy.checkpoint_io, "error", None):
+            strategy = trainer.strategy
+            if error := getattr(strategy, "save_error", None) or getattr(
+                strategy.checkpoint_io, "error", None
+            ):
                 raise error
             publish(temporary, targets)
             self._forget_old(targets[0].parent)

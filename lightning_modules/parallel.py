@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,7 +34,13 @@ class FullySharded(ModelParallelStrategy):
         save_distributed_checkpoint: A checkpoint is a folder to which each process writes its shard; false:
             one file, gathered on the first process.
         process_group_backend: As in Lightning.
+
+    Attributes:
+        save_error: on the first process, what kept the last checkpoint from being written, if anything.
+            Raised there alone, it would leave the others waiting at a barrier.
     """
+
+    save_error: BaseException | None = None
 
     def __init__(
         self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None
@@ -47,6 +54,22 @@ class FullySharded(ModelParallelStrategy):
         """One group of all processes, rather than Lightning's tensor-parallel group on each machine."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write; what the file system of any process objects to is noted in `save_error`. Collective."""
+        self.save_error = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except CheckpointException as error:  # of any process, raised on all of them
+            self.save_error = next(iter(error.failures.values()))[0]
+            if not isinstance(self.save_error, (OSError, RuntimeError)):
+                raise
+        except (OSError, RuntimeError) as error:  # torch wraps what the file raises
+            if self.global_rank != 0:
+                raise
+            self.save_error = error  # of the first process, which alone writes what is not in shards
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Frozen weights are in no checkpoint; whether all the others are is checked here for single files.

@@ -1,6 +1,8 @@
 """Several processes are one: gradients, losses, checkpoints and the order of prompts."""
 
+import errno
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from callbacks.run_folder import RunFolder, read_checkpoint
 from datamodules.prompts import PromptDataModule
 from lightning_modules import parallel
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.errors import UserError
 from lightning_modules.networks.student import load_student
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
@@ -265,6 +268,43 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4
+
+
+def test_a_full_disk_leaves_the_old_shards(tiny_sd: Path, tmp_path: Path) -> None:
+    """The file system refuses the second process's shard, then what the first one alone writes."""
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    real = torch.save
+
+    class SavesTwice(L.Callback):
+        """After the checkpoint of the second step."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step != STEPS:
+                return
+            saving = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
+            if trainer.global_rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
+            with pytest.raises(UserError, match="of step 2 cannot be written.*File too large.*as it was"):
+                saving.save(trainer)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            with pytest.MonkeyPatch.context() as patch:
+                if trainer.global_rank == 0:
+                    patch.setattr(torch, "save", full)
+                with pytest.raises(UserError, match="cannot be written.*No space left.*as it was"):
+                    saving.save(trainer)
+
+    def full(content: Any, file: Any, *rest: Any, **how: Any) -> None:
+        if isinstance(file, Path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(content, file, *rest, **how)
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        train(tiny_sd, tmp_path / "run", SavesTwice(), strategy=FullySharded(), devices=2, steps=3, save=True)
+
+    run_processes(2, work, tmp_path / "log")
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step_2.ckpt"]
+    assert [read_checkpoint(last.with_name(f"{n}.ckpt"))["global_step"] for n in ("step_2", "last")] == [2, 3]
 
 
 def test_a_signal_to_one_process_stops_all_after_a_saved_step(tiny_sd: Path, tmp_path: Path) -> None:
