@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from callbacks.sweeping.check import _ParseOnly, check_keys
+from callbacks.sweeping.page import _axis, _curves, _history
 from callbacks.sweeping.results import importance, text_table, write_results
 from callbacks.sweeping.settings import read_settings
 from callbacks.sweeping.space import Point, option, same
@@ -198,6 +199,24 @@ def test_page_and_files_of_a_sweep(tmp_path: Path) -> None:
     assert "a&lt;b" in page and "<b" not in page.replace("<body", "").replace("<br", "").replace("<b>", "")
     assert "x is far too large" in page and "other.y" in page and ">model.y" in page
     assert not re.search(r"(?:src|href)=|https?://|<script|url\(|@import", page)
+
+
+def test_plots_show_the_whole_range_and_pruned_trials() -> None:
+    trials = [
+        {"trial": i, "rank": None, "state": state, "value": value, "params": {"x": 0.02}, "values": values}
+        for i, (state, value, values) in enumerate([
+            ("complete", 2.0, {"10": 3.0, "20": 2.0}), ("pruned", 4.0, {"10": 4.0}), ("failed", None, {})
+        ])
+    ]  # fmt: skip
+    content = {
+        "trials": trials, "metric": "m", "direction": "minimize",
+        "space": {"x": {"kind": "log_range", "values": [0.001, 1.0], "step": None}},
+    }  # fmt: skip
+    assert _curves(content).count("<circle") == 3 and _curves(content).count("<polyline") == 1
+    assert _curves({**content, "trials": trials[1:]}) == "", "one value of each is no curve"
+    assert (axis := _axis(content, "x", "x")).ticks[0] == 0.001 and axis.ticks[-1] == 1.0
+    line = _history(content, trials[:2]).partition("<polyline")[2].partition("/>")[0]
+    assert line.count(",") == 2, "from the first trial to the last"
 
 
 def test_importance_finds_the_key_that_matters(tmp_path: Path) -> None:

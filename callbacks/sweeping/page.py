@@ -170,6 +170,8 @@ def _history(content: dict[str, Any], valued: list[dict[str, Any]]) -> str:
         for i, point in enumerate(best)
         for point in [*([(point[0], best[i - 1][1])] if i else []), point]
     ]
+    if best:
+        steps.append((in_order[-1]["trial"], best[-1][1]))
     x = Axis.around("trial", [trial["trial"] for trial in in_order], whole=True, logarithmic=False)
     y = Axis.around(content["metric"], [trial["value"] for trial in in_order])
     dots = [_dot(trial, content, trial["trial"]) for trial in in_order]
