@@ -86,7 +86,7 @@ def whole(tensor: Any) -> Tensor:
 
 def train(
     teacher: Path, folder: Path, *more: L.Callback, strategy: Any = "auto", devices: int = 1,
-    micro: int | None = None,
+    micro: int | None = None, every: int = STEPS,
     double: bool = False, steps: int = STEPS, ckpt: Path | None = None, save: bool = False,
     watch: Callable[[L.Trainer], None] | None = None, **settings: Any,
 ) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ def train(
     data = PromptDataModule(
         PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2
     )
-    saving = [RunCheckpoint(STEPS, keep_step_checkpoints=1)] if save else []
+    saving = [RunCheckpoint(every, keep_step_checkpoints=2)] if save else []
     callbacks = [notes, *more, RunFolder(folder), *saving]
     run = trainer(
         folder, steps, callbacks, devices=devices, strategy=strategy, enable_checkpointing=save,
@@ -234,21 +234,27 @@ def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> None:
-    """Resuming, consolidating, exporting; a folder of shards or one file."""
+    """Resuming, consolidating, exporting; a folder of shards or one file.
+
+    The objective trains a network of its own, whole on each process, and its first gradient isn't zero: so
+    there are optimizer states of all kinds after one step.
+    """
+    settings = adam_roles() | {"objective": Pull(3.0)}
+
     def sharded(name: str, steps: int, ckpt: Path | None = None) -> None:
         strategy = FullySharded(save_distributed_checkpoint=folder)
         work = lambda: train(  # noqa: E731
             tiny_sd, tmp_path / name, strategy=strategy, devices=2, steps=steps, ckpt=ckpt, save=True,
-            **adam_roles(),
+            every=1, **settings,
         )
         run_processes(2, work, tmp_path / "log")
 
-    sharded("whole", 3)
-    last = tmp_path / "whole" / "checkpoints" / "step_2.ckpt"
+    sharded("whole", 2)
+    last = tmp_path / "whole" / "checkpoints" / "step_1.ckpt"
     assert last.is_dir() is folder
-    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step_2.ckpt"]
-    assert read_checkpoint(last)["global_step"] == 2
-    sharded("resumed", 3, last)
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step_1.ckpt", "step_2.ckpt"]
+    assert read_checkpoint(last)["global_step"] == 1
+    sharded("resumed", 2, last)
     whole_run, resumed = notes(tmp_path / "whole"), notes(tmp_path / "resumed")
     assert relative_distance(whole_run["weights"], resumed["weights"]) == 0
     assert relative_distance(whole_run["ema"], resumed["ema"]) == 0
@@ -264,7 +270,7 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
         one_file = tmp_path / "one.ckpt"
         cli.main(["consolidate", "--checkpoint", str(last), "--output", str(one_file)])
         last = one_file
-    train(tiny_sd, tmp_path / "alone", steps=3, ckpt=last, **adam_roles())
+    train(tiny_sd, tmp_path / "alone", steps=2, ckpt=last, **settings)
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4
