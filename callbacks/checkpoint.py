@@ -88,7 +88,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore random states, watch for signals, remove leftovers, run a validation that was cut off."""
-        self._restore_random_states(trainer)
+        self._restore_random_states(trainer, again=True)
         if trainer.is_global_zero:
             remove_leftovers(self.folder(trainer))
         if self._table is not None:
@@ -112,10 +112,11 @@ class RunCheckpoint(Checkpoint):
         trainer.training = True
         self._random_states = random_states()  # Lightning draws a number when it now skips the validation
 
-    def _restore_random_states(self, trainer: Trainer) -> None:
+    def _restore_random_states(self, trainer: Trainer, again: bool = False) -> None:
+        """`again`: also at the first batch, for what Lightning and callbacks may draw until then."""
         if self._random_states is not None:
             restore_random_states(self._random_states, trainer)
-            self._random_states = None
+            self._random_states = self._random_states if again else None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
