@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import callbacks.checkpoint_files as files
 from callbacks.checkpoint import RunCheckpoint
@@ -227,3 +227,38 @@ def test_mismatches_name_the_first_key(tmp_path: Path) -> None:
         message = explain_mismatch(caught.value, tmp_path / "x.ckpt")
         assert message is not None and expected in message
     assert explain_mismatch(RuntimeError("CUDA out of memory"), tmp_path) is None
+
+
+def test_random_states_are_those_of_the_checkpoint_at_the_first_batch(tmp_path: Path) -> None:
+    """A run that fails after a validation draws, once resumed, what the uninterrupted run draws."""
+
+    class Draws(Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+            self.fails_at = -1
+
+        def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == self.fails_at:
+                raise RuntimeError("power cut")
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.seen.append(torch.rand(1))
+
+    def run(folder: Path, draws: Draws) -> None:
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer = Trainer(
+            accelerator="cpu", max_steps=4, max_epochs=-1, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2,
+            check_val_every_n_epoch=None, callbacks=[RunFolder(folder), draws, RunCheckpoint(2)],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer.fit(TinyModule(), TinyData(), ckpt_path=str(last) if last.exists() else None)
+
+    alone, cut = Draws(), Draws()
+    run(tmp_path / "alone", alone)
+    cut.fails_at = 2
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", cut)
+    cut.fails_at = -1
+    run(tmp_path / "cut", cut)
+    assert torch.equal(torch.cat(alone.seen), torch.cat(cut.seen)) and len(alone.seen) == 4
