@@ -75,16 +75,18 @@ class Driver:
             KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM; the running trials are stopped and will be
                 run again when the sweep goes on.
         """
-        with self._progress() as bar, _sigterm_exits():
+        with self._progress() as bar, _stop_signals() as leave_if_asked:
             try:
                 while True:
                     self._recover()
+                    leave_if_asked()
                     self._fill()
                     for worker in list(self._running):
                         self._watch(worker)
                     self._show(bar)
                     if not self._running and self.book.is_over():
                         return
+                    leave_if_asked()
                     time.sleep(self.poll)
             except BaseException:
                 self._stop_all()
@@ -242,17 +244,30 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM, by which clusters end a job, leaves the same way as Ctrl-C."""
+def _stop_signals() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM, by which clusters end a job, wait for the storage to be at rest, the first time.
 
-    def leave(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    Yields:
+        What leaves if one has come: KeyboardInterrupt, or SystemExit with status 143.
+    """
+    seen: list[int] = []
+
+    def leave_if_asked() -> None:
+        if seen:
+            raise KeyboardInterrupt if seen[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            leave_if_asked()
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield leave_if_asked
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, note) for number in numbers]
     try:
-        yield
+        yield leave_if_asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
