@@ -20,14 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from callbacks.hashing import hash_json, hash_tensors
+from lightning_modules.user_cache import user_cache_dir
 
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "cache"
-
-
-def user_cache_dir() -> Path:
-    """``$ONE_STEP_CACHE``, or ``~/.cache/one-step-distillation``."""
-    return Path(os.environ.get("ONE_STEP_CACHE") or Path.home() / ".cache" / "one-step-distillation")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from callbacks.hashing import hash_folder, hash_texts
 from callbacks.measure import Draw
 from datamodules.picture_files import Frame, read_pictures
-from lightning_modules.commands.generate import has_few_step_sampler
-from lightning_modules.errors import UserError, first_line
+from lightning_modules.commands.generate import has_few_step_sampler, load_any_pipeline
+from lightning_modules.errors import UserError
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import METHODS, make_method
@@ -216,14 +216,7 @@ def _is_stable_diffusion(model: str) -> bool:
 def _any_pipeline(recipe: Recipe) -> DiffusionPipeline:
     if recipe.weights is not None:
         raise UserError(f"{recipe.model} is a folder, which has one set of weights; leave --weights out")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(recipe.model))
-    except UserError:
-        raise
-    except Exception as error:  # loaders raise many kinds; the cause stays attached
-        raise UserError(f"the pipeline {recipe.model} can't be loaded: {first_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_any_pipeline(recipe.model)
 
 
 def _content_hash(model: str) -> str:

@@ -25,6 +25,7 @@ from datamodules.cleaning import Cleaner, Cleaning, describe
 from datamodules.order import Places
 from datamodules.readers import optional_package, read_texts
 from lightning_modules.errors import UserError, first_line
+from lightning_modules.user_cache import user_cache_dir
 
 FORMAT = 1  # raised when stores of an older version of this file must not be used
 CHUNK = 65536  # texts handled at a time
@@ -36,9 +37,8 @@ Part = tuple[Path, str | None]
 
 
 def stores_folder() -> Path:
-    """Where stores are kept; callbacks/cache.py has the same convention."""
-    root = os.environ.get("ONE_STEP_CACHE") or Path.home() / ".cache" / "one-step-distillation"
-    return Path(root) / "prompts"
+    """Where stores are kept."""
+    return user_cache_dir() / "prompts"
 
 
 class PromptStore:

@@ -121,6 +121,14 @@ class ImageMetric(Metric):
         reference.require_extractor(extractor)
         return reference
 
+    @property
+    def _reference(self) -> ReferenceStatistics:
+        """The statistics given to ``bind``, for metrics that need some."""
+        reference = self.__dict__["reference"]
+        if reference is None:
+            raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
+        return reference
+
     def prepare(
         self,
         captions: Sequence[str],

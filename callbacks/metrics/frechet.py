@@ -13,7 +13,7 @@ from torch import Tensor
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.inception import inception_network
 from callbacks.metrics.open_clip_features import clip_network
-from callbacks.metrics.reference import ReferenceStatistics, mean_and_covariance
+from callbacks.metrics.reference import mean_and_covariance
 
 COMFORTABLE_RATIO = 8
 """Below this many pictures per feature the estimate is dominated by its bias."""
@@ -77,13 +77,6 @@ class GaussianDistance(ImageMetric):
                     f"{self.name} of {count} {what} with {width} features: fewer pictures than features, so "
                     "the value is dominated by its bias and comparable only at the same counts"
                 )
-
-    @property
-    def _reference(self) -> ReferenceStatistics:
-        reference = self.__dict__["reference"]
-        if reference is None:
-            raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
-        return reference
 
     def details(self) -> dict[str, Any]:
         """The extractor and the reference, and a note when there are too few pictures for a fair one."""

@@ -13,7 +13,6 @@ from callbacks.distributed import from_every_rank
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.inception import inception_network
 from callbacks.metrics.open_clip_features import clip_network
-from callbacks.metrics.reference import ReferenceStatistics
 from lightning_modules.errors import UserError
 
 CHUNK = 2**24
@@ -130,13 +129,6 @@ class NeighbourMetric(ImageMetric):
         device = self.extractor.device if self.extractor.device.type == "cuda" else "cpu"
         real, fake = real.to(device).double(), fake.to(device).double()
         return fake - real.mean(0), real - real.mean(0)
-
-    @property
-    def _reference(self) -> ReferenceStatistics:
-        reference = self.__dict__["reference"]
-        if reference is None:
-            raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
-        return reference
 
     def settings(self) -> dict[str, Any]:
         """Number of neighbours."""

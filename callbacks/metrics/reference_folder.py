@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from callbacks.cache import user_cache_dir
 from callbacks.distributed import from_every_rank, rank_and_world_size
 from callbacks.hashing import hash_json, hash_texts
 from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
@@ -23,6 +22,7 @@ from callbacks.metrics.reference import (
 )
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.loading import asset_path
+from lightning_modules.user_cache import user_cache_dir
 
 log = logging.getLogger(__name__)
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -238,7 +238,7 @@ def _drawer(model: str, steps: int, guidance: Guidance) -> tuple[Draw, dict[str,
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_checkpoint(model) and not _is_stable_diffusion(model):
-        return _pipeline_drawer(_load_any_pipeline(model).to(device), steps, guidance)
+        return _pipeline_drawer(load_any_pipeline(model).to(device), steps, guidance)
     student = load_student(model)
     if steps > 1 or has_few_step_sampler(student.parts.scheduler):
         return _pipeline_drawer(stock_pipeline(student.parts).to(device), steps, guidance)
@@ -291,7 +291,7 @@ def _is_stable_diffusion(model: str) -> bool:
     return bool(index.get("_class_name", "StableDiffusionPipeline") == "StableDiffusionPipeline")
 
 
-def _load_any_pipeline(model: str) -> DiffusionPipeline:
+def load_any_pipeline(model: str) -> DiffusionPipeline:
     """A stock pipeline of any other class, in the dtype it is stored in."""
     try:
         pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(model))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.cache import ResultCache, user_cache_dir
+from callbacks.cache import ResultCache
 from callbacks.hashing import hash_folder, hash_tensors, hash_texts
+from lightning_modules.user_cache import user_cache_dir
 
 KEY = {"teacher": "abc", "steps": 25}
 
