@@ -1,0 +1,283 @@
+"""Is a random guidance scale steadier than a fixed one? PG-SB (arXiv 2412.02687) on the bundled models.
+
+    python scripts/stability_study.py                          all cells; stopped at any moment, it goes on
+    python scripts/stability_study.py --workers 2 --only backbone=epsilon
+    python scripts/stability_study.py --long                   2,000 updates of 48 prompts a cell: hours
+    python scripts/stability_study.py --report-only            table and plot of what is there
+
+A cell is a short `fit`, `configs/experiment/emoji_pgsb.yaml` but for backbone, rule of the guidance scale and
+seed (and no average, which would hide what the study looks for). Three backbones by four rules by two seeds,
+and on the first backbone two rules more that randomise one score only. After every quarter of the updates the
+student draws the first 256 held-out captions. All cells have the same settings; none was tuned. The student
+starts where its backbone's schedule has the noise of Stable Diffusion's timestep 625.
+
+Several of these may run at once on one output folder: a cell belongs to the process that holds its lock. A
+cell that was killed goes on from its last checkpoint; a finished one is never run again. Cells whose backbone
+is not there, and others not run, are shown as missing. Writes results.json, results.md and stability.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from callbacks.drawing import save_png
+from callbacks.plot_image import Line, lines_image
+from callbacks.sweeping.trial_process import TrialProcess, environment, fit_command, read_values
+from lightning_modules.networks.loading import asset_path
+
+CONFIG = "configs/experiment/emoji_pgsb.yaml"
+BACKBONES = {"epsilon": "assets/emoji-sd", "v": "assets/emoji-sd-v", "pixart": "assets/emoji-pixart"}
+TITLES = {"epsilon": "UNet, epsilon-prediction", "v": "UNet, v-prediction", "pixart": "PixArt transformer"}
+RANDOM = {"class_path": "UniformGuidance", "init_args": {"low": 0.5, "high": 4.0}}
+# name: κ of the teacher, κ of the fake score (None: the same draw)
+RULES: dict[str, tuple[Any, Any]] = {
+    "fixed 2": (2.0, None), "fixed 4.5": (4.5, None), "fixed 7.5": (7.5, None), "U(0.5, 4)": (RANDOM, None),
+    "U in teacher, 4.5 in fake": (RANDOM, 4.5), "4.5 in teacher, U in fake": (4.5, RANDOM),
+}  # fmt: skip
+GRID = list(RULES)[:4]
+ABLATION = ["fixed 4.5", *list(RULES)[4:], "U(0.5, 4)"]
+ABLATED = "epsilon"
+SEEDS = (0, 1)
+METRICS = ("val/frechet_distance", "val/clip_score")
+POINTS = 4
+CONVOLUTIONS = ("conv1", "conv2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    backbone: str
+    rule: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        rule = "".join(c if c.isalnum() or c == "." else "_" for c in self.rule)
+        return f"{self.backbone}-{rule.strip('_')}-seed{self.seed}"
+
+    def matches(self, conditions: Sequence[str]) -> bool:
+        """Whether it has all these "field=value"."""
+        return all(str(getattr(self, key)) == value for key, value in (c.split("=", 1) for c in conditions))
+
+
+def all_cells() -> list[Cell]:
+    """Backbone by backbone, and seed by seed, so that what is there can be compared."""
+    cells = []
+    for backbone in BACKBONES:
+        rules = [*GRID, *ABLATION[1:-1]] if backbone == ABLATED else GRID
+        cells += [Cell(backbone, rule, seed) for seed in SEEDS for rule in rules]
+    return cells
+
+
+@lru_cache
+def start_timestep(folder: str) -> int:
+    """The timestep of a backbone's schedule with the noise of Stable Diffusion's 625: nearest in log σ/α."""
+    from diffusers import DDIMScheduler
+
+    tables = [
+        DDIMScheduler.from_pretrained(asset_path(path), subfolder="scheduler").alphas_cumprod.double()
+        for path in (BACKBONES[ABLATED], folder)
+    ]
+    log_ratios = [((1 - table) / table).log() for table in tables]
+    return int((log_ratios[1] - log_ratios[0][625]).abs().argmin())
+
+
+def changes(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """What the cell's configuration has instead of the common one."""
+    teacher, fake = RULES[cell.rule]
+    folder = BACKBONES[cell.backbone]
+    whole = yaml.safe_load(asset_path(CONFIG).read_text(encoding="utf-8"))
+    targets = whole["model"]["init_args"]["lora"]["targets"]
+    if (asset_path(folder) / "transformer").is_dir():
+        targets = [name for name in targets if name not in CONVOLUTIONS]  # it has none
+    interval = options.updates // POINTS
+    return {
+        "seed_everything": cell.seed,
+        "model": {"init_args": {
+            "teacher": folder, "start_timestep": start_timestep(folder), "lora": {"targets": targets},
+            "ema_decay": None,
+            "objective": {"init_args": {"guidance_scale": teacher, "fake_guidance_scale": fake}},
+        }},
+        "data": {"init_args": {"batch_size": options.batch_size}},
+        "trainer": {
+            "max_steps": interval * POINTS, "val_check_interval": interval,
+            "callbacks": [
+                {"class_path": "RunCheckpoint", "init_args": {"every_n_steps": interval, "monitor": None}},
+                {"class_path": "Evaluation", "init_args": {"final_size": 0, "teacher_rows": False}},
+                {"class_path": "SampleGrid", "init_args": {"every_n_steps": interval * POINTS}},
+            ],
+        },
+    }  # fmt: skip
+
+
+@dataclass
+class Study:
+    """The folder of a study and the cells that run."""
+
+    options: argparse.Namespace
+    running: dict[int, tuple[Cell, TrialProcess, IO[str]]] = field(default_factory=dict)
+    failed: set[Cell] = field(default_factory=set)
+
+    def folder(self, cell: Cell) -> Path:
+        """Of one cell."""
+        return Path(self.options.output) / f"{self.options.updates}x{self.options.batch_size}" / cell.name
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell has measured."""
+        path = self.folder(cell) / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def start(self, cell: Cell, worker: int) -> bool:
+        """Run a cell unless it is finished, failed here, cannot be run, or another process has it."""
+        folder = self.folder(cell)
+        if cell in self.failed or not asset_path(BACKBONES[cell.backbone]).is_dir():
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        if self.result(cell) is not None:
+            lock.close()
+            return False
+        if not (folder / "version_0" / "checkpoints" / "last.ckpt").is_file():
+            shutil.rmtree(folder / "version_0", ignore_errors=True)  # too little to go on from
+        config = folder / "cell.yaml"
+        config.write_text(yaml.safe_dump(changes(cell, self.options), sort_keys=False), encoding="utf-8")
+        files = ["--config", str(asset_path(CONFIG)), "--config", str(config)]
+        command = [*fit_command(), *files, "--ckpt_path", "last"]
+        process = TrialProcess.start(
+            command, folder.parent, cell.name, METRICS[0], environment(self.options.workers, worker)
+        )
+        self.running[worker] = cell, process, lock
+        return True
+
+    def finish(self, worker: int) -> None:
+        """Keep the result of a cell that has ended."""
+        cell, process, lock = self.running.pop(worker)
+        if process.status() != 0:
+            self.failed.add(cell)
+            tqdm.write(f"{cell.name} failed: {process.error()}")
+        else:
+            values = {name: read_values(process.folder / "metrics.csv", name) for name in METRICS}
+            text = json.dumps({"values": values, "seconds": round(process.seconds, 1)}, indent=1)
+            partial = self.folder(cell) / "result.json.partial"
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.rename(partial.with_suffix(""))
+            shutil.rmtree(process.folder / "checkpoints")  # a hundred megabytes
+        lock.close()
+
+    def run(self, cells: list[Cell]) -> None:
+        """Work through the cells; stopped by Ctrl-C, it stops those that run."""
+        waiting = list(cells)
+        with tqdm(total=len(cells), unit="cell", desc="stability", dynamic_ncols=True) as bar:
+            try:
+                while waiting or self.running:
+                    ended = [w for w, (_, process, _) in self.running.items() if process.status() is not None]
+                    for worker in ended:
+                        self.finish(worker)
+                        write_report(self)
+                    free = [worker for worker in range(self.options.workers) if worker not in self.running]
+                    started = [w for w in free if any(self.start(waiting.pop(0), w) for _ in waiting[:])]
+                    if ended or started:
+                        bar.n = sum(self.result(cell) is not None for cell in cells)
+                        bar.set_postfix_str(", ".join(cell.name for cell, _, _ in self.running.values()))
+                    time.sleep(0.5 if self.running else 0)
+            finally:
+                for _, process, _ in self.running.values():
+                    process.stop_and_wait(60)
+
+
+def write_report(study: Study) -> None:
+    """results.json, results.md and stability.png of the cells that are there."""
+    cells = all_cells()
+    folder = Path(study.options.output) / f"{study.options.updates}x{study.options.batch_size}"
+    found = {cell: study.result(cell) for cell in cells}
+    rows = [{**vars(cell), **(found[cell] or {"values": None})} for cell in cells]
+    settings = {"updates": study.options.updates, "batch_size": study.options.batch_size, "captions": 256}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"settings": settings, "rows": rows}, indent=1, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    panels = {TITLES[name]: (name, GRID) for name in BACKBONES}
+    panels[f"Which score is random ({TITLES[ABLATED]})"] = (ABLATED, ABLATION)
+    tables, plots = [], {}
+    for title, (backbone, rules) in panels.items():
+        curves = {rule: curve(found, backbone, rule) for rule in rules}
+        tables.append(f"## {title}\n\n{table(curves, settings)}")
+        plots[title] = [
+            Line(rule if points else f"{rule} (missing)", [(x, statistics.mean(ys)) for x, ys in points],
+                 [(min(ys), max(ys)) for _, ys in points])
+            for rule, points in curves.items()
+        ]  # fmt: skip
+    (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
+    save_png(lines_image(plots, "student updates; frechet_distance"), folder / "stability.png")
+
+
+def curve(found: dict[Cell, Any], backbone: str, rule: str) -> list[tuple[int, list[float]]]:
+    """Update, and the distance of each seed that is there, over one cell's points."""
+    results = [found[Cell(backbone, rule, seed)] for seed in SEEDS]
+    values = [result["values"][METRICS[0]] for result in results if result is not None]
+    return [(int(step), [one[step] for one in values]) for step in (values[0] if values else {})]
+
+
+def table(curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, Any]) -> str:
+    """Mean (lowest to highest) of the seeds in Markdown; cells that were not run are "missing"."""
+    quarter = settings["updates"] // POINTS
+    steps = [quarter * (i + 1) for i in range(POINTS)]
+    lines = ["| κ | seeds | " + " | ".join(f"update {step}" for step in steps) + " |",
+             "|---|---:|" + "---:|" * POINTS]  # fmt: skip
+    for rule, points in curves.items():
+        seeds = len(points[0][1]) if points else 0
+        texts = ["missing"] * POINTS
+        if points:
+            texts = [f"{statistics.mean(ys):.2f} ({min(ys):.2f}–{max(ys):.2f})" for _, ys in points]
+        lines.append(f"| {rule} | {seeds} of {len(SEEDS)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--updates", type=int, default=200, help="of each cell (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="prompts per update (default: %(default)s)")
+    add("--long", action="store_true", help="2,000 updates of 48 prompts")
+    add("--workers", type=int, default=1, help="cells at once, each on its share of the cores")
+    add("--only", action="append", default=[], metavar="FIELD=VALUE", help="backbone, rule or seed")
+    add("--output", default="outputs/stability")
+    add("--report-only", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    if options.long:
+        options.updates, options.batch_size = 2000, 48
+    study, cells = Study(options), [cell for cell in all_cells() if cell.matches(options.only)]
+    if not options.report_only:
+        study.run(cells)
+    write_report(study)
+    missing = [cell.name for cell in cells if study.result(cell) is None]
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells; missing: {', '.join(missing) or 'none'}")
+    sys.exit(1 if study.failed else 0)
+
+
+if __name__ == "__main__":
+    main()
