@@ -172,6 +172,13 @@ class Study:
         self.running[worker] = cell, process, lock
         return True
 
+    def start_next(self, waiting: list[Cell], worker: int) -> bool:
+        """Run the first of the waiting cells that can be run; takes it and those before it from the list."""
+        while waiting:
+            if self.start(waiting.pop(0), worker):
+                return True
+        return False
+
     def finish(self, worker: int) -> None:
         """Keep the result of a cell that has ended."""
         cell, process, lock = self.running.pop(worker)
@@ -198,7 +205,7 @@ class Study:
                         self.finish(worker)
                         write_report(self)
                     free = [worker for worker in range(self.options.workers) if worker not in self.running]
-                    started = [w for w in free if any(self.start(waiting.pop(0), w) for _ in waiting[:])]
+                    started = [worker for worker in free if self.start_next(waiting, worker)]
                     if ended or started:
                         bar.n = sum(self.result(cell) is not None for cell in cells)
                         bar.set_postfix_str(", ".join(cell.name for cell, _, _ in self.running.values()))
@@ -260,7 +267,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--updates", type=int, default=200, help="of each cell (default: %(default)s)")
+    add("--updates", type=int, default=160, help="of each cell (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="prompts per update (default: %(default)s)")
     add("--long", action="store_true", help="2,000 updates of 48 prompts")
     add("--workers", type=int, default=1, help="cells at once, each on its share of the cores")
