@@ -14,12 +14,12 @@ from torch import Tensor
 from callbacks.hashing import hash_folder, hash_texts
 from callbacks.measure import Draw
 from datamodules.picture_files import Frame, read_pictures
-from lightning_modules.commands.generate import has_few_step_sampler, load_any_pipeline
+from lightning_modules.commands.generate import has_few_step_sampler, is_own_family, load_any_pipeline
 from lightning_modules.errors import UserError
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import METHODS, make_method
-from lightning_modules.networks.loading import asset_path, pipeline_folder, read_json
+from lightning_modules.networks.loading import asset_path, pipeline_folder
 from lightning_modules.networks.student import Weights, is_checkpoint, load_student
 
 GenerateWithNegatives = Callable[[list[str], list[int], list[str] | None], Tensor]
@@ -163,7 +163,7 @@ def model_drawer(
 
 def _open(recipe: Recipe, device: torch.device) -> tuple[GenerateWithNegatives, dict[str, Any]]:
     """How to draw with a model, and what is known of it."""
-    if not is_checkpoint(recipe.model) and not _is_stable_diffusion(recipe.model):
+    if not is_checkpoint(recipe.model) and not is_own_family(recipe.model):
         pipeline = _any_pipeline(recipe).to(device)
         return _stock(pipeline, recipe), _sampler_of(pipeline) | {"weights": "as stored"}
     student = load_student(recipe.model, recipe.weights)
@@ -206,11 +206,6 @@ def _kappa(recipe: Recipe) -> float:
 
 def _sampler_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     return {"sampler": type(pipeline.scheduler).__name__}
-
-
-def _is_stable_diffusion(model: str) -> bool:
-    index = read_json(pipeline_folder(model) / "model_index.json")
-    return bool(index.get("_class_name", "StableDiffusionPipeline") == "StableDiffusionPipeline")
 
 
 def _any_pipeline(recipe: Recipe) -> DiffusionPipeline:

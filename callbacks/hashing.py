@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def hash_folder(folder: str | Path) -> str:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
+    # parts that models share may be links to folders, into which rglob doesn't look
+    found = (Path(place) / name for place, _, names in os.walk(root, followlinks=True) for name in names)
+    for path in sorted(found):
         name = path.relative_to(root).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if not path.is_file() or hidden or path.suffix in _IGNORED or path.name in _IGNORED_NAMES:

@@ -73,8 +73,7 @@ class Teacher:
         """The networks, on the device."""
         if self._parts is None:
             self._parts = load_parts(self.path)
-            networks: list[torch.nn.Module] = [self._parts.unet, self._parts.vae, self._parts.text_encoder]
-            for network in networks:
+            for network in self._parts.networks:
                 network.to(self.device).requires_grad_(False)
         return self._parts
 

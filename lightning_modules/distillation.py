@@ -137,8 +137,8 @@ class OneStepDistillation(L.LightningModule):
         )
         self.student = student
         if self.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        self.scores = ScoreModels(self.parts.unet, schedule, self.lora)
+            student.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.scores = ScoreModels(self.parts.denoiser, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
         if self.image_losses is not None:

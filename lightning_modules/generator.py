@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,10 +18,11 @@ from lightning_modules.errors import UserError
 from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
 from lightning_modules.guidance.negative import negative_attention
+from lightning_modules.networks.backbones.pixart import call_options
+from lightning_modules.networks.calling import run_network
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
 from lightning_modules.networks.prompts import PromptEncoder
-from lightning_modules.networks.roles import run_unet
 from lightning_modules.networks.student import Weights, load_student
 
 
@@ -33,7 +34,7 @@ class OneStepGenerator(nn.Module):
     noise z is unit normal at any T; it is not scaled by sigma_T.
 
     Args:
-        student: the UNet; its weights are the module's only entries in a state dict (`student.*`).
+        student: the network; its weights are the module's only entries in a state dict (`student.*`).
         schedule: of the teacher.
         start_timestep: T.
         prompt_encoder: frozen.
@@ -89,7 +90,7 @@ class OneStepGenerator(nn.Module):
         t = torch.full((len(noise),), self.start_timestep, dtype=torch.long, device=noise.device)
 
         def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return run_unet(self.student, x_t, t, condition)
+            return run_network(self.student, x_t, t, condition)
 
         return guided_prediction(network, self.schedule, noise, t, condition, guidance_scale, negative).x0
 
@@ -135,19 +136,19 @@ class OneStepGenerator(nn.Module):
 def make_generator(
     parts: TextToImageParts, start_timestep: int, student: nn.Module | None = None
 ) -> OneStepGenerator:
-    """Generator from the parts of a Stable Diffusion; `student` takes the place of `parts.unet`."""
+    """Generator from the parts of a pipeline; `student` takes the place of `parts.denoiser`."""
     return OneStepGenerator(
-        student=parts.unet if student is None else student,
+        student=parts.denoiser if student is None else student,
         schedule=noise_schedule(parts.scheduler),
         start_timestep=start_timestep,
-        prompt_encoder=PromptEncoder(parts.tokenizer, parts.text_encoder),
+        prompt_encoder=parts.backbone.prompt_encoder(parts),
         decoder=LatentDecoder(parts.vae),
         latent_shape=parts.latent_shape,
     )
 
 
 def load_generator(path: str | Path, weights: Weights | None = None) -> OneStepGenerator:
-    """Generator from a .ckpt file, an exported folder or any Stable Diffusion folder (see `load_student`).
+    """Generator from a .ckpt file, an exported folder or any model folder (see `load_student`).
 
     Raises:
         UserError: the path is missing or not such a thing.
@@ -156,26 +157,13 @@ def load_generator(path: str | Path, weights: Weights | None = None) -> OneStepG
     return make_generator(loaded.parts, loaded.start_timestep).eval()
 
 
-def stock_pipeline(
-    parts: TextToImageParts, scheduler: SchedulerMixin | None = None
-) -> StableDiffusionPipeline:
+def stock_pipeline(parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
     """Stock diffusers pipeline of the parts (shared, not copied), without safety checker and progress bar."""
     sampler = copy.deepcopy(parts.scheduler if scheduler is None else scheduler)
     if sampler.config.get("timestep_spacing") == "trailing":
         # has no effect in trailing spacing, but the pipeline insists
         sampler.register_to_config(steps_offset=1)
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=sampler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return parts.backbone.pipeline(parts, sampler)
 
 
 def ddim_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
@@ -226,7 +214,7 @@ def pipeline_images(
     _check_lengths(prompts, seeds)
     pictures = []
     for part in _batches(len(prompts), batch_size, progress):
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = call_options(pipeline)
         if isinstance(negative_prompt, str):
             options["negative_prompt"] = [negative_prompt] * len(prompts[part])
         elif negative_prompt is not None:

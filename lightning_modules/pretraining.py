@@ -284,7 +284,8 @@ class DiffusionPretraining(LatentDiffusionPretraining):
         self.save_hyperparameters()
         if initial is not None:
             parts = load_parts(initial)
-            self.tokenizer, self.text_encoder, self.unet = parts.tokenizer, parts.text_encoder, parts.unet
+            self.tokenizer, self.text_encoder = parts.tokenizers[0], parts.text_encoders[0]
+            self.unet = parts.denoiser
             self.text_encoder.requires_grad_(False)
             self.unet.requires_grad_(True)
         elif unet is not None and text is not None:

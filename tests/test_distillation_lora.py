@@ -82,7 +82,7 @@ def test_only_adapters_have_gradients_and_move(tiny_sd: Path, tmp_path: Path) ->
     history: list[dict[str, Tensor]] = []
     hooks = Hooks(lambda m: before.update(snapshot(m)), lambda m: history.append(snapshot(m.student)))
     run = fit(module, tmp_path, 3, hooks, micro_batch_size=2)
-    layers = [n for n, _ in load_parts(tiny_sd).unet.named_modules()]
+    layers = [n for n, _ in load_parts(tiny_sd).denoiser.named_modules()]
     adapted = [n for n in layers if n.endswith((".to_q", ".to_v", ".conv1"))]
     names = {f"student.{n}.lora_{x}.student.weight" for n in adapted for x in "AB"}
     assert with_gradient == [names] * 3
@@ -119,7 +119,7 @@ def test_checkpoint_is_small_and_names_its_base(
     }  # fmt: skip
     assert content["one_step"]["student_base"]["path"] == str(tiny_sd)
     student = {n: p for n, p in content["state_dict"].items() if n.startswith("student.")}
-    unet = sum(p.numel() for p in load_parts(tiny_sd).unet.parameters())
+    unet = sum(p.numel() for p in load_parts(tiny_sd).denoiser.parameters())
     assert 0 < sum(p.numel() for p in student.values()) < unet / 4
 
 
@@ -128,23 +128,23 @@ def test_folded_is_unfolded(weights: str, trained: tuple[OneStepDistillation, Pa
     """The prediction of a plain UNet with the adapter folded in, relative to its size; and by hand."""
     module, path = trained
     loaded = load_student(path, weights)  # type: ignore[arg-type]
-    assert set(loaded.parts.unet.state_dict()) == set(load_parts(tiny_sd).unet.state_dict())
+    assert set(loaded.parts.denoiser.state_dict()) == set(load_parts(tiny_sd).denoiser.state_dict())
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([625, 625]), torch.randn(2, 16, 16)
     assert module.ema is not None and module.student is not None
     with torch.no_grad():
-        folded = loaded.parts.unet(x, t, text).sample
+        folded = loaded.parts.denoiser(x, t, text).sample
         with module.ema.swapped():
             average = module.student(x, t, text).sample
             shadow = copy.deepcopy(module.ema.shadow)
         unfolded = average if weights == "ema" else module.student(x, t, text).sample
-        start = load_parts(tiny_sd).unet(x, t, text).sample
+        start = load_parts(tiny_sd).denoiser(x, t, text).sample
     assert (folded - unfolded).norm() < 1e-5 * unfolded.norm()
     assert (folded - start).norm() > 1e-3 * start.norm()
     if weights == "ema":  # W + alpha / rank * B A
         name = next(n.removesuffix(".lora_A.student.weight") for n in shadow if ".to_q.lora_A" in n)
         b, a = (shadow[f"{name}.lora_{x}.student.weight"] for x in "BA")
-        base = load_parts(tiny_sd).unet.state_dict()[f"{name}.weight"]
-        torch.testing.assert_close(loaded.parts.unet.state_dict()[f"{name}.weight"], base + 2.0 * b @ a)
+        base = load_parts(tiny_sd).denoiser.state_dict()[f"{name}.weight"]
+        torch.testing.assert_close(loaded.parts.denoiser.state_dict()[f"{name}.weight"], base + 2.0 * b @ a)
 
 
 def test_commands_read_it(trained: tuple[OneStepDistillation, Path], tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_a_base_that_changed_is_refused(
     path = tmp_path / "checkpoints" / "last.ckpt"
     parts = load_parts(own_sd)
     with torch.no_grad():
-        parts.unet.conv_out.bias += 1
-    parts.unet.save_pretrained(own_sd / "unet")
+        parts.denoiser.conv_out.bias += 1
+    parts.denoiser.save_pretrained(own_sd / "unet")
     with pytest.raises(UserError, match=f"{path} holds a LoRA adapter .* weights of {own_sd}.*others now"):
         load_student(path)
     other = lora_student(own_sd)
@@ -193,8 +193,8 @@ def test_lora_on_an_exported_student_and_on_another_checkpoint(tiny_sd: Path, tm
     """The base is the initial student: first an export, then the LoRA checkpoint itself, folded."""
     parts = load_parts(tiny_sd)
     with torch.no_grad():
-        parts.unet.conv_out.bias += 0.1
-    start = export_student(parts.unet, parts, 625, tmp_path / "start", card={"teacher": "tiny"})
+        parts.denoiser.conv_out.bias += 0.1
+    start = export_student(parts.denoiser, parts, 625, tmp_path / "start", card={"teacher": "tiny"})
     for number in range(2):
         module = lora_student(tiny_sd, student_init=str(start))
         module.configure_model()
@@ -242,7 +242,7 @@ def test_memory_of_both_students(trained: tuple[OneStepDistillation, Path], tiny
     """The adapter is trained, its base frozen; gradients and the average are the adapter's alone."""
     module, _ = trained
     parts = module.memory_parts()
-    unet = sum(p.numel() for p in load_parts(tiny_sd).unet.parameters())
+    unet = sum(p.numel() for p in load_parts(tiny_sd).denoiser.parameters())
     adapter = sum(p.numel() for n, p in module.student.named_parameters() if "lora_" in n)
     assert parts["student (LoRA adapter)"] == (adapter, 4 * adapter, True)
     assert parts["student's base"] == (unet, 4 * unet, False)

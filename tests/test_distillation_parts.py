@@ -78,7 +78,7 @@ def test_memory_parts(tiny_sd: Path, tmp_path: Path) -> None:
     module = distillation(tiny_sd, fake_score=sgd)
     fit(module, tmp_path, 1)
     parts = module.memory_parts()
-    unet = sum(p.numel() for p in load_parts(tiny_sd).unet.parameters())
+    unet = sum(p.numel() for p in load_parts(tiny_sd).denoiser.parameters())
     adapter = sum(p.numel() for name, p in module.named_parameters() if "lora_" in name)
     assert parts["student"] == (unet, 4 * unet, True) and parts["teacher"] == (unet, 4 * unet, False)
     assert parts["fake score (LoRA adapter)"] == (adapter, 4 * adapter, True)
@@ -106,13 +106,13 @@ def test_checkpoint_is_plain_and_holds_nothing_frozen(
 ) -> None:
     module, path = trained
     content = torch.load(path, weights_only=True)
-    student = {f"student.{name}" for name in load_parts(tiny_sd).unet.state_dict()}
+    student = {f"student.{name}" for name in load_parts(tiny_sd).denoiser.state_dict()}
     layers = {
         n.removesuffix(".base_layer.weight")
-        for n, _ in module.scores.base_unet.named_parameters()
+        for n, _ in module.scores.base.named_parameters()
         if "base_layer" in n
     }
-    adapter = {f"scores.base_unet.{n}.lora_{x}.fake_score.weight" for n in layers for x in "AB"}
+    adapter = {f"scores.base.{n}.lora_{x}.fake_score.weight" for n in layers for x in "AB"}
     assert set(content["state_dict"]) == student | adapter
     assert set(content["ema"]) == {"shadow", "decay", "num_updates"}
     assert content["counters"] == {"student_steps": 3, "fake_score_steps": 3, "skipped_updates": 0}

@@ -148,7 +148,7 @@ def test_two_processes_are_one(tiny_sd: Path, tmp_path: Path) -> None:
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=2e-5, msg=name)
-    start = load_parts(tiny_sd).unet.state_dict()
+    start = load_parts(tiny_sd).denoiser.state_dict()
     assert max((states[0][f"student.{n}"] - p).abs().max() for n, p in start.items()) > 1e-3
     rows = [
         [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()] for run in (one, two)

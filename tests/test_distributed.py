@@ -260,9 +260,9 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
     assert relative_distance(whole_run["ema"], resumed["ema"]) == 0
 
     final = tmp_path / "resumed" / "checkpoints" / "last.ckpt"
-    student = load_student(final).parts.unet.state_dict()
+    student = load_student(final).parts.denoiser.state_dict()
     assert relative_distance(resumed["ema"], {n: student[n] for n in resumed["ema"]}) == 0
-    online = load_student(final, "online").parts.unet.state_dict()
+    online = load_student(final, "online").parts.denoiser.state_dict()
     own = {n.removeprefix("student."): p for n, p in resumed["weights"].items() if n.startswith("student.")}
     assert relative_distance(own, {name: online[name] for name in own}) == 0
     cli.main(["export", "--checkpoint", str(final), "--output", str(tmp_path / "exported")])

@@ -36,7 +36,7 @@ def call(command: ModuleType, *words: Any) -> None:
 @functools.cache
 def other_unet(path: Path, seed: int) -> UNet2DConditionModel:
     """The folder's UNet with every weight moved at random; shared, not to be changed."""
-    unet = load_parts(path).unet
+    unet = load_parts(path).denoiser
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -105,7 +105,7 @@ def test_weights_are_chosen(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
     for option, seed in (("ema", 2), ("online", 1)):
         call(export, "--checkpoint", checkpoint, "--output", tmp_path / option, "--weights", option)
-        written = load_parts(tmp_path / option).unet.state_dict()
+        written = load_parts(tmp_path / option).denoiser.state_dict()
         expected = other_unet(tiny_sd, seed).state_dict()
         assert written.keys() == expected.keys()
         assert all(torch.equal(written[n], expected[n]) for n in expected)
@@ -141,7 +141,7 @@ def test_export_changes_none_of_its_inputs(tiny_sd: Path, tmp_path: Path) -> Non
     before = {n: p.clone() for n, p in unet.named_parameters()}
     export_student(unet, parts, 625, tmp_path / "out", torch.float16)
     assert all(torch.equal(p, before[n]) for n, p in unet.named_parameters())
-    assert parts.vae.dtype == parts.text_encoder.dtype == torch.float32
+    assert parts.vae.dtype == parts.text_encoders[0].dtype == torch.float32
     assert len(parts.scheduler.betas) == 1000
 
 

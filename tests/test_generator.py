@@ -114,7 +114,7 @@ def test_guidance_is_in_kappa_form(tiny_sd: Path) -> None:
 
 def test_state_dict_holds_the_student_only(tiny_sd: Path) -> None:
     generator = generator_of(tiny_sd)
-    names = {f"student.{name}" for name in load_parts(tiny_sd).unet.state_dict()}
+    names = {f"student.{name}" for name in load_parts(tiny_sd).denoiser.state_dict()}
     assert generator.state_dict().keys() == names
     generator.load_state_dict(generator.state_dict())
 

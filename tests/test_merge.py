@@ -152,7 +152,7 @@ def test_extrapolation_is_said_in_one_line(
         "warning: The merging weight -0.5 lies outside",
         "warning: The second model is a multi-step mod",
     ]
-    a, b = other_unet(tiny_sd, 2).state_dict(), load_parts(tiny_sd).unet.state_dict()
+    a, b = other_unet(tiny_sd, 2).state_dict(), load_parts(tiny_sd).denoiser.state_dict()
     for name, tensor in weights(tmp_path / "out").items():
         assert torch.equal(tensor, (1.5 * b[name].double() - 0.5 * a[name].double()).float())
 
@@ -242,4 +242,4 @@ def test_other_text_in_the_measured_captions_is_said(inputs: Path, tiny_clip: Pa
          "0.5:0.5:1", *judge)  # fmt: skip
     text = (tmp_path / "out" / "merge.md").read_text()
     assert "captions are not those of the reference pictures" in text and "biased upwards" in text
-    assert load_parts(tmp_path / "out").unet.config.sample_size == 8
+    assert load_parts(tmp_path / "out").denoiser.config.sample_size == 8

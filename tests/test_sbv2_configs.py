@@ -40,7 +40,7 @@ def test_bundled(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd21_sbv2_full", "sd21_sbv2_lora_clip"])
 def test_sd21(name: str, tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
     parts = load_parts(tiny_sd)
-    start = export_student(parts.unet, parts, 999, tmp_path / "turbo", card={"teacher": "tiny"})
+    start = export_student(parts.denoiser, parts, 999, tmp_path / "turbo", card={"teacher": "tiny"})
     prompts = json.dumps([f"a red cat {number}" for number in range(64)])
     options = [f"--model.teacher={tiny_sd}", f"--model.student_init={start}", f"--data.prompts={prompts}"]
     lora = name == "sd21_sbv2_lora_clip"

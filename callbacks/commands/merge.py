@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
         points = measure(first, second, merged, grid, dtype, judge)
         report = _report(merged, points, dtype, judge)
     export_student(
-        merged.parts.unet, merged.parts, merged.start_timestep, options.output, dtype, merged.facts
+        merged.parts.denoiser, merged.parts, merged.start_timestep, options.output, dtype, merged.facts
     )
     print(f"Merged {options.weight:g} * first + {1 - options.weight:g} * second into {options.output}.")
     if report is not None:
@@ -211,15 +211,15 @@ def measure(
     The same captions and seeds for all; `merged` gives the other parts and is not changed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet = copy.deepcopy(merged.parts.unet)
-    generator = make_generator(merged.parts, merged.start_timestep, student=unet).eval().to(device)
+    student = copy.deepcopy(merged.parts.denoiser)
+    generator = make_generator(merged.parts, merged.start_timestep, student=student).eval().to(device)
     judge.extractor.to(device)
     for metric in judge.metrics:
         metric.to(device)
     prompts, seeds = judge.captions[:SHOWN_PROMPTS], judge.seeds[:SHOWN_PROMPTS]
     points = []
     for weight in grid:
-        unet.load_state_dict(merged_weights(first.parts.unet, second.parts.unet, weight, dtype))
+        student.load_state_dict(merged_weights(first.parts.denoiser, second.parts.denoiser, weight, dtype))
         label = f"lambda {weight:g}"
         results = evaluate_model(
             generator.images, judge.captions, judge.metrics, BATCH_SIZE, judge.seeds, label

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ class SideBySide:
             return Picture(to_pillow(pixels[0]), 1000 * (time.perf_counter() - start))
 
 
-def _teacher(model: str, student: LoadedStudent, path: str | None) -> StableDiffusionPipeline:
+def _teacher(model: str, student: LoadedStudent, path: str | None) -> DiffusionPipeline:
     """The teacher as a pipeline with DDIM sampling."""
     named = path or student.facts.get("teacher")
     if not named:
@@ -116,7 +116,7 @@ def _one_step(student: LoadedStudent, device: str) -> tuple[OneStep, nn.Module]:
             with negative_prompting(pipeline, negative, type(rule).__name__.lower(), rule.scale):
                 return pipeline_images(pipeline, [prompt], [seed], 1, 1.0)
 
-        return by_pipeline, student.parts.unet
+        return by_pipeline, student.parts.denoiser
     generator = make_generator(student.parts, student.start_timestep).eval().to(device)
 
     def by_generator(prompt: str, seed: int, negative: str | None, rule: Method | None) -> Tensor:

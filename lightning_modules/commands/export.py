@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"Newest {options.checkpoint}.ckpt: {checkpoint}")
     student = load_student(checkpoint, options.weights)
     folder = export_student(
-        student.parts.unet,
+        student.parts.denoiser,
         student.parts,
         student.start_timestep,
         options.output,

@@ -20,6 +20,7 @@ from lightning_modules.errors import UserError, first_line
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
 from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.negative import attention_layers, negative_prompting, pipeline_network
+from lightning_modules.networks.backbones import is_own_class
 from lightning_modules.networks.loading import pipeline_folder, read_json
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
 from lightning_modules.networks.student import is_checkpoint, load_student, student_path
@@ -232,12 +233,12 @@ def draw_grid(pictures: list[Tensor], gap: int = 2) -> Image.Image:
 
 
 def _drawer(model: str, steps: int, guidance: Guidance) -> tuple[Draw, dict[str, Any]]:
-    """Load the model: our generator for one step of a Stable Diffusion, else the stock pipeline.
+    """Load the model: our generator for one step of a known family, else the stock pipeline.
 
     Also returns what the list of pictures says about the guidance.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not is_checkpoint(model) and not _is_stable_diffusion(model):
+    if not is_checkpoint(model) and not is_own_family(model):
         return _pipeline_drawer(load_any_pipeline(model).to(device), steps, guidance)
     student = load_student(model)
     if steps > 1 or has_few_step_sampler(student.parts.scheduler):
@@ -286,9 +287,9 @@ def has_few_step_sampler(scheduler: SchedulerMixin) -> bool:
     )
 
 
-def _is_stable_diffusion(model: str) -> bool:
-    index = read_json(pipeline_folder(model) / "model_index.json")
-    return bool(index.get("_class_name", "StableDiffusionPipeline") == "StableDiffusionPipeline")
+def is_own_family(model: str) -> bool:
+    """Whether a folder's pipeline is one whose student we draw with ourselves."""
+    return is_own_class(read_json(pipeline_folder(model) / "model_index.json"))
 
 
 def load_any_pipeline(model: str) -> DiffusionPipeline:

@@ -86,9 +86,7 @@ class StudentEMA:
                 "The EMA weights in the checkpoint are those of another architecture than the student's: "
                 f"{found}. Give a checkpoint of the same model."
             )
-        self.shadow = {
-            name: scatter_like(state["shadow"][name], own) for name, own in self.shadow.items()
-        }
+        self.shadow = {name: scatter_like(state["shadow"][name], own) for name, own in self.shadow.items()}
         self.num_updates = int(state["num_updates"])
 
     @torch.no_grad()

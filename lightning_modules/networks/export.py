@@ -5,6 +5,7 @@ schedule to alpha = 1 returns the predicted x0, which is all that a one-step gen
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from lightning_modules.errors import UserError
@@ -22,7 +23,8 @@ from lightning_modules.networks.output_folder import check_output_folder, writte
 MARKER = "one_step.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FOLDER_NAMES = {
-    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
+    "tokenizer_2", "transformer", "unet", "vae",
     "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
 
@@ -58,18 +60,18 @@ def is_own_export(folder: Path) -> bool:
 
 
 def export_student(
-    unet: UNet2DConditionModel,
+    denoiser: nn.Module,
     parts: TextToImageParts,
     start_timestep: int,
     output: str | Path,
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any] | None = None,
 ) -> Path:
-    """Write student and the teacher's other parts as a StableDiffusionPipeline folder; returns its path.
+    """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
     Args:
-        unet: the student; not changed.
-        parts: the teacher's parts (its `unet` is not used); its scheduler gives the schedule.
+        denoiser: the student; not changed.
+        parts: the teacher's parts (its `denoiser` is not used); its scheduler gives the schedule.
         start_timestep: where the student starts.
         output: folder to write; a former export is replaced, anything else in it is refused.
         dtype: of the written weights.
@@ -85,9 +87,9 @@ def export_student(
     facts = {name: without_place(value) for name, value in (card or {}).items()}
     facts |= {"start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
     with written_at_once(target) as folder:
-        save_pipeline(_pipeline(unet, parts, scheduler, dtype), folder)
+        save_pipeline(_pipeline(denoiser, parts, scheduler, dtype), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(Path(output), facts), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(Path(output), facts, _call(parts)), encoding="utf-8")
     return target
 
 
@@ -101,7 +103,7 @@ def without_place(value: Any) -> Any:
     return value
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline so that stock `from_pretrained(folder)` without a dtype gives one dtype, float32.
 
     transformers 5 loads a model in the dtype its config.json names (that of the file, as saved), diffusers in
@@ -109,15 +111,16 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """
     with no_progress_bars():
         pipeline.save_pretrained(folder)
-    with _edited(folder / "text_encoder" / "config.json") as config:
-        config["dtype"] = "float32"
+    for path in folder.glob("text_encoder*/config.json"):
+        with _edited(path) as config:
+            config["dtype"] = "float32"
     for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
         with _edited(path) as config:  # both libraries note where a part was read from
             for name in {"_name_or_path", "name_or_path"} & config.keys():
                 config[name] = without_place(config[name])
 
 
-def model_card(output: Path, facts: dict[str, Any]) -> str:
+def model_card(output: Path, facts: dict[str, Any], call: str) -> str:
     """Markdown text: the snippet that draws a picture, then the facts as a table."""
     shown = output.name if output.is_absolute() else output.as_posix()
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
@@ -125,7 +128,7 @@ def model_card(output: Path, facts: dict[str, Any]) -> str:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{shown}")
-image = pipe("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+image = pipe("a red apple", {call}).images[0]
 image.save("apple.png")
 ```
 
@@ -154,19 +157,25 @@ def _edited(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pipeline(
-    unet: UNet2DConditionModel, parts: TextToImageParts, scheduler: SchedulerMixin, dtype: torch.dtype
-) -> StableDiffusionPipeline:
+    denoiser: nn.Module, parts: TextToImageParts, scheduler: SchedulerMixin, dtype: torch.dtype
+) -> DiffusionPipeline:
     """Stock pipeline of the student and the teacher's other parts, in `dtype`."""
-    return StableDiffusionPipeline(
+    parts = dataclasses.replace(
+        parts,
+        denoiser=_cast(denoiser, dtype),
         vae=_cast(parts.vae, dtype),
-        text_encoder=_cast(parts.text_encoder, dtype),
-        tokenizer=parts.tokenizer,
-        unet=_cast(unet, dtype),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        text_encoders=[_cast(encoder, dtype) for encoder in parts.text_encoders],
     )
+    return parts.backbone.pipeline(parts, scheduler)
+
+
+def _call(parts: TextToImageParts) -> str:
+    """Arguments of the call that draws one picture, as Python text."""
+    call = "num_inference_steps=1, guidance_scale=1.0"
+    binned = (32, 64, 128)  # sizes for which the stock PixArt pipeline has a table of resolutions
+    if parts.backbone.denoiser[0] == "transformer" and parts.denoiser.config.sample_size not in binned:
+        call += ", use_resolution_binning=False"
+    return call
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:

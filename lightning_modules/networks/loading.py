@@ -1,46 +1,28 @@
-"""Reads the parts of a Stable Diffusion folder and says which one is wrong when one is.
+"""Reads the parts of a diffusers folder and says which one is wrong when one is.
 
-Folder layout: diffusers' (model_index.json; unet/, vae/, text_encoder/, tokenizer/, scheduler/).
+Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_encoder/ …, scheduler/).
 """
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError, first_line
+from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
-
-
-@dataclass
-class TextToImageParts:
-    """What a Stable Diffusion pipeline is made of; `path` is the folder it was read from."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: SchedulerMixin
-    path: str
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of one latent, from the UNet's configuration."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
 def asset_path(path: str | Path) -> Path:
@@ -69,42 +51,43 @@ def pipeline_folder(path: str | Path) -> Path:
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
-            "Give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/."
+            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
         )
     return folder
 
 
-def load_parts(path: str | Path, unet: UNet2DConditionModel | None = None) -> TextToImageParts:
-    """Load the parts of a Stable Diffusion folder, in float32 and evaluation mode, on the CPU.
+def load_parts(path: str | Path, denoiser: nn.Module | None = None) -> TextToImageParts:
+    """Load the parts of a text-to-image folder, in float32 and evaluation mode, on the CPU.
 
     Args:
         path: a local folder (relative paths: working directory first, then the repository) or a hub name.
-        unet: use this network instead of the folder's (whose weights are then not read).
+        denoiser: use this network instead of the folder's (whose weights are then not read).
 
     Raises:
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
     """
     folder = pipeline_folder(path)
     index = read_json(folder / "model_index.json")
-    needed = ("vae", "text_encoder", "tokenizer", "scheduler") + (("unet",) if unet is None else ())
-    for name in needed:
-        _check_listed(folder, index, name)
+    backbone = backbone_of(index, folder)
+    _check_complete(folder, index, backbone, denoiser is None)
     scheduler_class = getattr(diffusers, index["scheduler"][1], None)
     if scheduler_class is None:
         raise UserError(
             f"The scheduler {index['scheduler'][1]!r} named in {folder}/model_index.json is unknown."
         )
     parts = TextToImageParts(
-        unet=_network(folder, "unet", UNet2DConditionModel) if unet is None else unet,
+        backbone=backbone,
+        denoiser=_network(folder, *backbone.denoiser) if denoiser is None else denoiser,
         vae=_network(folder, "vae", AutoencoderKL),
-        text_encoder=_network(folder, "text_encoder", CLIPTextModel),
-        tokenizer=_load(folder, "tokenizer", lambda: CLIPTokenizer.from_pretrained(folder / "tokenizer")),
+        text_encoders=[_network(folder, name, kind) for name, kind in backbone.text_encoders.items()],
+        tokenizers=[_tokenizer(folder, name, kind) for name, kind in backbone.tokenizers.items()],
         scheduler=_load(
             folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
         ),
+        index=index,
         path=str(folder),
     )
-    _check_fit(parts)
+    backbone.check_fit(parts)
     return parts
 
 
@@ -180,31 +163,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_listed(folder: Path, index: dict[str, Any], name: str) -> None:
-    """Raise unless the part is named in model_index.json and its folder is there, with its weights."""
-    entry = index.get(name)
-    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
-        raise UserError(f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it.")
-    part = folder / name
-    if not part.is_dir() or not any(part.iterdir()):
-        raise UserError(
-            f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
-        )
-    if name == "tokenizer" and not (
-        (part / "tokenizer.json").is_file()
-        or ((part / "vocab.json").is_file() and (part / "merges.txt").is_file())
-    ):
-        raise UserError(f"The part 'tokenizer' is missing its vocabulary: no tokenizer.json in {part}.")
-    if name in ("unet", "vae", "text_encoder") and not any(
-        f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()
-    ):
-        raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:
+    """Raise unless every part is named in model_index.json and its folder is there, with its weights."""
+    networks = ["vae", *backbone.text_encoders, *([backbone.denoiser[0]] if with_denoiser else [])]
+    for name in (*networks, *backbone.tokenizers, "scheduler"):
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+            raise UserError(
+                f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it."
+            )
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            raise UserError(
+                f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
+            )
+        if name in backbone.tokenizers and not any(
+            all((part / file).is_file() for file in files) for files in VOCABULARIES
+        ):
+            raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
+        if name in networks and not any(f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()):
+            raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+
+
+def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
+    return _load(folder, name, lambda: kind.from_pretrained(folder / name))
 
 
 def _network(folder: Path, name: str, kind: Any) -> Any:
     """A network of the folder in float32, whatever its files hold, and in evaluation mode."""
     # transformers keeps the dtype of the files unless told otherwise, under another keyword than diffusers
-    dtype = {"dtype" if name == "text_encoder" else "torch_dtype": torch.float32}
+    dtype = {"dtype" if name.startswith("text_encoder") else "torch_dtype": torch.float32}
     module, info = _load(
         folder,
         name,
@@ -228,25 +216,3 @@ def _load(folder: Path, name: str, load: Callable[[], Any]) -> Any:
             f"The part {name!r} in {folder} can't be loaded: {first_line(error)} "
             "Export or download the folder again."
         ) from error
-
-
-def _check_fit(parts: TextToImageParts) -> None:
-    """Raise if the tokenizer makes longer prompts than the text encoder takes, or widths differ."""
-    longest = parts.text_encoder.config.max_position_embeddings
-    if parts.tokenizer.model_max_length > longest:
-        raise UserError(
-            f"The part 'tokenizer' in {parts.path} has model_max_length "
-            f"{parts.tokenizer.model_max_length}, but the text encoder takes {longest} tokens. "
-            "Set model_max_length in tokenizer/tokenizer_config.json."
-        )
-    width, expected = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
-    if isinstance(expected, int) and width != expected:
-        raise UserError(
-            f"The parts of {parts.path} do not fit: "
-            f"text_encoder gives width {width}, unet expects {expected}."
-        )
-    if parts.vae.config.latent_channels != parts.unet.config.in_channels:
-        raise UserError(
-            f"The parts of {parts.path} do not fit: vae has {parts.vae.config.latent_channels} latent "
-            f"channels, unet expects {parts.unet.config.in_channels}."
-        )

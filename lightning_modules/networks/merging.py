@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_modules.errors import UserError
+from lightning_modules.networks.backbones import TextToImageParts, backbone_of
+from lightning_modules.networks.calling import run_network
 from lightning_modules.networks.export import one_step_scheduler
-from lightning_modules.networks.loading import noise_schedule, pipeline_folder
+from lightning_modules.networks.loading import noise_schedule, pipeline_folder, read_json
 from lightning_modules.networks.student import LoadedStudent, architecture, is_checkpoint
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,8 +52,8 @@ def merge_students(
             stacklevel=2,
         )
     start = check_mergeable(first, second)
-    unet = copy.deepcopy(first.parts.unet)
-    unet.load_state_dict(merged_weights(first.parts.unet, second.parts.unet, weight, dtype))
+    student = copy.deepcopy(first.parts.denoiser)
+    student.load_state_dict(merged_weights(first.parts.denoiser, second.parts.denoiser, weight, dtype))
     scheduler = one_step_scheduler(first.parts.scheduler, start)
     facts = {
         "teacher": first.facts.get("teacher", first.parts.path),
@@ -62,7 +63,8 @@ def merge_students(
         **_origin("first", first),
         **_origin("second", second),
     }
-    return LoadedStudent(replace(first.parts, unet=unet, scheduler=scheduler), start, "merged", facts)
+    parts = replace(first.parts, denoiser=student, scheduler=scheduler)
+    return LoadedStudent(parts, start, "merged", facts)
 
 
 def merged_weights(
@@ -163,19 +165,18 @@ def _start_timestep(first: LoadedStudent, second: LoadedStudent) -> int:
 
 
 def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
-    unets = [side.parts.unet for side in (first, second)]
-    shapes = [{name: list(tensor.shape) for name, tensor in unet.state_dict().items()} for unet in unets]
-    configs = [architecture(unet) for unet in unets]
+    networks = [side.parts.denoiser for side in (first, second)]
+    shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
+    configs = [architecture(network) for network in networks]
     sizes = [config.pop("sample_size") for config in configs]
     odd = _first_difference(*shapes)
     if odd is None and (setting := _first_difference(*configs)) is not None:
         # Some settings only say the same in other words (false for null, 8 for [8, 8, 8, 8]), others change
         # what equal weights compute (number of heads, activation): so look at what they compute.
-        width = first.parts.text_encoder.config.hidden_size
-        odd = None if _compute_the_same(unets[0], unets[1], width) else setting
+        odd = None if _compute_the_same(first.parts, second.parts) else setting
     if odd is not None:
         raise UserError(
-            f"The two UNets are of different architectures: {odd}. "
+            f"The two networks are of different architectures: {odd}. "
             "Only models of one architecture can be merged."
         )
     if sizes[0] != sizes[1]:
@@ -187,24 +188,29 @@ def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
 
 
 def _check_text(first: LoadedStudent, second: LoadedStudent) -> None:
-    """Raise if prompts reach the two UNets in different ways."""
-    settings, weights = [], []
-    for side in (first, second):
-        config, tokenizer = side.parts.text_encoder.config, side.parts.tokenizer
-        settings.append({
-            "model_max_length (tokenizer)": tokenizer.model_max_length,
-            "hidden_act": config.hidden_act,
-            "use_attention_mask": bool(getattr(config, "use_attention_mask", False)),
-        })  # fmt: skip
-        weights.append(side.parts.text_encoder.state_dict())
-    odd = _first_difference(*settings) or _first_unequal(*weights)
-    if odd is None and first.parts.tokenizer.get_vocab() != second.parts.tokenizer.get_vocab():
-        odd = "the tokenizers have different vocabularies"
-    if odd is not None:
-        raise UserError(
-            f"The two models have different text encoders: {odd}. "
-            "Merge students that were distilled with one text encoder."
-        )
+    """Raise if prompts reach the two networks in different ways."""
+    encoders = zip(first.parts.text_encoders, second.parts.text_encoders, strict=True)
+    tokenizers = zip(first.parts.tokenizers, second.parts.tokenizers, strict=True)
+    for texts, words in zip(encoders, tokenizers, strict=True):
+        odd = _first_difference(*map(_text_settings, texts, words))
+        odd = odd or _first_unequal(*(encoder.state_dict() for encoder in texts))
+        if odd is None and words[0].get_vocab() != words[1].get_vocab():
+            odd = "the tokenizers have different vocabularies"
+        if odd is not None:
+            raise UserError(
+                f"The two models have different text encoders: {odd}. "
+                "Merge students that were distilled with one text encoder."
+            )
+
+
+def _text_settings(encoder: Any, tokenizer: Any) -> dict[str, Any]:
+    """What else than weights and vocabulary decides how text is encoded."""
+    config = encoder.config
+    return {
+        "model_max_length (tokenizer)": tokenizer.model_max_length,
+        "hidden_act": getattr(config, "hidden_act", None) or getattr(config, "feed_forward_proj", None),
+        "use_attention_mask": bool(getattr(config, "use_attention_mask", False)),
+    }
 
 
 def _check_autoencoder(first: LoadedStudent, second: LoadedStudent) -> None:
@@ -243,16 +249,14 @@ def _first_unequal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
 
 
 @torch.no_grad()
-def _compute_the_same(first: UNet2DConditionModel, second: UNet2DConditionModel, width: int) -> bool:
+def _compute_the_same(first: TextToImageParts, second: TextToImageParts) -> bool:
     """Whether the first one's architecture with the second one's weights computes what the second does."""
-    stand_in = copy.deepcopy(first)
-    stand_in.load_state_dict(second.state_dict())
-    side = 2 ** len(first.config.block_out_channels)  # the least that every level can halve
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, first.config.in_channels, side, side, generator=generator)
-    text = torch.randn(1, 8, width, generator=generator)
-    timestep = torch.tensor([500])
-    found, wanted = (unet(latents, timestep, text, return_dict=False)[0] for unet in (stand_in, second))
+    stand_in = copy.deepcopy(first.denoiser)
+    stand_in.load_state_dict(second.denoiser.state_dict())
+    channels, height, width = first.latent_shape
+    latents = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    text, timestep = first.backbone.prompt_encoder(first).encode(["a red apple"]), torch.tensor([500])
+    found, wanted = (run_network(net, latents, timestep, text) for net in (stand_in, second.denoiser))
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -266,14 +270,16 @@ def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:
 
 
 def stored_dtype(path: str) -> torch.dtype:
-    """The dtype a model's UNet is stored in: float16, bfloat16, or float32 for everything else.
+    """The dtype a model's network is stored in: float16, bfloat16, or float32 for everything else.
 
     Raises:
         UserError: it is no model folder.
     """
     if is_checkpoint(path):
         return torch.float32  # trained weights are
-    files = sorted((pipeline_folder(path) / "unet").iterdir())
+    folder = pipeline_folder(path)
+    name = backbone_of(read_json(folder / "model_index.json"), folder).denoiser[0]
+    files = sorted((folder / name).iterdir())
     names = set()
     for file in files:
         # diffusers' name, in one piece or in several; other names are variants that are not loaded

@@ -1,75 +1,81 @@
-"""Turns prompts into conditions, exactly as diffusers' StableDiffusionPipeline does."""
+"""Turns prompts into conditions; how a family does it is said in its file in `backbones/`."""
 
 import warnings
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.frozen import hide_from_state_dict
 
 
-class PromptEncoder(nn.Module):
-    """Frozen tokenizer and CLIP text encoder.
+class PromptEncoder(nn.Module, ABC):
+    """Frozen tokenizers and text encoders of one family; a subclass defines `embed`.
 
     Attributes:
-        truncated_prompts: how many prompts so far were longer than the text encoder takes.
+        truncated_prompts: how many prompts so far were longer than the text encoders take.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, tokenizers: list[Any], text_encoders: list[Any], max_length: int) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder.requires_grad_(False).eval()
+        self.tokenizers = tokenizers
+        self.text_encoders = nn.ModuleList(encoder.requires_grad_(False).eval() for encoder in text_encoders)
+        self.max_length = max_length
         self.truncated_prompts = 0
-        self._null: Tensor | None = None
+        self._null: dict[str, Tensor] | None = None
         hide_from_state_dict(self)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoders are."""
+        return next(self.text_encoders.parameters()).device
+
     def encode(self, prompts: list[str]) -> Condition:
-        """Condition with `encoder_hidden_states` [B, L, D] of B prompts, that of "" [1, L, D] as null."""
-        return Condition(
-            tensors={"encoder_hidden_states": self.embed(prompts)},
-            null={"encoder_hidden_states": self.null()},
-        )
+        """Condition of B prompts, with what stands for no prompt as null."""
+        return Condition(tensors=self.embed(prompts), null=self.null())
 
-    @torch.no_grad()
-    def embed(self, prompts: list[str]) -> Tensor:
-        """Last hidden states [B, L, D] of B prompts, padded to the longest length the tokenizer allows."""
-        self._count_truncated(prompts)
-        inputs = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        device = self.text_encoder.device
-        # Stable Diffusion attends to padding too, unless its text encoder says otherwise.
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = to_device(inputs.attention_mask, device) if masked else None
-        hidden: Tensor = self.text_encoder(to_device(inputs.input_ids, device), attention_mask=mask)[0]
-        return hidden
+    @abstractmethod
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the network takes for B prompts, by its keywords, each [B, …]; as in the stock pipeline."""
 
-    def null(self) -> Tensor:
-        """Hidden states [1, L, D] of the empty prompt; computed once per device and dtype."""
-        wanted = next(self.text_encoder.parameters())
-        if self._null is None or self._null.device != wanted.device or self._null.dtype != wanted.dtype:
-            self._null = self.embed([""])
+    def null(self) -> dict[str, Tensor]:
+        """The same for no prompt, each [1, …]; computed once per device and dtype."""
+        wanted = next(self.text_encoders.parameters())
+        held = None if self._null is None else self._null["encoder_hidden_states"]
+        if held is None or held.device != wanted.device or held.dtype != wanted.dtype:
+            self._null = self.embed_null()
+        assert self._null is not None
         return self._null
 
+    def embed_null(self) -> dict[str, Tensor]:
+        """What stands for no prompt: the empty one, unless a family says otherwise."""
+        return self.embed([""])
+
     def train(self, mode: bool = True) -> "PromptEncoder":
-        """Stay in evaluation mode: the text encoder is never trained."""
+        """Stay in evaluation mode: text encoders are never trained."""
         return super().train(False)
+
+    def tokens(self, prompts: list[str], place: int = 0) -> tuple[Tensor, Tensor]:
+        """Token numbers and attention mask, both [B, L], of one tokenizer, padded to the full length."""
+        tokenizer = self.tokenizers[place]
+        if place == 0:
+            self._count_truncated(prompts)
+        inputs = tokenizer(
+            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        return to_device(inputs.input_ids, self.device), to_device(inputs.attention_mask, self.device)
 
     def _count_truncated(self, prompts: list[str]) -> None:
         """Count prompts that lose words, and warn about the first."""
-        longest = self.tokenizer.model_max_length
-        lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
-        long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > longest]
+        lengths = [len(ids) for ids in self.tokenizers[0](prompts, verbose=False).input_ids]
+        long = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.max_length]
         if long and not self.truncated_prompts:
             warnings.warn(
-                f"A prompt has more than {longest} tokens and is cut to them (told once): {long[0]!r}",
-                stacklevel=3,
+                f"A prompt has more than {self.max_length} tokens and is cut to them (told once): "
+                f"{long[0]!r}",
+                stacklevel=4,
             )
         self.truncated_prompts += len(long)

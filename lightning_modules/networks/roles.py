@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError
+from lightning_modules.networks.calling import run_network
 from lightning_modules.networks.frozen import hide_from_state_dict
 
 ADAPTER = "fake_score"
@@ -51,18 +51,10 @@ class LoraSettings:
             )
 
 
-def run_unet(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Raw output [B, C, h, w] of a UNet; inputs are cast to the dtype of its weights."""
-    dtype = next(unet.parameters()).dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in condition.tensors.items()}
-    output: Tensor = unet(x_t.to(dtype), t, **tensors, return_dict=False)[0]
-    return output
-
-
 class ScoreModels(nn.Module):
     """Teacher and fake score as functions of (x_t, t, condition); implements the objectives' `Scores`.
 
-    With `lora`, an adapter is put **into `base_unet` itself** (copy the student from it before), and at rest
+    With `lora`, an adapter is put **into `base` itself** (copy the student from it before), and at rest
     the adapter is on; `teacher` switches it off for the duration of the call. Without, the fake score is a
     full copy. The state dict holds only what is trained. Frozen weights stay in evaluation mode.
 
@@ -70,19 +62,17 @@ class ScoreModels(nn.Module):
         UserError: a LoRA target matches no layer.
     """
 
-    def __init__(
-        self, base_unet: UNet2DConditionModel, schedule: NoiseSchedule, lora: LoraSettings | None
-    ) -> None:
+    def __init__(self, base: nn.Module, schedule: NoiseSchedule, lora: LoraSettings | None) -> None:
         super().__init__()
         self.schedule = schedule
         self.lora = lora
-        base_unet.requires_grad_(False).eval()
-        self.base_unet = base_unet
+        base.requires_grad_(False).eval()
+        self.base = base
         self.full_copy: nn.Module | None = None
         if lora is None:
-            self.full_copy = copy.deepcopy(base_unet).to(torch.float32).requires_grad_(True).train()
+            self.full_copy = copy.deepcopy(base).to(torch.float32).requires_grad_(True).train()
         else:
-            inject_adapter(base_unet, lora, ADAPTER)
+            inject_adapter(base, lora, ADAPTER)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
 
@@ -97,9 +87,9 @@ class ScoreModels(nn.Module):
         negative: Condition | None = None,
     ) -> Prediction:
         """Prediction of the frozen teacher at x_t [B, C, h, w], t [B]; guidance in kappa form."""
-        with self.teacher_network() as unet:
+        with self.teacher_network() as network:
             return guided_prediction(
-                _caller(unet), self.schedule, x_t, t, condition, guidance_scale, negative
+                _caller(network), self.schedule, x_t, t, condition, guidance_scale, negative
             )
 
     def fake_score(
@@ -112,16 +102,16 @@ class ScoreModels(nn.Module):
     ) -> Prediction:
         """Prediction of the fake score at x_t [B, C, h, w], t [B]; guidance in kappa form."""
         with self.adapter(True):
-            unet = self.base_unet if self.full_copy is None else self.full_copy
+            network = self.base if self.full_copy is None else self.full_copy
             return guided_prediction(
-                _caller(unet), self.schedule, x_t, t, condition, guidance_scale, negative
+                _caller(network), self.schedule, x_t, t, condition, guidance_scale, negative
             )
 
     @contextmanager
-    def teacher_network(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet as the original teacher. Hold it open over backward if gradients are checkpointed."""
+    def teacher_network(self) -> Iterator[nn.Module]:
+        """The network as the original teacher. Hold it open over backward if gradients are checkpointed."""
         with self.adapter(False):
-            yield self.base_unet
+            yield self.base
 
     @contextmanager
     def adapter(self, active: bool) -> Iterator[None]:
@@ -142,7 +132,7 @@ class ScoreModels(nn.Module):
 
     def networks(self) -> list[nn.Module]:
         """The networks that hold the two roles: one, or two with a full copy."""
-        return [self.base_unet, *([self.full_copy] if self.full_copy is not None else [])]
+        return [self.base, *([self.full_copy] if self.full_copy is not None else [])]
 
     def fake_parameters(self) -> list[nn.Parameter]:
         """Parameters of the fake score, whether or not they require a gradient at the moment."""
@@ -153,45 +143,45 @@ class ScoreModels(nn.Module):
     def train(self, mode: bool = True) -> "ScoreModels":
         """Training mode reaches the fake score only: the teacher must not drop anything out."""
         super().train(mode)
-        self.base_unet.eval()
+        self.base.eval()
         for layer in self._adapter_layers():
             layer.lora_dropout.train(mode)
         return self
 
     def _adapter_layers(self) -> list[BaseTunerLayer]:
-        return [module for module in self.base_unet.modules() if isinstance(module, BaseTunerLayer)]
+        return [module for module in self.base.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adaptable_layers(unet: nn.Module) -> list[str]:
+def adaptable_layers(network: nn.Module) -> list[str]:
     """Short names of the layers that can get an adapter, each once, e.g. to_q, to_out.0, conv1."""
     names = set()
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             words = name.split(".")
             names.add(".".join(words[-2:]) if words[-1].isdigit() else words[-1])
     return sorted(names)
 
 
-def inject_adapter(unet: UNet2DConditionModel, lora: LoraSettings, name: str) -> LoraModel:
-    """Put an adapter into the UNet itself (float32 weights, B = 0, so that it computes what it did before).
+def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraModel:
+    """Put an adapter into the network itself (float32 weights, B = 0: it computes what it did before).
 
-    Names stay those of the UNet; the returned wrapper is needed for folding only.
+    Names stay those of the network; the returned wrapper is needed for folding only.
 
     Raises:
         UserError: a LoRA target matches no layer.
     """
-    layers = [n for n, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if unmatched:
         raise UserError(
-            f"LoRA targets {unmatched} match no layer of the UNet. "
-            f"Set the targets to some of: {', '.join(adaptable_layers(unet))}."
+            f"LoRA targets {unmatched} match no layer of the network. "
+            f"Set the targets to some of: {', '.join(adaptable_layers(network))}."
         )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
     )
-    wrapper = LoraModel(unet, config, name)
-    for module in unet.modules():
+    wrapper = LoraModel(network, config, name)
+    for module in network.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in _adapter_parameters(module):
                 # trained weights are float32 on half-precision bases too
@@ -199,9 +189,9 @@ def inject_adapter(unet: UNet2DConditionModel, lora: LoraSettings, name: str) ->
     return wrapper
 
 
-def _caller(unet: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
-    """The UNet as the function that `guided_prediction` calls."""
-    return lambda x_t, t, condition: run_unet(unet, x_t, t, condition)
+def _caller(network: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """The network as the function that `guided_prediction` calls."""
+    return lambda x_t, t, condition: run_network(network, x_t, t, condition)
 
 
 def _adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:

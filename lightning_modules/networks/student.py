@@ -1,4 +1,4 @@
-"""Reads a one-step student from a training checkpoint, an exported folder or any Stable Diffusion folder."""
+"""Reads a one-step student from a training checkpoint, an exported folder or any model folder."""
 
 import json
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.checkpoint_format import check_format
 from lightning_modules.consolidation import consolidated, is_sharded
 from lightning_modules.errors import UserError
+from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.content_hash import content_hash
 from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
 from lightning_modules.networks.fitting import difference
@@ -27,6 +27,8 @@ from lightning_modules.networks.student_lora import StudentBase, fold
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
+CLASS = "_class_name"
+DENOISERS = {kind.__name__: kind for _, kind in (backbone.denoiser for backbone in BACKBONES)}
 
 
 @dataclass
@@ -34,7 +36,7 @@ class LoadedStudent:
     """A student as a complete set of parts.
 
     Attributes:
-        parts: `unet` is the student, `scheduler` the one it starts with, the rest the teacher's.
+        parts: `denoiser` is the student, `scheduler` the one it starts with, the rest the teacher's.
         start_timestep: where it starts.
         weights: "ema" or "online" for a checkpoint, what the card says for an export, "as stored" otherwise.
         facts: what is known about its origin (teacher, student_steps …), plain data.
@@ -80,7 +82,7 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
     """Load a student in float32 on the CPU.
 
     Args:
-        path: a .ckpt file of a training run, a folder written by `export`, or any Stable Diffusion folder (a
+        path: a .ckpt file of a training run, a folder written by `export`, or any model folder (a
             teacher, say), which then starts from the last timestep of its own schedule.
         weights: which weights of a checkpoint; None takes the average (EMA) if there is one.
 
@@ -144,10 +146,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Configuration of a UNet as plain data, to be stored in a checkpoint; no paths in it."""
-    config = json.loads(unet.to_json_string())
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+def architecture(denoiser: Any) -> dict[str, Any]:
+    """Class and configuration of a network as plain data, to be stored in a checkpoint; no paths in it."""
+    config = json.loads(denoiser.to_json_string())
+    return {name: value for name, value in config.items() if name == CLASS or not name.startswith("_")}
 
 
 def student_weights(
@@ -193,9 +195,9 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     content = read_checkpoint(path)
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
-    unet = _folded(facts, state, path) if "student_lora" in facts else _whole(facts, state, path)
+    student = _folded(facts, state, path) if "student_lora" in facts else _whole(facts, state, path)
     try:
-        parts = load_parts(facts["teacher"], unet=unet.requires_grad_(False).eval())
+        parts = load_parts(facts["teacher"], denoiser=student.requires_grad_(False).eval())
     except UserError as error:
         raise UserError(f"The teacher of {path} can't be loaded: {error}") from error
     start = int(facts["start_timestep"])
@@ -205,28 +207,29 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     return LoadedStudent(parts, start, chosen, origin)
 
 
-def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> UNet2DConditionModel:
+def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
     """The student of a checkpoint that holds all of its weights."""
-    unet = UNet2DConditionModel.from_config(dict(facts["architecture"]))
-    if found := difference(state, unet.state_dict()):
+    config = dict(facts["architecture"])
+    student: nn.Module = DENOISERS[config.get(CLASS, "UNet2DConditionModel")].from_config(config)
+    if found := difference(state, student.state_dict()):
         raise UserError(
             f"The student in {path} is of another architecture than the checkpoint says: {found}. "
             "Give another checkpoint."
         )
-    unet.load_state_dict(state)
-    return unet
+    student.load_state_dict(state)
+    return student
 
 
-def _folded(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> UNet2DConditionModel:
+def _folded(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
     """The LoRA student of a checkpoint, its adapter folded into the base that the checkpoint names."""
     base = StudentBase(**facts["student_base"])
     try:
-        unet = load_student(base.path).parts.unet
+        student: nn.Module = load_student(base.path).parts.denoiser
     except UserError as error:
         raise UserError(f"The base of the LoRA student in {path} can't be loaded: {error}") from error
-    base.check(content_hash(unet), str(path))
-    fold(unet, LoraSettings(**facts["student_lora"]), state, str(path))
-    return unet
+    base.check(content_hash(student), str(path))
+    fold(student, LoraSettings(**facts["student_lora"]), state, str(path))
+    return student
 
 
 def _version(checkpoint: Path) -> int:

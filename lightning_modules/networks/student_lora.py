@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.fitting import difference
@@ -37,7 +36,7 @@ class StudentBase:
 
     Attributes:
         path: what ``load_student`` reads them from.
-        hash: ``content_hash`` of the UNet.
+        hash: ``content_hash`` of the network.
     """
 
     path: str
@@ -56,7 +55,7 @@ class StudentBase:
             )
 
 
-def add_adapter(unet: UNet2DConditionModel, lora: LoraSettings) -> None:
+def add_adapter(network: nn.Module, lora: LoraSettings) -> None:
     """Freeze the network and put a trained adapter into it; at the start it computes what it did before.
 
     Only the adapter stays in state dicts.
@@ -64,18 +63,18 @@ def add_adapter(unet: UNet2DConditionModel, lora: LoraSettings) -> None:
     Raises:
         UserError: a LoRA target matches no layer.
     """
-    unet.requires_grad_(False)
-    inject_adapter(unet, lora, ADAPTER)
-    trained = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    hide_from_state_dict(unet, lambda name: name not in trained)
+    network.requires_grad_(False)
+    inject_adapter(network, lora, ADAPTER)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    hide_from_state_dict(network, lambda name: name not in trained)
 
 
 @torch.no_grad()
-def fold(unet: UNet2DConditionModel, lora: LoraSettings, weights: Mapping[str, Tensor], owner: str) -> None:
+def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], owner: str) -> None:
     """Add an adapter's update alpha / rank * B A to the weights of a plain network, in place.
 
     Args:
-        unet: the base, without adapters; stays a plain network.
+        network: the base, without adapters; stays a plain network.
         lora: settings of the adapter.
         weights: of the adapter, by the names they have in the network.
         owner: where they are from, for messages.
@@ -83,11 +82,11 @@ def fold(unet: UNet2DConditionModel, lora: LoraSettings, weights: Mapping[str, T
     Raises:
         UserError: the weights are not those of such an adapter on this network.
     """
-    wrapper = inject_adapter(unet, lora, ADAPTER)
-    adapter = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    wrapper = inject_adapter(network, lora, ADAPTER)
+    adapter = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if found := difference(weights, adapter):
         raise UserError(f"The adapter in {owner} does not fit its base: {found}. Give another checkpoint.")
     for name, parameter in adapter.items():
         parameter.copy_(weights[name])
     wrapper.merge_and_unload()
-    unet.requires_grad_(False)
+    network.requires_grad_(False)

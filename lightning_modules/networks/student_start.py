@@ -4,6 +4,7 @@ import copy
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from lightning_modules.errors import UserError
 from lightning_modules.networks.content_hash import content_hash
@@ -23,7 +24,7 @@ def make_student(
     start_timestep: int,
     init: str | None = None,
     lora: LoraSettings | None = None,
-) -> tuple[UNet2DConditionModel, StudentBase | None]:
+) -> tuple[nn.Module, StudentBase | None]:
     """The network to train, in float32, and for a LoRA student the frozen weights under it.
 
     Args:
@@ -37,18 +38,18 @@ def make_student(
         UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
     """
     if init is None:
-        unet = copy.deepcopy(parts.unet)
+        student: nn.Module = copy.deepcopy(parts.denoiser)
     else:
         loaded = load_student(init)
         if found := mismatch(loaded, parts, start_timestep):
             raise UserError(f"student_init {init} does not fit the teacher {teacher}: {found}")
-        unet = loaded.parts.unet
-    unet.requires_grad_(True).train()
+        student = loaded.parts.denoiser
+    student.requires_grad_(True).train()
     if lora is None:
-        return unet, None
-    base = StudentBase(init or teacher, content_hash(unet))
-    add_adapter(unet, lora)
-    return unet, base
+        return student, None
+    base = StudentBase(init or teacher, content_hash(student))
+    add_adapter(student, lora)
+    return student, base
 
 
 def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: int) -> str | None:
@@ -57,9 +58,9 @@ def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: 
     Students of this project start at one timestep; any other model is taken to know all of its schedule.
     """
     words = ("student", "teacher")
-    if found := difference(student.parts.unet.state_dict(), teacher.unet.state_dict(), words):
+    if found := difference(student.parts.denoiser.state_dict(), teacher.denoiser.state_dict(), words):
         return f"{found}; give a model of the teacher's architecture"
-    if found := _other_setting(student.parts.unet, teacher.unet):
+    if found := _other_setting(student.parts.denoiser, teacher.denoiser):
         return f"{found}; give a model of the teacher's architecture"
     own, wanted = noise_schedule(student.parts.scheduler), noise_schedule(teacher.scheduler)
     if own.prediction_type != wanted.prediction_type:
@@ -86,10 +87,12 @@ def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: 
     return None
 
 
-def _other_setting(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> str | None:
+def _other_setting(student: nn.Module, teacher: nn.Module) -> str | None:
     """The first setting that makes the same weights another function; absent ones count as false."""
     own, wanted = architecture(student), architecture(teacher)
-    for name in sorted((own.keys() | wanted.keys()) - _HARMLESS):
+    # the size of a transformer changes its position codes
+    harmless = _HARMLESS if isinstance(teacher, UNet2DConditionModel) else set()
+    for name in sorted((own.keys() | wanted.keys()) - harmless):
         if (own.get(name) or None) != (wanted.get(name) or None):
-            return f"its UNet has {name} {own.get(name)}, the teacher's {wanted.get(name)}"
+            return f"its network has {name} {own.get(name)}, the teacher's {wanted.get(name)}"
     return None

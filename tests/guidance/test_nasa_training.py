@@ -26,9 +26,9 @@ PROMPTS, NEGATIVES = ["a red cat", "a dog"], ["dog", "red"]
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_student_turn_with_negative_prompts(tiny_sd: Path, checkpointing: bool) -> None:
     parts = load_parts(tiny_sd)
-    student = copy.deepcopy(parts.unet).requires_grad_(True).train()
+    student = copy.deepcopy(parts.denoiser).requires_grad_(True).train()
     generator = make_generator(parts, 625, student)
-    scores = ScoreModels(parts.unet, generator.schedule, LoraSettings(rank=2))
+    scores = ScoreModels(parts.denoiser, generator.schedule, LoraSettings(rank=2))
     objective = SwiftBrush(
         UniformGuidance(0.5, 4), teacher_negatives=True, student_negatives=UniformGuidance(0, 1)
     )

@@ -31,7 +31,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def test_parts_are_complete_and_ready(tiny_sd: Path) -> None:
     parts = load_parts(tiny_sd)
     assert parts.latent_shape == (4, 8, 8) and parts.path == str(tiny_sd)
-    for module in (parts.unet, parts.vae, parts.text_encoder):
+    for module in (parts.denoiser, parts.vae, parts.text_encoders[0]):
         assert not module.training and {p.dtype for p in module.parameters()} == {torch.float32}
 
 
@@ -39,14 +39,14 @@ def test_half_precision_files_are_read_as_float32(tiny_sd: Path, tmp_path: Path)
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd, torch_dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "half")
     parts = load_parts(tmp_path / "half")
-    for module in (parts.unet, parts.vae, parts.text_encoder):
+    for module in (parts.denoiser, parts.vae, parts.text_encoders[0]):
         assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_a_given_unet_takes_the_folders_place(own_sd: Path) -> None:
-    unet = load_parts(own_sd).unet
+    unet = load_parts(own_sd).denoiser
     shutil.rmtree(own_sd / "unet")
-    assert load_parts(own_sd, unet=unet).unet is unet
+    assert load_parts(own_sd, denoiser=unet).denoiser is unet
 
 
 def test_relative_paths_are_sought_here_then_in_the_repository(

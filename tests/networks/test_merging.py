@@ -38,7 +38,7 @@ def student(tiny_sd: Path) -> Callable[..., LoadedStudent]:
 
     def make(seed: int, start: int = 625, **facts: Any) -> LoadedStudent:
         parts = load_parts(tiny_sd)
-        parts.unet = copy.deepcopy(other_unet(tiny_sd, seed))
+        parts.denoiser = copy.deepcopy(other_unet(tiny_sd, seed))
         return LoadedStudent(parts, start, "ema", {**FACTS, **facts})
 
     return make
@@ -76,15 +76,17 @@ def test_formula_and_order() -> None:
 
 def test_every_weight_is_mixed(student: Callable[..., LoadedStudent]) -> None:
     first, second = student(1), student(2)
-    before = copy.deepcopy([side.parts.unet.state_dict() for side in (first, second)])
+    before = copy.deepcopy([side.parts.denoiser.state_dict() for side in (first, second)])
     merged = merge_students(first, second, 0.25)
-    weights = merged.parts.unet.state_dict()
+    weights = merged.parts.denoiser.state_dict()
     for name, tensor in before[0].items():
         assert not torch.equal(weights[name], tensor)
         expected = (0.25 * tensor.double() + 0.75 * before[1][name].double()).float()
         assert torch.equal(weights[name], expected)
-    assert all(same_bits(side.parts.unet.state_dict(), state) for side, state in zip((first, second), before))
-    assert merged.start_timestep == 625 and merged.weights == "merged" and not merged.parts.unet.training
+    assert all(
+        same_bits(side.parts.denoiser.state_dict(), state) for side, state in zip((first, second), before)
+    )
+    assert merged.start_timestep == 625 and merged.weights == "merged" and not merged.parts.denoiser.training
     assert len(merged.parts.scheduler.betas) == 626
     assert merged.facts == {
         "teacher": "assets/some", "weights": "merged", "merged": "0.25 * first + 0.75 * second",
@@ -95,12 +97,14 @@ def test_every_weight_is_mixed(student: Callable[..., LoadedStudent]) -> None:
 
 def test_ends_are_the_models_bit_for_bit(student: Callable[..., LoadedStudent]) -> None:
     first, second = student(1), student(2)
-    with_odd_values(first.parts.unet)
+    with_odd_values(first.parts.denoiser)
     assert same_bits(
-        merge_students(first, second, 1.0).parts.unet.state_dict(), first.parts.unet.state_dict()
+        merge_students(first, second, 1.0).parts.denoiser.state_dict(), first.parts.denoiser.state_dict()
     )
-    assert same_bits(merge_students(first, second, 0).parts.unet.state_dict(), second.parts.unet.state_dict())
-    assert not same_bits(first.parts.unet.state_dict(), second.parts.unet.state_dict())
+    assert same_bits(
+        merge_students(first, second, 0).parts.denoiser.state_dict(), second.parts.denoiser.state_dict()
+    )
+    assert not same_bits(first.parts.denoiser.state_dict(), second.parts.denoiser.state_dict())
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-9, 0.1, 1 / 3, 0.5, 1 - 1e-9, 1.0, -0.5, 1e9])
@@ -127,8 +131,8 @@ def test_extrapolation_is_warned_and_nonsense_refused(student: Callable[..., Loa
     with pytest.warns(UserWarning, match=r"1\.5 lies outside \[0, 1\]"):
         merged = merge_students(first, second, 1.5)
     name = "conv_in.weight"
-    a, b = (side.parts.unet.state_dict()[name].double() for side in (first, second))
-    assert torch.equal(merged.parts.unet.state_dict()[name], (1.5 * a - 0.5 * b).float())
+    a, b = (side.parts.denoiser.state_dict()[name].double() for side in (first, second))
+    assert torch.equal(merged.parts.denoiser.state_dict()[name], (1.5 * a - 0.5 * b).float())
     for weight in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="must be a finite number"):
             merge_students(first, second, weight)
@@ -144,18 +148,22 @@ def test_a_trained_lora_student_is_folded_first(tiny_sd: Path, tmp_path: Path) -
     module = distillation(tiny_sd, student=adam(1e-2), student_lora=lora)
     fit(module, tmp_path, 2).save_checkpoint(tmp_path / "lora.ckpt")
     trained = load_student(tmp_path / "lora.ckpt", "online")
-    teacher = load_parts(tiny_sd).unet
+    teacher = load_parts(tiny_sd).denoiser
     for weight in (0.0, 0.25):
         first = load_student(write_checkpoint(tmp_path / "full.ckpt", tiny_sd), "online")
         merged = merge_students(first, trained, weight)
-        assert merged.parts.unet.state_dict().keys() == teacher.state_dict().keys()
+        assert merged.parts.denoiser.state_dict().keys() == teacher.state_dict().keys()
         name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-        a, b = (unet.state_dict()[name].double() for unet in (first.parts.unet, trained.parts.unet))
-        assert torch.equal(merged.parts.unet.state_dict()[name], (weight * a + (1 - weight) * b).float())
+        a, b = (unet.state_dict()[name].double() for unet in (first.parts.denoiser, trained.parts.denoiser))
+        assert torch.equal(merged.parts.denoiser.state_dict()[name], (weight * a + (1 - weight) * b).float())
     with torch.no_grad():
         plain, expected, found = (
             unet.eval()(*_inputs(), return_dict=False)[0]
-            for unet in (teacher, module.generator.student, merge_students(first, trained, 0.0).parts.unet)
+            for unet in (
+                teacher,
+                module.generator.student,
+                merge_students(first, trained, 0.0).parts.denoiser,
+            )
         )
     assert (expected - plain).norm() > 1e-3 * plain.norm()  # the adapter has learned something
     assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -172,10 +180,10 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def rebuilt(student: LoadedStudent, **settings: Any) -> LoadedStudent:
     """The student with other settings of its UNet, and the same weights where their shapes allow it."""
-    unet = UNet2DConditionModel.from_config({**student.parts.unet.config, **settings})
-    if [p.shape for p in unet.parameters()] == [p.shape for p in student.parts.unet.parameters()]:
-        unet.load_state_dict(student.parts.unet.state_dict())
-    student.parts.unet = unet.eval()
+    unet = UNet2DConditionModel.from_config({**student.parts.denoiser.config, **settings})
+    if [p.shape for p in unet.parameters()] == [p.shape for p in student.parts.denoiser.parameters()]:
+        unet.load_state_dict(student.parts.denoiser.state_dict())
+    student.parts.denoiser = unet.eval()
     return student
 
 
@@ -218,21 +226,21 @@ def test_other_text_encoders_are_refused_and_rounded_ones_accepted(
 ) -> None:
     first = student(1)
     rounded = student(2)
-    rounded.parts.text_encoder.bfloat16().float()
+    rounded.parts.text_encoders[0].bfloat16().float()
     rounded.parts.vae.half().float()
     assert check_mergeable(first, rounded) == 625
     trained = student(2)
-    next(trained.parts.text_encoder.parameters()).data[3] += 0.1
+    next(trained.parts.text_encoders[0].parameters()).data[3] += 0.1
     with pytest.raises(
         UserError, match=r"different text encoders: .*token_embedding.* differs by up to 0\.1"
     ):
         check_mergeable(first, trained)
     longer = student(2)
-    longer.parts.tokenizer.model_max_length = 8
+    longer.parts.tokenizers[0].model_max_length = 8
     with pytest.raises(UserError, match=r"model_max_length \(tokenizer\) is 16 in the first and 8"):
         check_mergeable(first, longer)
     worded = student(2)
-    worded.parts.tokenizer.add_tokens(["<new>"])
+    worded.parts.tokenizers[0].add_tokens(["<new>"])
     with pytest.raises(UserError, match="different vocabularies"):
         check_mergeable(first, worded)
 
@@ -268,9 +276,9 @@ def test_a_teacher_starts_where_the_student_does(
 def test_stored_dtype(tiny_sd: Path, own_sd: Path, tmp_path: Path) -> None:
     parts = load_parts(tiny_sd)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert stored_dtype(str(export_student(parts.unet, parts, 625, tmp_path / "out", dtype))) == dtype
+        assert stored_dtype(str(export_student(parts.denoiser, parts, 625, tmp_path / "out", dtype))) == dtype
     assert stored_dtype(str(write_checkpoint(tmp_path / "a.ckpt", tiny_sd))) == torch.float32
-    parts.unet.half().save_pretrained(own_sd / "unet", max_shard_size="50KB")
+    parts.denoiser.half().save_pretrained(own_sd / "unet", max_shard_size="50KB")
     (own_sd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert len(list((own_sd / "unet").glob("*.safetensors"))) > 1
     assert stored_dtype(str(own_sd)) == torch.float16

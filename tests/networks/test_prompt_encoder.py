@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lightning_modules.generator import stock_pipeline
+from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEncoder
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.prompts import PromptEncoder
 
@@ -19,27 +20,33 @@ def pipeline(tiny_sd: Path) -> StableDiffusionPipeline:
     return stock_pipeline(load_parts(tiny_sd))
 
 
+def encoder_of(pipeline: StableDiffusionPipeline) -> PromptEncoder:
+    """The family's own encoder, on the pipeline's networks."""
+    tokenizer = pipeline.tokenizer
+    return ClipPromptEncoder([tokenizer], [pipeline.text_encoder], tokenizer.model_max_length)
+
+
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.filterwarnings("ignore:A prompt has more than")
 def test_conditions_are_the_pipelines(pipeline: StableDiffusionPipeline, mask: bool) -> None:
     pipeline.text_encoder.config.use_attention_mask = mask
     with torch.no_grad():
         text, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
-    condition = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder).encode(PROMPTS)
+    condition = encoder_of(pipeline).encode(PROMPTS)
     assert torch.equal(condition.tensors["encoder_hidden_states"], text)
     torch.testing.assert_close(condition.null["encoder_hidden_states"].expand_as(null), null)
     assert not torch.equal(text[0], text[1])
 
 
 def test_the_mask_matters_to_the_text_encoder(pipeline: StableDiffusionPipeline) -> None:
-    encoder = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
-    plain = encoder.embed(["a red cat"])
+    encoder = encoder_of(pipeline)
+    plain = encoder.embed(["a red cat"])["encoder_hidden_states"]
     pipeline.text_encoder.config.use_attention_mask = True
-    assert not torch.equal(encoder.embed(["a red cat"]), plain)
+    assert not torch.equal(encoder.embed(["a red cat"])["encoder_hidden_states"], plain)
 
 
 def test_truncation_is_counted_and_told_once(pipeline: StableDiffusionPipeline) -> None:
-    encoder = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
+    encoder = encoder_of(pipeline)
     letters = "x " * 14  # with begin and end exactly the 16 tokens that fit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -53,7 +60,7 @@ def test_truncation_is_counted_and_told_once(pipeline: StableDiffusionPipeline) 
 
 
 def test_the_text_encoder_is_frozen_and_not_stored(pipeline: StableDiffusionPipeline) -> None:
-    encoder = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder).train()
+    encoder = encoder_of(pipeline).train()
     assert not any(module.training for module in encoder.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.encode(["cat"]).tensors["encoder_hidden_states"].requires_grad
@@ -64,7 +71,7 @@ def test_the_text_encoder_is_frozen_and_not_stored(pipeline: StableDiffusionPipe
 def test_null_is_computed_once_and_follows_the_dtype(
     pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
+    encoder = encoder_of(pipeline)
     first = encoder.null()
     assert encoder.null() is first
     assert encoder.double().encode(["cat"]).null["encoder_hidden_states"].dtype == torch.float64

@@ -27,7 +27,7 @@ def models(path: Path, lora: LoraSettings | None = None, full: bool = False) -> 
     parts = load_parts(path)
     torch.manual_seed(0)  # for the adapter's start
     settings = None if full else (lora or LoraSettings(rank=4, alpha=8, targets=TARGETS))
-    return ScoreModels(parts.unet, noise_schedule(parts.scheduler), settings)
+    return ScoreModels(parts.denoiser, noise_schedule(parts.scheduler), settings)
 
 
 def disturb(scores: ScoreModels) -> None:
@@ -40,7 +40,7 @@ def disturb(scores: ScoreModels) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_the_teacher_is_the_original_bit_for_bit(tiny_sd: Path, full: bool) -> None:
     x, t, condition = batch()
-    unet = load_parts(tiny_sd).unet
+    unet = load_parts(tiny_sd).denoiser
     original = unet(x, t, condition.tensors["encoder_hidden_states"]).sample
     scores = models(tiny_sd, full=full)
     assert torch.equal(scores.fake_score(x, t, condition).epsilon, original)  # B = 0, or a copy
@@ -108,7 +108,7 @@ def test_the_adapter_state_survives_exceptions_and_nesting(tiny_sd: Path) -> Non
     on, off = scores.fake_score(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon
 
     def now() -> Tensor:
-        return scores.base_unet(x, t, condition.tensors["encoder_hidden_states"]).sample
+        return scores.base(x, t, condition.tensors["encoder_hidden_states"]).sample
 
     assert torch.equal(now(), on)
     with pytest.raises(RuntimeError, match="inside"), scores.adapter(False):
@@ -143,7 +143,7 @@ def test_gradient_checkpointing_gives_the_same_fake_score_gradient(tiny_sd: Path
         scores = models(tiny_sd)
         disturb(scores)
         if checkpointing:
-            scores.base_unet.enable_gradient_checkpointing()
+            scores.base.enable_gradient_checkpointing()
         loss = scores.fake_score(x, t, condition).epsilon.square().mean()
         with torch.no_grad():
             scores.teacher(x, t, condition)  # switching before backward must not matter
@@ -166,7 +166,7 @@ def test_dropout_touches_the_adapter_only(tiny_sd: Path) -> None:
     x, t, condition = batch()
     scores = models(tiny_sd, LoraSettings(rank=4, alpha=8, targets=TARGETS, dropout=0.5)).train()
     disturb(scores)
-    assert not scores.base_unet.training
+    assert not scores.base.training
     assert torch.equal(scores.teacher(x, t, condition).epsilon, scores.teacher(x, t, condition).epsilon)
     assert not torch.equal(
         scores.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon
@@ -179,7 +179,7 @@ def test_frozen_weights_may_be_bf16_and_the_adapter_stays_fp32(tiny_sd: Path) ->
     x, t, condition = batch()
     parts = load_parts(tiny_sd)
     scores = ScoreModels(
-        parts.unet.bfloat16(), noise_schedule(parts.scheduler), LoraSettings(4, 8.0, TARGETS)
+        parts.denoiser.bfloat16(), noise_schedule(parts.scheduler), LoraSettings(4, 8.0, TARGETS)
     )
     assert {p.dtype for p in scores.fake_parameters()} == {torch.float32}
     assert scores.fake_score(x, t, condition).x0.dtype == torch.float32

@@ -18,7 +18,7 @@ from lightning_modules.networks.student_start import make_student
 def other_weights(folder: Path) -> Any:
     """The parts of a folder with other UNet weights."""
     parts = load_parts(folder)
-    unet = copy.deepcopy(parts.unet)
+    unet = copy.deepcopy(parts.denoiser)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -57,14 +57,14 @@ def test_the_teacher_is_copied(tiny_sd: Path) -> None:
     unet, _ = make_student(parts, "tiny", 625)
     with torch.no_grad():
         unet.conv_in.weight.zero_()
-    assert parts.unet.conv_in.weight.abs().max() > 0
+    assert parts.denoiser.conv_in.weight.abs().max() > 0
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("unet", {"norm_eps": 1e-3}, "UNet has norm_eps 0.001, the teacher's 1e-05; give a model of the"),
-        ("unet", {"flip_sin_to_cos": False}, "UNet has flip_sin_to_cos False, the teacher's True"),
+        ("unet", {"norm_eps": 1e-3}, "network has norm_eps 0.001, the teacher's 1e-05; give a model of the"),
+        ("unet", {"flip_sin_to_cos": False}, "network has flip_sin_to_cos False, the teacher's True"),
         (
             "scheduler",
             {"prediction_type": "v_prediction"},
@@ -84,8 +84,8 @@ def test_first_difference_is_named(
 
 
 def test_another_architecture(tiny_sd: Path, own_sd: Path) -> None:
-    wide = type(load_parts(tiny_sd).unet).from_config(
-        {**load_parts(tiny_sd).unet.config, "block_out_channels": (8, 24)}
+    wide = type(load_parts(tiny_sd).denoiser).from_config(
+        {**load_parts(tiny_sd).denoiser.config, "block_out_channels": (8, 24)}
     )
     wide.save_pretrained(own_sd / "unet")
     message = r"\.weight has shape \[24, .* in the student and has shape \[16, .* in the teacher"

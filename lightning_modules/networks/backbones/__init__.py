@@ -1,0 +1,40 @@
+"""The families of text-to-image models that can be teachers and students, one file each."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
+from lightning_modules.networks.backbones.pixart import PixArtAlpha
+from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion
+from lightning_modules.networks.backbones.stable_diffusion_xl import StableDiffusionXL
+
+__all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "is_own_class"]
+BACKBONES: tuple[Backbone, ...] = (StableDiffusion(), StableDiffusionXL(), PixArtAlpha())
+
+
+def is_own_class(index: dict[str, Any]) -> bool:
+    """Whether a model_index.json names a pipeline that is built here from its parts."""
+    name = index.get("_class_name", "StableDiffusionPipeline")
+    return any(name in backbone.pipelines for backbone in BACKBONES)
+
+
+def backbone_of(index: dict[str, Any], folder: Path) -> Backbone:
+    """The family of a model_index.json: by its class, or for another class (LCM's, say) by its parts.
+
+    Raises:
+        UserError: it is of no family known here.
+    """
+    name = index.get("_class_name", "StableDiffusionPipeline")
+    for backbone in BACKBONES:
+        if name in backbone.pipelines:
+            return backbone
+    for backbone in BACKBONES:
+        own = {backbone.denoiser[0], *backbone.text_encoders}
+        others = {part for part in index if part.startswith(("text_encoder", "transformer", "unet"))}
+        if backbone.denoiser[0] == "unet" and own == others:
+            return backbone
+    known = ", ".join(name for backbone in BACKBONES for name in backbone.pipelines)
+    raise UserError(
+        f"{folder} is a {name} (model_index.json), which can't be distilled here. Give a model of: {known}."
+    )

@@ -1,0 +1,126 @@
+"""What a family of text-to-image models says about itself, and the parts that a model of it is made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from lightning_modules.errors import UserError
+from lightning_modules.networks.prompts import PromptEncoder
+
+
+@dataclass
+class TextToImageParts:
+    """What a text-to-image pipeline is made of.
+
+    Attributes:
+        backbone: the family it belongs to.
+        denoiser: UNet2DConditionModel or PixArtTransformer2DModel.
+        vae: autoencoder between latents and pictures.
+        text_encoders, tokenizers: in the order of the backbone's names for them.
+        scheduler: the model's own; its constants are those it was trained with.
+        index: content of model_index.json.
+        path: the folder it was read from.
+    """
+
+    backbone: Backbone
+    denoiser: Any
+    vae: AutoencoderKL
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+    scheduler: SchedulerMixin
+    index: dict[str, Any]
+    path: str
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one latent, from the network's configuration."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.denoiser.config.in_channels), int(height), int(width)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All of them."""
+        return [self.denoiser, self.vae, *self.text_encoders]
+
+
+class Backbone(ABC):
+    """A family of text-to-image models. Another one is a subclass, listed in `backbones/__init__.py`.
+
+    Attributes:
+        pipelines: classes in model_index.json that are of this family.
+        pipeline_class: the stock pipeline of its models.
+        denoiser: name and class of the denoising network.
+        text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser: ClassVar[tuple[str, Any]]
+    text_encoders: ClassVar[dict[str, Any]]
+    tokenizers: ClassVar[dict[str, Any]]
+
+    @abstractmethod
+    def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
+        """Turns prompts into what the network is conditioned on, as the stock pipeline does."""
+
+    @abstractmethod
+    def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
+        """Width of the encoded text, and the one the network takes (None: not known)."""
+
+    def extras(self, parts: TextToImageParts) -> dict[str, Any]:
+        """Further arguments of the stock pipeline's constructor."""
+        return {}
+
+    def pipeline(self, parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
+        """The stock pipeline of the parts (shared, not copied), without progress bar."""
+        pipeline = self.pipeline_class(
+            **{self.denoiser[0]: parts.denoiser},
+            **dict(zip(self.text_encoders, parts.text_encoders, strict=True)),
+            **dict(zip(self.tokenizers, parts.tokenizers, strict=True)),
+            vae=parts.vae,
+            scheduler=parts.scheduler if scheduler is None else scheduler,
+            **self.extras(parts),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def check_fit(self, parts: TextToImageParts) -> None:
+        """Make sure that the parts go together.
+
+        Raises:
+            UserError: a tokenizer makes longer prompts than its text encoder takes, or widths differ.
+        """
+        for name, tokenizer, encoder in zip(
+            self.tokenizers, parts.tokenizers, parts.text_encoders, strict=True
+        ):
+            longest = getattr(encoder.config, "max_position_embeddings", None)
+            if longest is not None and tokenizer.model_max_length > longest:
+                raise UserError(
+                    f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}, "
+                    f"but the text encoder takes {longest} tokens. "
+                    f"Set model_max_length in {name}/tokenizer_config.json."
+                )
+        width, expected = self.text_width(parts)
+        if expected is not None and width != expected:
+            raise UserError(
+                f"The parts of {parts.path} do not fit: {' and '.join(self.text_encoders)} give width "
+                f"{width}, {self.denoiser[0]} expects {expected}."
+            )
+        channels = parts.denoiser.config.in_channels
+        if parts.vae.config.latent_channels != channels:
+            raise UserError(
+                f"The parts of {parts.path} do not fit: vae has {parts.vae.config.latent_channels} latent "
+                f"channels, {self.denoiser[0]} expects {channels}."
+            )

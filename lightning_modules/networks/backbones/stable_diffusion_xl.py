@@ -1,0 +1,74 @@
+"""Stable Diffusion XL and SDXL Turbo (Podell et al., arXiv 2307.01952)."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
+from lightning_modules.networks.prompts import PromptEncoder
+
+
+class StableDiffusionXL(Backbone):
+    """A UNet with two text encoders side by side, the second one's pooled text, and the picture's size."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    pipeline_class = StableDiffusionXLPipeline
+    denoiser = ("unet", UNet2DConditionModel)
+    text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+
+    def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
+        return SdxlPromptEncoder(
+            parts.tokenizers, parts.text_encoders, parts.picture_size, zero_null=self._zero_null(parts)
+        )
+
+    def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
+        expected = parts.denoiser.config.cross_attention_dim
+        width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+        return width, expected if isinstance(expected, int) else None
+
+    def extras(self, parts: TextToImageParts) -> dict[str, Any]:
+        # the watermark is drawn into pictures if a library happens to be installed: not what was distilled
+        return {"force_zeros_for_empty_prompt": self._zero_null(parts), "add_watermarker": False}
+
+    @staticmethod
+    def _zero_null(parts: TextToImageParts) -> bool:
+        return bool(parts.index.get("force_zeros_for_empty_prompt", True))
+
+
+class SdxlPromptEncoder(PromptEncoder):
+    """Hidden states before the last layer of both encoders [B, L, D + D'], pooled text [B, P], sizes [B, 6].
+
+    The sizes (section 2.2 of the paper) are those of a whole, uncropped picture of the model's own size, as
+    in the stock pipeline. No prompt is all zeros if the model's ``force_zeros_for_empty_prompt`` says so (it
+    does in SDXL), which is not the same as the empty prompt encoded.
+    """
+
+    def __init__(
+        self, tokenizers: list[Any], text_encoders: list[Any], picture_size: tuple[int, int], zero_null: bool
+    ) -> None:
+        super().__init__(tokenizers, text_encoders, int(tokenizers[0].model_max_length))
+        self.picture_size, self.zero_null = picture_size, zero_null
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        outputs = [
+            encoder(self.tokens(prompts, place)[0], output_hidden_states=True)
+            for place, encoder in enumerate(self.text_encoders)
+        ]
+        sizes = torch.tensor([*self.picture_size, 0, 0, *self.picture_size], dtype=torch.float32)
+        return {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "text_embeds": outputs[1].text_embeds,
+            "time_ids": sizes.to(self.device).expand(len(prompts), -1),
+        }
+
+    def embed_null(self) -> dict[str, Tensor]:
+        empty = self.embed([""])
+        if not self.zero_null:
+            return empty
+        texts = ("encoder_hidden_states", "text_embeds")
+        return {name: torch.zeros_like(x) if name in texts else x for name, x in empty.items()}
