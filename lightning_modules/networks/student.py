@@ -149,7 +149,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def architecture(denoiser: Any) -> dict[str, Any]:
     """Class and configuration of a network as plain data, to be stored in a checkpoint; no paths in it."""
     config = json.loads(denoiser.to_json_string())
-    return {name: value for name, value in config.items() if name == CLASS or not name.startswith("_")}
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    kind = next(name for name, kind in DENOISERS.items() if isinstance(denoiser, kind))  # sharding renames it
+    return {CLASS: kind, **plain}
 
 
 def student_weights(
