@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +118,31 @@ class OneStepGenerator(nn.Module):
         _check_lengths(prompts, seeds)
         negatives = NegativePrompts(negative_prompt)
         texts = negatives.per_image(len(prompts), 1)
+        # one negative prompt for all is encoded, and put into attention, once for all batches
+        shared = negatives.texts if len(negatives.texts) == 1 and not negatives.empty else []
+        differ = not shared and not negatives.empty
         pictures = []
-        for part in _batches(len(prompts), batch_size, progress):
-            condition = self.prompt_encoder.encode(prompts[part])
-            noise, negative = self.noise(seeds[part]), None
-            if not negatives.empty:
-                negative = self.prompt_encoder.encode(texts[:1] if len(negatives.texts) == 1 else texts[part])
-            if negative is None or negative_method is None:
-                latents = self.latents(noise, condition, guidance_scale, negative)
-            else:
-                present = torch.tensor([bool(text) for text in texts[part]])
-                with negative_attention(self.student, negative, negative_method, present):
-                    latents = self.latents(noise, condition, guidance_scale)
-            pictures.append(self.decoder.decode(latents).float())
+        with self._away_from(shared, negative_method) as common:
+            for part in _batches(len(prompts), batch_size, progress):
+                condition, noise = self.prompt_encoder.encode(prompts[part]), self.noise(seeds[part])
+                with self._away_from(texts[part] if differ else [], negative_method) as own:
+                    latents = self.latents(noise, condition, guidance_scale, own if differ else common)
+                pictures.append(self.decoder.decode(latents).float())
         return torch.cat(pictures)
+
+    @contextmanager
+    def _away_from(self, texts: list[str], method: Method | None) -> Iterator[Condition | None]:
+        """The negative prompts encoded, for guidance; those of a method act through attention inside instead.
+
+        None if there are no `texts`; an empty text among them is an image without a negative prompt.
+        """
+        encoded = self.prompt_encoder.encode(texts) if texts else None
+        if encoded is None or method is None:
+            yield encoded
+            return
+        present = None if all(texts) else torch.tensor([bool(text) for text in texts])
+        with negative_attention(self.student, encoded, method, present):
+            yield None
 
 
 def make_generator(

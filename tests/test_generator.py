@@ -14,6 +14,7 @@ from lightning_modules.generator import (
     make_generator,
     multistep_images,
 )
+from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.loading import load_parts
 
 PROMPTS = ["a red cat", "a dog", "", "a cat on a dog", "red"]
@@ -110,6 +111,24 @@ def test_guidance_is_in_kappa_form(tiny_sd: Path) -> None:
         generator.images(["a cat"], [0], guidance_scale=k, negative_prompt="red") for k in (1.0, 3.0)
     )
     assert torch.equal(plain, generator.images(["a cat"], [0])) and not torch.equal(plain, guided)
+
+
+@pytest.mark.parametrize("method", [None, Nasa(0.5)])
+def test_one_negative_prompt_for_all_is_encoded_once(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, method: Nasa | None
+) -> None:
+    generator = generator_of(tiny_sd).double()
+    options = {"guidance_scale": 1.0 if method else 3.0, "negative_method": method}
+    each = generator.images(PROMPTS, SEEDS, 2, negative_prompt=["a dog"] * 5, **options)
+    asked: list[list[str]] = []
+    encode = generator.prompt_encoder.encode
+    monkeypatch.setattr(
+        generator.prompt_encoder, "encode", lambda texts: asked.append(list(texts)) or encode(texts)
+    )
+    shared = generator.images(PROMPTS, SEEDS, 2, negative_prompt="a dog", **options)
+    assert asked == [["a dog"], PROMPTS[:2], PROMPTS[2:4], PROMPTS[4:]]
+    torch.testing.assert_close(shared, each, rtol=0, atol=1e-6)
+    assert (shared - generator.images(PROMPTS, SEEDS)).abs().max() > 1e-3
 
 
 def test_state_dict_holds_the_student_only(tiny_sd: Path) -> None:
