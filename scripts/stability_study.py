@@ -5,12 +5,12 @@
     python scripts/stability_study.py --long                   2,000 updates of 48 prompts a cell: hours
     python scripts/stability_study.py --report-only            table and plot of what is there
 
-A cell is a short `fit`: `configs/experiment/emoji_pgsb.yaml` but for backbone, rule of the guidance scale, seed,
-a short average of the student, and adapters on attention and feed-forward layers only, which all backbones have.
-Three backbones by four rules by two seeds, and on the first backbone two rules more that randomise one score
-only. After every quarter of the updates the student draws the first 256 held-out captions. All cells have the
-same settings; none was tuned. The student starts where its backbone's schedule has the noise of Stable
-Diffusion's timestep 625.
+A cell is a short `fit`: `configs/experiment/emoji_pgsb.yaml` but for backbone, rule of the guidance scale,
+seed, a short average of the student, and adapters on attention and feed-forward layers only, which all
+backbones have. Three backbones by four rules by two seeds, and on the first backbone two rules more that
+randomise one score only. After every quarter of the updates the student draws 256 held-out captions.
+All cells have the same settings; none was tuned. The student starts where its backbone's schedule has the
+noise of Stable Diffusion's timestep 625.
 
 Several of these may run at once on one output folder: a cell belongs to the process that holds its lock. A
 cell that was killed goes on from its last checkpoint; a finished one is never run again. Cells whose backbone
@@ -57,6 +57,7 @@ ABLATED = "epsilon"
 SEEDS = (0, 1)
 METRICS = ("val/frechet_distance", "val/clip_score")
 POINTS = 4
+POLL = 0.5  # seconds
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
@@ -206,7 +207,7 @@ class Study:
                     if ended or started:
                         bar.n = sum(self.result(cell) is not None for cell in cells)
                         bar.set_postfix_str(", ".join(cell.name for cell, _, _ in self.running.values()))
-                    time.sleep(0.5 if self.running else 0)
+                    time.sleep(POLL if self.running else 0)
             finally:
                 for _, process, _ in self.running.values():
                     process.stop_and_wait(60)
@@ -259,7 +260,8 @@ def table(curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, 
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line says; exit status 1 if a cell failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -271,7 +273,7 @@ def main() -> None:
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="backbone, rule or seed")
     add("--output", default="outputs/stability")
     add("--report-only", action="store_true", help="run nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.long:
         options.updates, options.batch_size = 2000, 48
     study, cells = Study(options), [cell for cell in all_cells() if cell.matches(options.only)]

@@ -85,3 +85,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd: Path, tmp_path: Path) -
 def test_without_negative_prompts_in_the_data_it_says_what_to_set(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.negative_prompts"):
         fit(distillation(tiny_sd, Watch()), tmp_path, 1)
+
+
+def test_a_file_of_empty_negative_prompts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "negatives.txt"
+    path.write_text("\n  \n\t\n")
+    with pytest.raises(UserError, match=r"negatives\.txt.*(empty|no prompt)"):
+        PromptDataModule(PROMPTS, batch_size=4, eval_captions=PROMPTS, negative_prompts=str(path))

@@ -246,7 +246,8 @@ def test_network_alone_with_some_negatives(pipelines: dict[str, Any]) -> None:
         unet_output(unet)
 
 
-def test_compiled_equals_eager(pipelines: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_compiled_equals_eager(pipelines: dict[str, Any], rule: Method) -> None:
     """A network compiled before notices that processors come and go; two calls inside, as in two steps."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -256,7 +257,7 @@ def test_compiled_equals_eager(pipelines: dict[str, Any]) -> None:
 
     def outputs(network: Any) -> list[Tensor]:
         found = [network(x, encoder_hidden_states=text)]
-        with negative_attention(network, condition(5, 2), Nasa(0.5), some):
+        with negative_attention(network, condition(5, 2), rule, some):
             found += [network(x, encoder_hidden_states=text) for _ in range(2)]
         return [*found, network(x, encoder_hidden_states=text)]
 

@@ -1,0 +1,155 @@
+"""scripts/stability_study.py with a `fit` that takes no time, and its configurations as `fit` reads them."""
+
+import fcntl
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diffusers import DDIMScheduler
+
+from callbacks.plot_image import Line, lines_image
+from scripts import stability_study
+from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep
+from tests.test_configs import ROOT, ParseOnly
+
+# Notes its start beside the cells; fails if there is a file `fail` there; goes on if there is a checkpoint.
+FIT = """
+import os, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
+root, name = options["trainer.default_root_dir"], options["experiment"]
+folder = os.path.join(root, name, "version_0")
+resumed = os.path.exists(os.path.join(folder, "checkpoints", "last.ckpt"))
+with open(os.path.join(root, "started"), "a") as file:
+    file.write(f"{name} {resumed} {os.path.exists(folder)}\\n")
+os.makedirs(os.path.join(folder, "checkpoints"), exist_ok=True)
+if os.path.exists(os.path.join(root, "fail")):
+    sys.exit("out of luck")
+with open(os.path.join(folder, "metrics.csv"), "w") as file:
+    file.write("step,val/frechet_distance,val/clip_score\\n")
+    for step in (2, 4, 6, 8):
+        file.write(f"{step},{10 - step + int(name[-1])},0.5\\n")
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a study of two backbones; the third is not there."""
+    script, cells = tmp_path / "fit.py", tmp_path / "out" / "8x16"
+    script.write_text(FIT)
+    cells.mkdir(parents=True)
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    scheduler.save_pretrained(tmp_path / "linear" / "scheduler")
+    monkeypatch.setattr(stability_study, "POLL", 0.01)
+    monkeypatch.setattr(stability_study, "fit_command", lambda: [sys.executable, "-S", "-E", str(script)])
+    folders = {"v": str(tmp_path / "none"), "pixart": str(tmp_path / "linear")}
+    monkeypatch.setattr(stability_study, "BACKBONES", {**stability_study.BACKBONES, **folders})
+    return cells
+
+
+def run(study: Path, *words: str) -> int:
+    """Exit status."""
+    with pytest.raises(SystemExit) as end:
+        main(["--updates", "8", "--output", str(study.parent), *words])
+    return int(end.value.code or 0)
+
+
+def started(study: Path) -> list[str]:
+    return (study / "started").read_text().splitlines() if (study / "started").exists() else []
+
+
+def test_the_cells_are_the_grid_and_the_ablation() -> None:
+    cells = all_cells()
+    assert len(cells) == len({cell.name for cell in cells}) == 3 * 4 * 2 + 2 * 2
+    assert sum(cell.matches(["backbone=epsilon", "seed=1"]) for cell in cells) == 6
+
+
+def test_it_runs_what_is_missing_and_shows_the_rest_as_missing(study: Path) -> None:
+    words = ("--only", "rule=U(0.5, 4)", "--workers", "2")
+    taken = study / Cell("pixart", "U(0.5, 4)", 1).name
+    taken.mkdir()
+    with (taken / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process has it
+        assert run(study, *words) == 0
+    names = [Cell(*key).name for key in [("epsilon", "U(0.5, 4)", 0), ("epsilon", "U(0.5, 4)", 1),
+                                         ("pixart", "U(0.5, 4)", 0)]]  # fmt: skip
+    assert sorted(started(study)) == sorted(f"{name} False False" for name in names)
+    assert run(study, *words) == 0
+    assert started(study)[3:] == [f"{taken.name} False False"], "finished cells are not run again"
+    rows = json.loads((study / "results.json").read_text())["rows"]
+    done = {(row["backbone"], row["seed"]): row for row in rows if row["values"]}
+    assert set(done) == {("epsilon", 0), ("epsilon", 1), ("pixart", 0), ("pixart", 1)} and len(rows) == 28
+    assert done["epsilon", 1]["values"]["val/frechet_distance"] == {"2": 9, "4": 7, "6": 5, "8": 3}
+    text = (study / "results.md").read_text()
+    assert "| U(0.5, 4) | 2 of 2 | 8.50 (8.00–9.00) | 6.50 (6.00–7.00) |" in text
+    assert "| fixed 2 | 0 of 2 | missing | missing | missing | missing |" in text
+    assert (study / "stability.png").is_file()
+
+
+def test_a_cell_that_failed_or_was_killed_is_run_again(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = Cell("epsilon", "fixed 2", 0)
+    words = ("--only", "backbone=epsilon", "--only", "rule=fixed 2", "--only", "seed=0")
+    (study / "fail").touch()
+    assert run(study, *words) == 1
+    assert "out of luck" in capsys.readouterr().out
+    (study / cell.name / "version_0" / "checkpoints" / "last.ckpt").touch()
+    assert run(study, *words) == 1
+    (study / cell.name / "version_0" / "checkpoints" / "last.ckpt").unlink()
+    (study / "fail").unlink()
+    assert run(study, *words) == 0
+    ways = [line.removeprefix(cell.name) for line in started(study)]
+    assert ways == [" False False", " True True", " False False"], "anew unless there is a checkpoint"
+    assert not (study / cell.name / "version_0" / "checkpoints").exists()
+
+
+def test_all_backbones_start_at_the_same_noise(study: Path) -> None:
+    assert start_timestep("assets/emoji-sd") == 625
+    linear = stability_study.BACKBONES["pixart"]
+    alphas = DDIMScheduler.from_pretrained(linear, subfolder="scheduler").alphas_cumprod
+    assert abs(float((1 / alphas[start_timestep(linear)] - 1).sqrt()) - 2.5) < 0.01
+
+
+@pytest.mark.parametrize("rule", ["fixed 2", *list(RULES)[-2:]])
+def test_fit_reads_the_cells(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path, cell = tmp_path / "cell.yaml", Cell("epsilon", rule, 1)
+    path.write_text(yaml.safe_dump(changes(cell, Namespace(updates=8, batch_size=16))))
+    settings = ParseOnly(["fit", "--config", CONFIG, "--config", str(path)]).settings
+    objective = settings.model.init_args.objective.init_args
+    check_scale(objective.guidance_scale, RULES[rule][0])
+    check_scale(objective.fake_guidance_scale, RULES[rule][1])
+    assert (settings.model.init_args.seed, settings.data.init_args.seed) == (1, 1)
+    assert (settings.trainer.max_steps, settings.trainer.val_check_interval) == (8, 2)
+    assert settings.model.init_args.ema_decay == 0.95 and settings.data.init_args.batch_size == 16
+    assert [one.class_path.rpartition(".")[2] for one in settings.trainer.callbacks] == [
+        "RunCheckpoint", "Evaluation", "SampleGrid",
+    ]  # fmt: skip
+
+
+def check_scale(given: Any, wanted: Any) -> None:
+    if isinstance(wanted, dict):
+        assert (given.init_args.low, given.init_args.high, given.init_args.per_sample) == (0.5, 4.0, False)
+    else:
+        assert given == wanted
+
+
+def test_lines_without_points_are_said_to_be_missing() -> None:
+    line = Line("y", [(0, 1.0), (1, 2.0)], [(0.5, 2), (1, 3)])
+    sheet = lines_image({"a": [Line("x", [])], "b": [line]}, "n")
+    half, height = sheet.width // 2, sheet.height
+    left, right = sheet.crop((0, 0, half, height)), sheet.crop((half, 0, sheet.width, height))
+    band = (211, 223, 245)
+    near = [
+        sum(
+            count
+            for count, color in part.getcolors(1 << 20)
+            if sum(abs(a - b) for a, b in zip(color, band, strict=True)) < 20
+        )
+        for part in (left, right)
+    ]
+    assert near[0] == 0 and near[1] > 5000
