@@ -48,11 +48,11 @@ class StudentEMA:
         if self._swapped:
             raise RuntimeError("StudentEMA.update() inside swapped() would average the average into itself")
         self.num_updates += 1
-        weight = 1.0 - self.current_decay()
-        for name, parameter in self._averaged():
-            shadow = self.shadow[name].to(parameter.device)
-            shadow -= weight * (shadow - parameter.detach().float())
-            self.shadow[name] = shadow
+        averaged = dict(self._averaged())
+        self.shadow = {name: self.shadow[name].to(parameter.device) for name, parameter in averaged.items()}
+        weights = [parameter.detach().float() for parameter in averaged.values()]
+        # shadow + (1 - d) (weights - shadow), without a tensor in between
+        torch._foreach_lerp_([*self.shadow.values()], weights, 1.0 - self.current_decay())
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
