@@ -20,6 +20,7 @@ from lightning_modules.judging import not_finite, objective_terms, pair_term, st
 from lightning_modules.memory import Part, memory_by_part
 from lightning_modules.micro_batches import MicroBatch, micro_batches, student_negatives
 from lightning_modules.networks.attention import fast_attention
+from lightning_modules.networks.cached_prompts import use_prompt_cache
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import load_parts, noise_schedule
@@ -58,6 +59,8 @@ class OneStepDistillation(L.LightningModule):
         image_pairs: pictures with captions for a regression term; the training isn't image-free then.
         ema_decay: largest decay of the student's moving average; null for none.
         gradient_checkpointing: recompute the student's activations in the backward pass, to save memory.
+        prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
+            text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
         seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
@@ -76,13 +79,14 @@ class OneStepDistillation(L.LightningModule):
         image_pairs: ImagePairs | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
+        prompt_cache: str | None = None,
         seed: int = 0,
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing", "seed",
-                 "max_skipped_updates")  # fmt: skip
+        plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
+                 "prompt_cache", "seed", "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         self.student_optimization, self.fake_score_optimization = student, fake_score
@@ -90,7 +94,7 @@ class OneStepDistillation(L.LightningModule):
         self.student_init, self.student_lora = student_init, student_lora
         self.image_losses, self.image_pairs = image_losses, image_pairs
         self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
-        self.seed = seed
+        self.prompt_cache, self.seed = prompt_cache, seed
         self.student_steps = self.fake_score_steps = 0
         self._prompts: list[str] = []  # of the update in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
@@ -124,7 +128,8 @@ class OneStepDistillation(L.LightningModule):
         """
         if self.student is not None:
             return
-        self.parts = load_parts(self.teacher_path)
+        offloaded = () if self.prompt_cache is None else ("text_encoders",)
+        self.parts = load_parts(self.teacher_path, without=offloaded)
         schedule = noise_schedule(self.parts.scheduler)
         try:
             self.objective.check_schedule(schedule)
@@ -140,6 +145,8 @@ class OneStepDistillation(L.LightningModule):
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         self.scores = ScoreModels(self.parts.denoiser, schedule, self.lora)
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
+        if self.prompt_cache is not None:
+            use_prompt_cache(self.generator.prompt_encoder, self.parts, self.prompt_cache)
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)

@@ -39,7 +39,7 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
     states = sum(round(n * role.state_values_per_weight()) for (n, _), role in zip(turns, roles, strict=True))
     frozen = {
         "teacher": size(p for p in module.scores.base.parameters() if not p.requires_grad),
-        "text encoders": size(p for encoder in module.parts.text_encoders for p in encoder.parameters()),
+        "text encoders": size(module.generator.prompt_encoder.text_encoders.parameters()),
         "autoencoder": size(module.parts.vae.parameters()),
     }
     if module.student_lora is not None:

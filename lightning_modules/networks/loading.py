@@ -4,7 +4,7 @@ Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_e
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,16 @@ def pipeline_folder(path: str | Path) -> Path:
     return folder
 
 
-def load_parts(path: str | Path, denoiser: nn.Module | None = None) -> TextToImageParts:
+def load_parts(
+    path: str | Path, denoiser: nn.Module | None = None, without: Collection[str] = ()
+) -> TextToImageParts:
     """Load the parts of a text-to-image folder, in float32 and evaluation mode, on the CPU.
 
     Args:
         path: a local folder (relative paths: working directory first, then the repository) or a hub name.
         denoiser: use this network instead of the folder's (whose weights are then not read).
+        without: which of "denoiser", "vae" and "text_encoders" to make without weights, on the meta device;
+            they say how they are configured and take no memory.
 
     Raises:
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
@@ -75,11 +79,12 @@ def load_parts(path: str | Path, denoiser: nn.Module | None = None) -> TextToIma
         raise UserError(
             f"The scheduler {index['scheduler'][1]!r} named in {folder}/model_index.json is unknown."
         )
+    load = {part: _empty if part in without else _network for part in ("denoiser", "vae", "text_encoders")}
     parts = TextToImageParts(
         backbone=backbone,
-        denoiser=_network(folder, *backbone.denoiser) if denoiser is None else denoiser,
-        vae=_network(folder, "vae", AutoencoderKL),
-        text_encoders=[_network(folder, name, kind) for name, kind in backbone.text_encoders.items()],
+        denoiser=load["denoiser"](folder, *backbone.denoiser) if denoiser is None else denoiser,
+        vae=load["vae"](folder, "vae", AutoencoderKL),
+        text_encoders=[load["text_encoders"](folder, *named) for named in backbone.text_encoders.items()],
         tokenizers=[_tokenizer(folder, name, kind) for name, kind in backbone.tokenizers.items()],
         scheduler=_load(
             folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
@@ -204,6 +209,18 @@ def _network(folder: Path, name: str, kind: Any) -> Any:
             "Export or download the folder again."
         )
     return module.eval()
+
+
+def _empty(folder: Path, name: str, kind: Any) -> Any:
+    """A network of the folder as it is configured, without weights."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            if hasattr(kind, "load_config"):  # diffusers
+                return kind.from_config(kind.load_config(str(folder), subfolder=name))
+            return kind(kind.config_class.from_pretrained(str(folder), subfolder=name))
+
+    return _load(folder, name, make).eval()
 
 
 def _load(folder: Path, name: str, load: Callable[[], Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,12 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.frozen import hide_from_state_dict
 
+if TYPE_CHECKING:
+    from lightning_modules.networks.cached_prompts import CachedTexts
+
 
 class PromptEncoder(nn.Module, ABC):
-    """Frozen tokenizers and text encoders of one family; a subclass defines `embed`.
+    """Frozen tokenizers and text encoders of one family; a subclass defines `embed_texts`.
 
     Attributes:
         truncated_prompts: how many prompts so far were longer than the text encoders take.
@@ -26,24 +29,43 @@ class PromptEncoder(nn.Module, ABC):
         self.max_length = max_length
         self.truncated_prompts = 0
         self._null: dict[str, Tensor] | None = None
+        self._cached: CachedTexts | None = None
         hide_from_state_dict(self)
 
     @property
     def device(self) -> torch.device:
-        """Where the text encoders are."""
-        return next(self.text_encoders.parameters()).device
+        """Where the text encoders are, or what a cache gives is wanted."""
+        return next(self.parameters()).device
+
+    def look_up_in(self, cached: "CachedTexts") -> None:
+        """Take prompts from a cache from now on, and let go of the text encoders."""
+        self._cached, self.text_encoders = cached, nn.ModuleList()
+        # moves and is cast as the text encoders would
+        self.in_their_place = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def encode(self, prompts: list[str]) -> Condition:
         """Condition of B prompts, with what stands for no prompt as null."""
         return Condition(tensors=self.embed(prompts), null=self.null())
 
-    @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the network takes for B prompts, by its keywords, each [B, …]; as in the stock pipeline."""
+        if self._cached is None:
+            texts = self.embed_texts(prompts)
+        else:
+            texts = self._cached.embed(prompts, self.device, next(self.parameters()).dtype)
+        return {**texts, **self.picture_conditions(len(prompts))}
+
+    @abstractmethod
+    def embed_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The part of it that depends on the prompts, by the text encoders; a cache keeps it."""
+
+    def picture_conditions(self, count: int) -> dict[str, Tensor]:
+        """The part that says how large the picture is, for so many prompts; nothing in most families."""
+        return {}
 
     def null(self) -> dict[str, Tensor]:
         """The same for no prompt, each [1, …]; computed once per device and dtype."""
-        wanted = next(self.text_encoders.parameters())
+        wanted = next(self.parameters())
         held = None if self._null is None else self._null["encoder_hidden_states"]
         if held is None or held.device != wanted.device or held.dtype != wanted.dtype:
             self._null = self.embed_null()

@@ -44,16 +44,17 @@ class T5PromptEncoder(PromptEncoder):
         self.picture_size = picture_size
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         ids, mask = self.tokens([prompt.lower().strip() for prompt in prompts])
         hidden = self.text_encoders[0](ids, attention_mask=mask)[0]
-        encoded = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-        if self.picture_size is not None:
-            height, width = self.picture_size
-            size = torch.tensor([[height, width]], dtype=torch.float32, device=self.device)
-            encoded["resolution"] = size.expand(len(prompts), -1)
-            encoded["aspect_ratio"] = (size[:, :1] / size[:, 1:]).expand(len(prompts), -1)
-        return encoded
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+    def picture_conditions(self, count: int) -> dict[str, Tensor]:
+        if self.picture_size is None:
+            return {}
+        size = torch.tensor([self.picture_size], dtype=torch.float32, device=self.device)
+        ratio = size[:, :1] / size[:, 1:]
+        return {"resolution": size.expand(count, -1), "aspect_ratio": ratio.expand(count, -1)}
 
 
 def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class ClipPromptEncoder(PromptEncoder):
     """The last hidden states [B, L, D] of one CLIP text encoder."""
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         ids, mask = self.tokens(prompts)
         encoder = self.text_encoders[0]
         # Stable Diffusion attends to padding too, unless its text encoder says otherwise.

@@ -54,17 +54,19 @@ class SdxlPromptEncoder(PromptEncoder):
         self.picture_size, self.zero_null = picture_size, zero_null
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         outputs = [
             encoder(self.tokens(prompts, place)[0], output_hidden_states=True)
             for place, encoder in enumerate(self.text_encoders)
         ]
-        sizes = torch.tensor([*self.picture_size, 0, 0, *self.picture_size], dtype=torch.float32)
         return {
             "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
             "text_embeds": outputs[1].text_embeds,
-            "time_ids": sizes.to(self.device).expand(len(prompts), -1),
         }
+
+    def picture_conditions(self, count: int) -> dict[str, Tensor]:
+        sizes = torch.tensor([*self.picture_size, 0, 0, *self.picture_size], dtype=torch.float32)
+        return {"time_ids": sizes.to(self.device).expand(count, -1)}
 
     def embed_null(self) -> dict[str, Tensor]:
         empty = self.embed([""])
