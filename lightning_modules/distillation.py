@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
+from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
@@ -58,9 +59,14 @@ class OneStepDistillation(L.LightningModule):
         image_losses: auxiliary losses on decoded pictures; see ``lightning_modules/image_losses``.
         image_pairs: pictures with captions for a regression term; the training isn't image-free then.
         ema_decay: largest decay of the student's moving average; null for none.
-        gradient_checkpointing: recompute the student's activations in the backward pass, to save memory.
+        gradient_checkpointing: recompute activations of the trained networks in the backward pass, which saves
+            memory and takes a third more time.
+        frozen_weights: type of weights that are not trained: float32, bfloat16, or auto: bfloat16 where a
+            bf16-mixed run is on an accelerator, unless in shards.
+        decode_slice: most pictures that an autoencoder takes at once; fewer need less memory.
         prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
             text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
+        compile: compile the networks of a training step: true, or a mode of torch.compile.
         seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
@@ -79,14 +85,18 @@ class OneStepDistillation(L.LightningModule):
         image_pairs: ImagePairs | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
+        frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto",
+        decode_slice: int = 16,
         prompt_cache: str | None = None,
+        compile: bool | str = False,
         seed: int = 0,
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
-                 "prompt_cache", "seed", "max_skipped_updates")  # fmt: skip
+                 "frozen_weights", "decode_slice", "prompt_cache", "compile", "seed",
+                 "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         self.student_optimization, self.fake_score_optimization = student, fake_score
@@ -94,7 +104,9 @@ class OneStepDistillation(L.LightningModule):
         self.student_init, self.student_lora = student_init, student_lora
         self.image_losses, self.image_pairs = image_losses, image_pairs
         self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
+        self.frozen_weights, self.decode_slice = frozen_weights, decode_slice
         self.prompt_cache, self.seed = prompt_cache, seed
+        self.compile_mode = compile
         self.student_steps = self.fake_score_steps = 0
         self._prompts: list[str] = []  # of the update in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
@@ -141,9 +153,10 @@ class OneStepDistillation(L.LightningModule):
             self.parts, self.teacher_path, self.start_timestep, self.student_init, self.student_lora
         )
         self.student = student
+        self.scores = ScoreModels(self.parts.denoiser, schedule, self.lora)
         if self.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.scores = ScoreModels(self.parts.denoiser, schedule, self.lora)
+            self.scores.enable_gradient_checkpointing()
         self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
         if self.prompt_cache is not None:
             use_prompt_cache(self.generator.prompt_encoder, self.parts, self.prompt_cache)
@@ -155,12 +168,16 @@ class OneStepDistillation(L.LightningModule):
         if self.image_pairs is not None:
             processes = self.trainer.world_size if self._trainer is not None else 1
             self.pair_regression = PairRegression(self.image_pairs, self.parts, processes)
+        for part in (self.generator, self.image_terms):
+            if part is not None:
+                part.decoder.slice_size = self.decode_slice
         frozen = [self.scores, self.generator, *([self.image_terms] if self.image_terms is not None else [])]
-        cast_frozen(frozen, frozen_dtype(self._trainer))
+        cast_frozen(frozen, frozen_dtype(self._trainer, self.frozen_weights))
         if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             shard_networks([student, *self.scores.networks()], mesh)
         self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
+        self._compiled = CompiledNetworks([student, *self.scores.networks()], self.compile_mode)
 
     def configure_optimizers(self) -> Any:
         assert self.student is not None
@@ -195,7 +212,7 @@ class OneStepDistillation(L.LightningModule):
         fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
         step, self._prompts = self.student_steps, batch["prompts"]
         self.numbers.clear()
-        with fast_attention(self.device), without_sync(self.trainer.strategy.model):
+        with fast_attention(self.device), without_sync(self.trainer.strategy.model), self._compiled.active():
             samples = [self._student_turn(part, step) for part in micro_batches(self, batch)]
             if (term := pair_term(self, step)) is not None:
                 self.manual_backward(term)

@@ -28,7 +28,7 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
     """What takes memory in a training, activations apart, by name; parts that are empty are left out.
 
     Gradients: those of the larger turn, because a turn's are freed before the next one begins. Optimizer
-    states: as many values as each optimizer keeps per weight, in float32.
+    states: what each optimizer keeps of a small matrix, times the number of weights.
     """
     assert module.student is not None
     student = size((p for p in module.student.parameters() if p.requires_grad), trained=True)
@@ -36,7 +36,11 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
     own = size(module.objective.parameters(), trained=True)
     turns = (student[:2], (fake[0] + own[0], fake[1] + own[1]))
     roles = (module.student_optimization, module.fake_score_optimization)
-    states = sum(round(n * role.state_values_per_weight()) for (n, _), role in zip(turns, roles, strict=True))
+    kept = [role.state_per_weight(module.device) for role in roles]
+    states = [
+        sum(round(weights * each[place]) for (weights, _), each in zip(turns, kept, strict=True))
+        for place in (0, 1)
+    ]
     frozen = {
         "teacher": size(p for p in module.scores.base.parameters() if not p.requires_grad),
         "text encoders": size(module.generator.prompt_encoder.text_encoders.parameters()),
@@ -57,6 +61,6 @@ def memory_by_part(module: OneStepDistillation) -> dict[str, Part]:
         **frozen,
         EMA: size(module.ema.shadow.values() if module.ema is not None else ()),
         GRADIENTS: (*max(turns, key=lambda turn: turn[1]), False),
-        OPTIMIZERS: (states, 4 * states, False),
+        OPTIMIZERS: (states[0], states[1], False),
     }
     return {name: part for name, part in parts.items() if part[0]}

@@ -52,24 +52,55 @@ class RoleOptimization:
             raise UserError(f"the {self.schedule} schedule needs trainer.max_steps: it falls to zero there")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         optimizer = self.optimizer(groups)
+        _use_fused_kernel(optimizer)
         schedule = get_scheduler(
             name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max_steps
         )
         return optimizer, schedule
 
-    def state_values_per_weight(self) -> float:
-        """How many values the optimizer keeps for each weight (Adam 2), seen by a step on a small matrix."""
-        weight = torch.nn.Parameter(torch.zeros(16, 16))
+    def state_per_weight(self, device: torch.device | str = "cpu") -> tuple[float, float]:
+        """Values and bytes that the optimizer keeps for each weight, seen by a step on a matrix.
+
+        Adam: 2 and 8; in eight bits 2 and 2, and a little for their scales.
+        """
+        weight = torch.nn.Parameter(torch.zeros(256, 256, device=device))  # 8-bit ones leave small tensors whole
         weight.grad = torch.zeros_like(weight)
         optimizer = self.optimizer([{"params": [weight]}])
         optimizer.step()
-        state = optimizer.state[weight].values()
-        kept = sum(value.numel() for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
-        return kept / weight.numel()
+        kept = [
+            part
+            for value in optimizer.state[weight].values()
+            if isinstance(value, torch.Tensor) and value.numel() > 1
+            for part in _plain_tensors(value)
+        ]
+        count = weight.numel()
+        return sum(part.numel() for part in kept) / count, sum(part.nbytes for part in kept) / count
 
     def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         """Clip the gradients in place; returns their norm before, a scalar tensor."""
         return clip_gradients(parameters, self.clip_norm or float("inf"))
+
+
+def _use_fused_kernel(optimizer: Optimizer) -> None:
+    """Have one kernel do the whole update, where the optimizer has one and the configuration chose nothing.
+
+    PyTorch's own choice is a loop over the weights on the CPU, several kernels a weight on GPUs.
+    """
+    for group in optimizer.param_groups:
+        devices = {parameter.device.type for parameter in group["params"]}
+        chosen = (
+            any(group.get(name) for name in ("differentiable", "capturable"))
+            or group.get("foreach") is not None
+        )
+        if group.get("fused", False) is None and not chosen and devices <= {"cpu", "cuda"}:
+            group["fused"] = True
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor of a quantizing class (torchao's) is made of; any other tensor is its own only part."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 class UpdateGuard:

@@ -45,12 +45,22 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
-def frozen_dtype(trainer: Trainer | None) -> torch.dtype:
-    """Type of weights that are not trained: bfloat16 where a bf16 run is on an accelerator, else float32."""
-    if trainer is None or str(trainer.precision) != "bf16-mixed":
+def frozen_dtype(trainer: Trainer | None, wanted: str = "auto") -> torch.dtype:
+    """Type of weights that are not trained: float32, bfloat16, or auto.
+
+    Auto is bfloat16 where a bf16 run is on an accelerator: processors without bf16 units are slow with it.
+
+    Raises:
+        UserError: bfloat16 is wanted in shards.
+    """
+    # a group of shards has one type, and that of trained weights is float32
+    sharded = trainer is not None and isinstance(trainer.strategy, FullySharded)
+    if sharded and wanted == "bfloat16":
+        raise UserError("frozen_weights is bfloat16, but shards hold trained weights too: set it to float32")
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if sharded or trainer is None or str(trainer.precision) != "bf16-mixed":
         return torch.float32
-    if isinstance(trainer.strategy, FullySharded):
-        return torch.float32  # a group of shards has one type, and that of trained weights is float32
     return torch.float32 if trainer.strategy.root_device.type == "cpu" else torch.bfloat16
 
 

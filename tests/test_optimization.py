@@ -94,7 +94,46 @@ def test_norm_tells_of_gradients_that_are_not_finite(clip_norm: float | None) ->
         (torch.optim.Adam, 2), (torch.optim.AdamW, 2), (torch.optim.SGD, 0), (torch.optim.RMSprop, 1),
         (functools.partial(torch.optim.SGD, momentum=0.9), 1),
         (functools.partial(torch.optim.Adam, amsgrad=True), 3),
+        (functools.partial(torch.optim.Adam, fused=True), 2),
     ],
 )  # fmt: skip
-def test_state_values_per_weight(optimizer: Any, values: float) -> None:
-    assert role(optimizer).state_values_per_weight() == values
+def test_state_per_weight(optimizer: Any, values: float) -> None:
+    assert role(optimizer).state_per_weight() == (values, 4 * values)
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps a byte for each weight and a scale for each row."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": 1, "first": p.new_zeros(p.shape, dtype=torch.uint8),
+                                 "scale": p.new_zeros(len(p))}  # fmt: skip
+
+
+def test_state_in_eight_bits_is_counted_in_bytes() -> None:
+    assert role(EightBit).state_per_weight() == (1 + 1 / 256, 1 + 4 / 256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fused"), [({}, True), ({"foreach": True}, None), ({"fused": False}, False)]
+)
+def test_one_kernel_updates_all_weights_unless_told_otherwise(settings: dict[str, Any], fused: Any) -> None:
+    ours, plain = (nn.Parameter(torch.linspace(-1, 1, 33)) for _ in range(2))
+    optimizer, _ = role(functools.partial(torch.optim.Adam, **settings), 0.1).build([{"params": [ours]}], -1)
+    assert optimizer.param_groups[0]["fused"] is fused
+    loop = torch.optim.Adam([plain], lr=0.1, foreach=False)
+    for step in range(3):
+        ours.grad, plain.grad = (torch.linspace(step, 2, 33) for _ in range(2))
+        optimizer.step()
+        loop.step()
+    torch.testing.assert_close(ours, plain)
+    assert not torch.equal(ours, torch.linspace(-1, 1, 33))
+
+
+def test_optimizers_without_such_a_kernel() -> None:
+    optimizer, _ = role(torch.optim.RMSprop).build([{"params": [nn.Parameter(torch.zeros(1))]}], -1)
+    assert "fused" not in optimizer.param_groups[0]

@@ -8,11 +8,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
@@ -73,6 +76,8 @@ class ScoreModels(nn.Module):
             self.full_copy = copy.deepcopy(base).to(torch.float32).requires_grad_(True).train()
         else:
             inject_adapter(base, lora, ADAPTER)
+        # looked for once: a walk over all modules at every switch costs milliseconds on large networks
+        self._adapter_layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
 
@@ -101,34 +106,48 @@ class ScoreModels(nn.Module):
         negative: Condition | None = None,
     ) -> Prediction:
         """Prediction of the fake score at x_t [B, C, h, w], t [B]; guidance in kappa form."""
-        with self.adapter(True):
-            network = self.base if self.full_copy is None else self.full_copy
+        with self._fake_network() as network:
             return guided_prediction(
                 _caller(network), self.schedule, x_t, t, condition, guidance_scale, negative
             )
 
     @contextmanager
     def teacher_network(self) -> Iterator[nn.Module]:
-        """The network as the original teacher. Hold it open over backward if gradients are checkpointed."""
+        """The network as the original teacher."""
         with self.adapter(False):
             yield self.base
+
+    @contextmanager
+    def _fake_network(self) -> Iterator[nn.Module]:
+        """The network as the fake score; without gradients the adapter is folded in, which saves products."""
+        if self.full_copy is not None:
+            yield self.full_copy
+        elif torch.is_grad_enabled() or not all(map(_is_foldable, self._adapter_layers)):
+            with self.adapter(True):
+                yield self.base
+        else:
+            with self.adapter(False), _folded(self._adapter_layers):
+                yield self.base
 
     @contextmanager
     def adapter(self, active: bool) -> Iterator[None]:
         """Switch the adapter on or off and restore each layer's former state, also after an exception.
 
         PEFT's own switch sets `requires_grad` of the adapter as a side effect, which would undo the freezing
-        of the other role's turn; the flags are put back at once. Nothing happens with a full copy.
+        of the other role's turn, and costs more than a flag. Nothing happens with a full copy.
         """
-        layers = self._adapter_layers()
-        before = [not layer.disable_adapters for layer in layers]
-        _switch(layers, [active] * len(layers))
-        try:
+        with _switched(self._adapter_layers, [active] * len(self._adapter_layers)):
             yield
-        finally:
-            _switch(layers, before)
 
     # --- training and storage -------------------------------------------------------------------------------
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of both roles in the backward pass, where gradients are wanted.
+
+        A block is recomputed as the role it was called as, whichever is on by then.
+        """
+        for network in self.networks():
+            network.enable_gradient_checkpointing(_checkpoint_as_called)  # type: ignore[operator]
 
     def networks(self) -> list[nn.Module]:
         """The networks that hold the two roles: one, or two with a full copy."""
@@ -138,18 +157,15 @@ class ScoreModels(nn.Module):
         """Parameters of the fake score, whether or not they require a gradient at the moment."""
         if self.full_copy is not None:
             return list(self.full_copy.parameters())
-        return [p for layer in self._adapter_layers() for p in _adapter_parameters(layer)]
+        return [p for layer in self._adapter_layers for p in _adapter_parameters(layer)]
 
     def train(self, mode: bool = True) -> "ScoreModels":
         """Training mode reaches the fake score only: the teacher must not drop anything out."""
         super().train(mode)
         self.base.eval()
-        for layer in self._adapter_layers():
+        for layer in self._adapter_layers:
             layer.lora_dropout.train(mode)
         return self
-
-    def _adapter_layers(self) -> list[BaseTunerLayer]:
-        return [module for module in self.base.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adaptable_layers(network: nn.Module) -> list[str]:
@@ -194,17 +210,56 @@ def _caller(network: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]
     return lambda x_t, t, condition: run_network(network, x_t, t, condition)
 
 
+@contextmanager
+def _switched(layers: list[BaseTunerLayer], active: list[bool]) -> Iterator[None]:
+    """Switch each layer's adapter on or off and restore its former state."""
+    before = [layer.disable_adapters for layer in layers]
+    for layer, on in zip(layers, active, strict=True):
+        layer._disable_adapters = not on
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
+
+
+def _checkpoint_as_called(block: nn.Module, *inputs: Any) -> Any:
+    """The block's output without keeping its activations; recomputed with the adapter as it is now."""
+    layers = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+    active = [not layer.disable_adapters for layer in layers]
+
+    def call(*inputs: Any) -> Any:
+        with _switched(layers, active):
+            return block(*inputs)
+
+    return checkpoint(call, *inputs, use_reentrant=False)
+
+
 def _adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
     """Parameters of the adapter in one layer (without the base layer's)."""
     return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
 
 
-def _switch(layers: list[BaseTunerLayer], active: list[bool]) -> None:
-    """Enable or disable each layer's adapter, leaving all `requires_grad` flags as they are."""
-    for layer, on in zip(layers, active, strict=True):
-        if layer.disable_adapters != on:
-            continue
-        flags = [(p, p.requires_grad) for p in _adapter_parameters(layer)]
-        layer.enable_adapters(on)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+def _is_foldable(layer: BaseTunerLayer) -> bool:
+    """Whether base weights plus the adapter's are exact enough, and faster.
+
+    In bfloat16 a small adapter would be lost. On GPUs the weights' addresses must stay, for captured graphs.
+    """
+    weight = layer.get_base_layer().weight
+    plain = weight.device.type == "cpu" and not isinstance(weight, DTensor)
+    dropped = any(module.training and getattr(module, "p", 0.0) > 0 for module in layer.lora_dropout.values())
+    return plain and weight.dtype == torch.float32 and not dropped
+
+
+@contextmanager
+def _folded(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """The adapters' updates are in the base weights inside; the original tensors return, not a difference."""
+    weights = [layer.get_base_layer().weight for layer in layers]
+    originals = [weight.data for weight in weights]
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            weight.data = weight.data + layer.get_delta_weight(ADAPTER)
+        yield
+    finally:
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data = original

@@ -136,21 +136,46 @@ def test_gradients_reach_the_input_through_both_roles(tiny_sd: Path) -> None:
     assert all(p.grad is not None for p in scores.fake_parameters())
 
 
-def test_gradient_checkpointing_gives_the_same_fake_score_gradient(tiny_sd: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("role", ["teacher", "fake_score"])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_sd: Path, role: str, full: bool) -> None:
+    """Blocks are recomputed as the role they were called as, whatever is switched on by then."""
     x, t, condition = batch()
-    grads = []
+    found = []
     for checkpointing in (False, True):
-        scores = models(tiny_sd)
+        scores = models(tiny_sd, full=full)
         disturb(scores)
         if checkpointing:
-            scores.base.enable_gradient_checkpointing()
-        loss = scores.fake_score(x, t, condition).epsilon.square().mean()
-        with torch.no_grad():
-            scores.teacher(x, t, condition)  # switching before backward must not matter
-        loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in scores.fake_parameters() if p.grad is not None]))
-    assert grads[0].abs().max() > 0
-    torch.testing.assert_close(grads[0], grads[1])
+            scores.enable_gradient_checkpointing()
+        leaf = x.clone().requires_grad_()
+        loss = getattr(scores, role)(leaf, t, condition, guidance_scale=2.0).x0.square().mean()
+        for _ in range(2):  # a graph that is kept is recomputed every time
+            with scores.adapter(role == "teacher"):
+                loss.backward(retain_graph=True)
+        trained = [p.grad for p in scores.fake_parameters() if p.grad is not None]
+        assert len(trained) == (0 if role == "teacher" else len(scores.fake_parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in (leaf.grad, *trained)]))
+        assert scores.full_copy is not None or not scores._adapter_layers[0].disable_adapters
+    assert found[0].abs().max() > 0 and torch.equal(*found)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
+    x, t, condition = batch()
+    kept = []
+    for checkpointing in (False, True):
+        scores, saved = models(tiny_sd), 0
+        if checkpointing:
+            scores.enable_gradient_checkpointing()
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            scores.fake_score(x, t, condition)
+        kept.append(saved)
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_guidance_is_in_kappa_form(tiny_sd: Path) -> None:
