@@ -59,8 +59,8 @@ class OneStepDistillation(L.LightningModule):
         image_losses: auxiliary losses on decoded pictures; see ``lightning_modules/image_losses``.
         image_pairs: pictures with captions for a regression term; the training isn't image-free then.
         ema_decay: largest decay of the student's moving average; null for none.
-        gradient_checkpointing: recompute activations of the trained networks in the backward pass, which saves
-            memory and takes a third more time.
+        gradient_checkpointing: recompute activations of the trained networks in the backward pass: takes less
+            memory and more time.
         frozen_weights: type of weights that are not trained: float32, bfloat16, or auto: bfloat16 where a
             bf16-mixed run is on an accelerator, unless in shards.
         decode_slice: most pictures that an autoencoder takes at once; fewer need less memory.

@@ -63,7 +63,7 @@ class RoleOptimization:
 
         Adam: 2 and 8; in eight bits 2 and 2, and a little for their scales.
         """
-        weight = torch.nn.Parameter(torch.zeros(256, 256, device=device))  # 8-bit ones leave small tensors whole
+        weight = torch.nn.Parameter(torch.zeros(256, 256, device=device))  # small ones stay in 32 bits
         weight.grad = torch.zeros_like(weight)
         optimizer = self.optimizer([{"params": [weight]}])
         optimizer.step()
