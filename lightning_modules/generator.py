@@ -18,9 +18,9 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError
 from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
-from lightning_modules.guidance.negative import negative_attention
+from lightning_modules.guidance.negative import negative_attention, pipeline_network
 from lightning_modules.networks.backbones.pixart import call_options
-from lightning_modules.networks.calling import run_network
+from lightning_modules.networks.calling import embedded_guidance, run_network
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
 from lightning_modules.networks.prompts import PromptEncoder
@@ -221,9 +221,12 @@ def pipeline_images(
     """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
 
     One CPU generator per picture makes the start noise of `seeded_noise`, whatever the batch size. The
-    negative prompt is one for all, or one per picture.
+    negative prompt is one for all, or one per picture. A network that takes the guidance scale as an input
+    (an LCM) is given a usual one instead of 1.
     """
     _check_lengths(prompts, seeds)
+    if guidance_scale == 1:
+        guidance_scale = embedded_guidance(pipeline_network(pipeline)) or guidance_scale
     pictures = []
     for part in _batches(len(prompts), batch_size, progress):
         options: dict[str, Any] = call_options(pipeline)

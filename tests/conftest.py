@@ -1,8 +1,9 @@
 """Fixtures shared by all tests: tiny genuine model folders with random weights, made once per session."""
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,15 @@ def tiny_sd_v(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a miniature by its name in `tests.backbones`. Shared: do not write into it."""
+    from tests.backbones import write_backbone
+
+    root: Path = tmp_path_factory.mktemp("backbones")
+    return functools.cache(lambda name: write_backbone(name, root / name))
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.picture_files import match_files
 from datamodules.tables import read_json
 from lightning_modules.errors import UserError
-from lightning_modules.networks.loading import REPOSITORY, asset_path
+from lightning_modules.networks.model_names import REPOSITORY, asset_path
 from lightning_modules.networks.output_folder import check_output_folder
 from lightning_modules.networks.student import student_path
 

@@ -1,10 +1,12 @@
-"""`export`: a training checkpoint becomes a complete diffusers pipeline folder."""
+"""`export`: a training checkpoint, or a network that others trained, becomes a complete diffusers folder."""
 
 import argparse
 from pathlib import Path
 
-from lightning_modules.networks.export import DTYPES, export_student
-from lightning_modules.networks.student import load_student, resolve_checkpoint
+from lightning_modules.errors import UserError
+from lightning_modules.networks.export import DTYPES, LORA, export_student, one_step_call
+from lightning_modules.networks.network_file import is_network_file, load_network_file
+from lightning_modules.networks.student import LoadedStudent, load_student, resolve_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a .ckpt file, or best or last: that of the newest distillation under runs/",
+        help="a .ckpt file, or best or last: that of the newest distillation under runs/; or a network alone "
+        "(.safetensors, .bin), as DMD2 publishes it, with --base and --start-timestep",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="folder to write; a former export is replaced"
@@ -23,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="averaged or last weights (default: ema if the run had it)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the written weights")
+    parser.add_argument("--base", help="for a network alone: the model whose other parts it needs")
+    parser.add_argument(
+        "--start-timestep", type=int, help="for a network alone: where it starts, e.g. 399 for DMD2's SDXL"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,10 +38,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint is missing or not one of ours, or the output can't be written.
     """
-    checkpoint = resolve_checkpoint(options.checkpoint)
-    if options.checkpoint in ("best", "last"):
-        print(f"Newest {options.checkpoint}.ckpt: {checkpoint}")
-    student = load_student(checkpoint, options.weights)
+    student = _student(options)
     folder = export_student(
         student.parts.denoiser,
         student.parts,
@@ -42,9 +46,29 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         DTYPES[options.dtype],
         student.facts,
+        student.adapter,
     )
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
         f'  pipe = DiffusionPipeline.from_pretrained("{options.output}")\n'
-        "  pipe(prompt, num_inference_steps=1, guidance_scale=1.0)"
+        f"  pipe(prompt, {one_step_call(student.parts)})"
     )
+    if student.adapter is not None:
+        print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")
+
+
+def _student(options: argparse.Namespace) -> LoadedStudent:
+    """What is to be exported."""
+    alone = (options.base, options.start_timestep)
+    if not is_network_file(options.checkpoint):
+        if alone != (None, None):
+            raise UserError("--base and --start-timestep are for a network alone (.safetensors, .bin).")
+        checkpoint = resolve_checkpoint(options.checkpoint)
+        if options.checkpoint in ("best", "last"):
+            print(f"Newest {options.checkpoint}.ckpt: {checkpoint}")
+        return load_student(checkpoint, options.weights)
+    if None in alone:
+        raise UserError(f"{options.checkpoint} is a network alone: give --base MODEL and --start-timestep T.")
+    if options.weights is not None:
+        raise UserError(f"{options.checkpoint} has one set of weights; leave --weights out.")
+    return load_network_file(resolve_checkpoint(options.checkpoint), options.base, options.start_timestep)

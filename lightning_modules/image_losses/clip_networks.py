@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.image_losses.pixels import PixelProcessing, processing_of
-from lightning_modules.networks.loading import asset_path, may_be_hub_name, no_progress_bars, read_json
+from lightning_modules.networks.loading import no_progress_bars, read_json
+from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
 
 OPEN_CLIP = "open_clip:"
 
@@ -73,17 +74,20 @@ class TransformersClip(DifferentiableClip):
     model: CLIPModel
 
     def __init__(self, path: str) -> None:
-        folder = asset_path(path)
-        source = str(folder)
+        wanted = model_name(path)
+        folder = asset_path(wanted.name)
+        source, version = str(folder), {"revision": wanted.revision or "main"}
         if folder.is_dir():
             _check_towers(path, read_json(folder / "config.json"))
-        elif not may_be_hub_name(path):
+        elif not may_be_hub_name(wanted.name):
             raise UserError(f"the CLIP {path} can't be loaded: there is no such folder. Check the path.")
         try:
             with no_progress_bars():
-                model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
-                self_tokenizer = AutoTokenizer.from_pretrained(source)
-                processor = AutoImageProcessor.from_pretrained(source)
+                model, info = CLIPModel.from_pretrained(
+                    source, output_loading_info=True, **wanted.options
+                )
+                self_tokenizer = AutoTokenizer.from_pretrained(source, **version)
+                processor = AutoImageProcessor.from_pretrained(source, **version)
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError …
             raise UserError(
                 f"the CLIP {path} can't be loaded: {first_line(error)} Give a folder of CLIPModel with its "

@@ -1,11 +1,15 @@
 """Calls a denoising network of any supported family in one way."""
 
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from lightning_modules.diffusion.condition import Condition
 
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Parts of a condition that SDXL's UNet and PixArt's transformer take in one dictionary."""
+
+EMBEDDED_GUIDANCE = 8.5
+"""For networks that take the guidance scale as an input: the default of diffusers' LCM pipeline."""
 
 
 def run_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -20,7 +24,21 @@ def run_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition
         for name, tensor in condition.tensors.items()
     }
     added = {name: tensors.pop(name) for name in ADDED if name in tensors}
+    if (scale := embedded_guidance(network)) is not None:
+        tensors["timestep_cond"] = _guidance_embedding(network, scale, x_t).to(dtype)
     output: Tensor = network(
         x_t.to(dtype), timestep=t, **tensors, added_cond_kwargs=added or None, return_dict=False
     )[0]
     return output if output.shape[1] == x_t.shape[1] else output[:, : x_t.shape[1]]
+
+
+def embedded_guidance(network: nn.Module) -> float | None:
+    """The guidance scale of a network that takes it as an input, as LCMs do; None for all others."""
+    takes_it = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
+    return EMBEDDED_GUIDANCE if takes_it else None
+
+
+def _guidance_embedding(network: nn.Module, scale: float, like: Tensor) -> Tensor:
+    """What the stock pipelines make of the scale, [B, D]: of scale - 1, in the form of a timestep."""
+    width: int = network.config.time_cond_proj_dim  # type: ignore[union-attr, assignment]
+    return get_timestep_embedding(like.new_full((len(like),), scale - 1).float(), width, scale=1000)

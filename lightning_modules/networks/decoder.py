@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.frozen import hide_from_state_dict
-from lightning_modules.networks.loading import asset_path, may_be_hub_name, no_progress_bars
+from lightning_modules.networks.loading import no_progress_bars
+from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
 
 KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -55,15 +56,18 @@ def load_autoencoder(path: str) -> AutoencoderKL | AutoencoderTiny:
     Raises:
         UserError: it can't be read, is of another kind, or lacks weights.
     """
-    source = str(asset_path(path))
-    if not (asset_path(path).is_dir() or may_be_hub_name(path)):
+    wanted = model_name(path)
+    source, version = str(asset_path(wanted.name)), {"revision": wanted.revision}
+    if not (asset_path(wanted.name).is_dir() or may_be_hub_name(wanted.name)):
         raise UserError(f"the decoder {path} can't be loaded: there is no such folder. Check the path.")
     try:
         with no_progress_bars():
-            kind = KINDS.get(AutoencoderTiny.load_config(source).get("_class_name", ""))
+            kind = KINDS.get(AutoencoderTiny.load_config(source, **version).get("_class_name", ""))
             if kind is None:
                 raise ValueError(f"it is none of {', '.join(KINDS)}.")
-            module, info = kind.from_pretrained(source, torch_dtype=torch.float32, output_loading_info=True)
+            module, info = kind.from_pretrained(
+                source, torch_dtype=torch.float32, output_loading_info=True, **wanted.options
+            )
     except Exception as error:  # the loaders raise many kinds; the cause stays attached
         raise UserError(
             f"the decoder {path} can't be loaded: {first_line(error)} Give the folder of an autoencoder, "

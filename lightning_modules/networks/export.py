@@ -17,13 +17,16 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from lightning_modules.errors import UserError
+from lightning_modules.networks.calling import embedded_guidance
 from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
+from lightning_modules.networks.lora_files import lora_card, write_lora
 from lightning_modules.networks.output_folder import check_output_folder, written_at_once
+from lightning_modules.networks.student_lora import StudentAdapter
 
-MARKER = "one_step.json"
+MARKER, LORA = "one_step.json", "lora"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FOLDER_NAMES = {
-    MARKER, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
+    MARKER, LORA, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
     "tokenizer_2", "transformer", "unet", "vae",
     "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
@@ -66,6 +69,7 @@ def export_student(
     output: str | Path,
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any] | None = None,
+    adapter: StudentAdapter | None = None,
 ) -> Path:
     """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
@@ -76,6 +80,7 @@ def export_student(
         output: folder to write; a former export is replaced, anything else in it is refused.
         dtype: of the written weights.
         card: facts for the model card and for one_step.json, name to value (plain data).
+        adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
 
     Raises:
         UserError: the output can't be written or holds other files, or the start timestep is unknown.
@@ -89,7 +94,11 @@ def export_student(
     with written_at_once(target) as folder:
         save_pipeline(_pipeline(denoiser, parts, scheduler, dtype), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(Path(output), facts, _call(parts)), encoding="utf-8")
+        text = model_card(Path(output), facts, one_step_call(parts))
+        if adapter is not None:
+            write_lora(adapter, parts.backbone, folder / LORA, dtype)
+            text += lora_card(adapter, parts.backbone, shown_name(Path(output)), one_step_call(parts))
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
 
@@ -120,14 +129,18 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
                 config[name] = without_place(config[name])
 
 
+def shown_name(output: Path) -> str:
+    """What the card calls its own folder: no place on a machine."""
+    return output.name if output.is_absolute() else output.as_posix()
+
+
 def model_card(output: Path, facts: dict[str, Any], call: str) -> str:
     """Markdown text: the snippet that draws a picture, then the facts as a table."""
-    shown = output.name if output.is_absolute() else output.as_posix()
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     return f"""```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{shown}")
+pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
 image = pipe("a red apple", {call}).images[0]
 image.save("apple.png")
 ```
@@ -135,8 +148,8 @@ image.save("apple.png")
 # {output.name}: a one-step text-to-image model
 
 A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
-always use `num_inference_steps=1` and `guidance_scale=1.0` (other values give worse pictures), and keep the
-scheduler of this folder, which holds the timestep the student starts from.
+always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
+folder, which holds the timestep the student starts from.
 
 | | |
 |---|---|
@@ -169,12 +182,11 @@ def _pipeline(
     return parts.backbone.pipeline(parts, scheduler)
 
 
-def _call(parts: TextToImageParts) -> str:
-    """Arguments of the call that draws one picture, as Python text."""
-    call = "num_inference_steps=1, guidance_scale=1.0"
-    binned = (32, 64, 128)  # sizes for which the stock PixArt pipeline has a table of resolutions
-    if parts.backbone.denoiser[0] == "transformer" and parts.denoiser.config.sample_size not in binned:
-        call += ", use_resolution_binning=False"
+def one_step_call(parts: TextToImageParts) -> str:
+    """Arguments of the stock pipeline's call that draws one picture, as Python text."""
+    call = f"num_inference_steps=1, guidance_scale={embedded_guidance(parts.denoiser) or 1.0}"
+    if parts.backbone.denoiser[0] == "transformer":
+        call += ", use_resolution_binning=False"  # the folder's own size, whichever it is
     return call
 
 

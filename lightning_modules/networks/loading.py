@@ -6,53 +6,38 @@ Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_e
 import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
+from lightning_modules.networks.model_names import asset_path as asset_path
+from lightning_modules.networks.model_names import model_folder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-
-
-def asset_path(path: str | Path) -> Path:
-    """Resolve a path: as it stands, else relative to the repository (so that `assets/...` works anywhere).
-
-    The path is returned unchanged if neither exists, so that messages name what the user wrote.
-    """
-    given = Path(path).expanduser()
-    if given.exists() or given.is_absolute():
-        return given
-    bundled = REPOSITORY / given
-    return bundled if bundled.exists() else given
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # no picture is drawn by them
 
 
 def pipeline_folder(path: str | Path) -> Path:
-    """Local folder of a diffusers pipeline: a folder as it is, a hub name `owner/model` downloaded or cached.
+    """Local folder of a diffusers pipeline, named as `model_names` says.
 
     Raises:
         UserError: the path does not exist, is not a folder, can't be downloaded, or lacks model_index.json.
     """
-    folder = asset_path(path)
-    if not folder.exists():
-        folder = _download(str(path))
+    folder = model_folder(path, _check_files)
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
-            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
-        )
+    _check_index(folder)
     return folder
 
 
@@ -62,7 +47,8 @@ def load_parts(
     """Load the parts of a text-to-image folder, in float32 and evaluation mode, on the CPU.
 
     Args:
-        path: a local folder (relative paths: working directory first, then the repository) or a hub name.
+        path: a local folder (relative paths: working directory first, then the repository) or a hub name,
+            each with a revision or variant, if any (see `model_names`).
         denoiser: use this network instead of the folder's (whose weights are then not read).
         without: which of "denoiser", "vae" and "text_encoders" to make without weights, on the meta device;
             they say how they are configured and take no memory.
@@ -116,6 +102,15 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             f"Unknown prediction_type {kind!r} in scheduler/scheduler_config.json ({name}). "
             f"Set it to one of {', '.join(PREDICTION_TYPES)}, as the model was trained."
         )
+    if scheduler.config.get("rescale_betas_zero_snr", False):
+        table = table.clone()
+        table[-1] = 0.0  # what the rescaling means; some schedulers put 2^-24 there, to divide by it
+    if kind == "epsilon" and float(table[-1]) == 0:
+        raise UserError(
+            f"The scheduler {name} has alpha 0 at its last timestep (rescale_betas_zero_snr in scheduler/"
+            "scheduler_config.json), where x0 = (x - sigma * eps) / alpha can't be read off a network that "
+            "predicts epsilon. Set prediction_type or rescale_betas_zero_snr as the model was trained."
+        )
     return NoiseSchedule(table, kind)
 
 
@@ -131,30 +126,6 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def may_be_hub_name(name: str) -> bool:
-    """Whether a name that is no folder here can be one of the hub, owner/model, rather than a mistyped path.
-
-    Asking the hub takes a minute where there is no network.
-    """
-    parent = name.split("/")[0]
-    local = name.startswith((".", "/", "~")) or parent in ("assets", "runs", "outputs")
-    return name.count("/") == 1 and not local and not asset_path(parent).is_dir()
-
-
-def _download(name: str) -> Path:
-    """Fetch a pipeline from the hub (or its local cache); other names are missing folders."""
-    missing = f"The model folder {name} does not exist"
-    if not may_be_hub_name(name):
-        raise UserError(f"{missing}. Check the path.")
-    try:
-        return Path(DiffusionPipeline.download(name))
-    except Exception as error:  # the hub client raises many kinds; the cause stays attached
-        raise UserError(
-            f"{missing} here, and as a Hugging Face hub name it can't be fetched: {first_line(error)} "
-            "Check the path or the name."
-        ) from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a JSON file that must hold an object."""
     try:
@@ -168,6 +139,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_index(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
+            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise unless all parts of a pipeline of any class are there, apart from checkers of pictures."""
+    _check_index(folder)
+    index = read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name in OPTIONAL or not (isinstance(entry, list) and all(isinstance(word, str) for word in entry)):
+            continue
+        _check_part(folder, name, has_weights=(folder / name / "config.json").is_file())
+
+
+def _check_part(folder: Path, name: str, has_weights: bool) -> None:
+    part = folder / name
+    if not part.is_dir() or not any(part.iterdir()):
+        raise UserError(
+            f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
+        )
+    if name.startswith("tokenizer") and not any(
+        all((part / file).is_file() for file in files) for files in VOCABULARIES
+    ):
+        raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
+    if has_weights and not any(f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()):
+        raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+
+
 def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:
     """Raise unless every part is named in model_index.json and its folder is there, with its weights."""
     networks = ["vae", *backbone.text_encoders, *([backbone.denoiser[0]] if with_denoiser else [])]
@@ -177,21 +180,22 @@ def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, wit
             raise UserError(
                 f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it."
             )
-        part = folder / name
-        if not part.is_dir() or not any(part.iterdir()):
-            raise UserError(
-                f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
-            )
-        if name in backbone.tokenizers and not any(
-            all((part / file).is_file() for file in files) for files in VOCABULARIES
-        ):
-            raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
-        if name in networks and not any(f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()):
-            raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+        _check_part(folder, name, has_weights=name in networks)
 
 
 def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
+    if not (folder / name / "tokenizer.json").is_file() and (folder / name / "spiece.model").is_file():
+        _need_sentencepiece(folder / name)
     return _load(folder, name, lambda: kind.from_pretrained(folder / name))
+
+
+def _need_sentencepiece(part: Path) -> None:
+    """Without the library transformers would take the file for something else, with a riddle of a message."""
+    if find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{part} has its vocabulary in spiece.model, which takes the library sentencepiece to read. "
+            'Install it: pip install -e ".[pixart]"'
+        )
 
 
 def _network(folder: Path, name: str, kind: Any) -> Any:

@@ -23,11 +23,12 @@ from lightning_modules.networks.loading import (
     read_json,
 )
 from lightning_modules.networks.roles import LoraSettings
-from lightning_modules.networks.student_lora import StudentBase, fold
+from lightning_modules.networks.student_lora import StudentAdapter, StudentBase, fold
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
 CLASS = "_class_name"
+NETWORK_FILES = (".safetensors", ".bin", ".pth")  # what others publish beside whole pipelines
 DENOISERS = {kind.__name__: kind for _, kind in (backbone.denoiser for backbone in BACKBONES)}
 
 
@@ -40,12 +41,14 @@ class LoadedStudent:
         start_timestep: where it starts.
         weights: "ema" or "online" for a checkpoint, what the card says for an export, "as stored" otherwise.
         facts: what is known about its origin (teacher, student_steps …), plain data.
+        adapter: of a LoRA student's checkpoint, what was folded into its network; None for all others.
     """
 
     parts: TextToImageParts
     start_timestep: int
     weights: str
     facts: dict[str, Any]
+    adapter: StudentAdapter | None = None
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -82,8 +85,8 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
     """Load a student in float32 on the CPU.
 
     Args:
-        path: a .ckpt file of a training run, a folder written by `export`, or any model folder (a
-            teacher, say), which then starts from the last timestep of its own schedule.
+        path: a .ckpt file of a training run, a folder written by `export`, or any model's folder or hub name
+            (a teacher, say), which then starts from the last timestep of its own schedule.
         weights: which weights of a checkpoint; None takes the average (EMA) if there is one.
 
     Raises:
@@ -96,7 +99,7 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
             f"{path} is a folder, which has one set of weights. Choose weights={weights!r} of a .ckpt only."
         )
     folder = pipeline_folder(path)
-    parts = load_parts(folder)
+    parts = load_parts(path)
     facts = read_json(folder / MARKER) if is_own_export(folder) else {}
     start = len(parts.scheduler.betas) - 1 if hasattr(parts.scheduler, "betas") else 0
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
@@ -139,6 +142,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not (path.is_file() or is_sharded(path)):
         raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
+    if path.suffix in NETWORK_FILES:
+        raise UserError(
+            f"{path} is a network alone. Make a model folder of it first: export --checkpoint {path} --base "
+            "MODEL --start-timestep T, with the model whose other parts it needs and the T it was trained at."
+        )
     content = _read(path)
     if not _is_distillation(content):
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
@@ -197,7 +205,8 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     content = read_checkpoint(path)
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
-    student = _folded(facts, state, path) if "student_lora" in facts else _whole(facts, state, path)
+    adapter = _adapter(facts, state) if "student_lora" in facts else None
+    student = _whole(facts, state, path) if adapter is None else _folded(adapter, path)
     try:
         parts = load_parts(facts["teacher"], denoiser=student.requires_grad_(False).eval())
     except UserError as error:
@@ -206,7 +215,7 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     parts.scheduler = one_step_scheduler(parts.scheduler, start)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
     origin |= {name: facts[name] for name in ("student_init", "trained_on") if name in facts}
-    return LoadedStudent(parts, start, chosen, origin)
+    return LoadedStudent(parts, start, chosen, origin, adapter)
 
 
 def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
@@ -222,15 +231,22 @@ def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Mo
     return student
 
 
-def _folded(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
+def _adapter(facts: dict[str, Any], state: dict[str, Tensor]) -> StudentAdapter:
+    """What the checkpoint of a LoRA student holds."""
+    return StudentAdapter(
+        StudentBase(**facts["student_base"]), LoraSettings(**facts["student_lora"]), state
+    )
+
+
+def _folded(adapter: StudentAdapter, path: Path) -> nn.Module:
     """The LoRA student of a checkpoint, its adapter folded into the base that the checkpoint names."""
-    base = StudentBase(**facts["student_base"])
+    base = adapter.base
     try:
         student: nn.Module = load_student(base.path).parts.denoiser
     except UserError as error:
         raise UserError(f"The base of the LoRA student in {path} can't be loaded: {error}") from error
     base.check(content_hash(student), str(path))
-    fold(student, LoraSettings(**facts["student_lora"]), state, str(path))
+    fold(student, adapter.settings, adapter.weights, str(path))
     return student
 
 

@@ -55,6 +55,21 @@ class StudentBase:
             )
 
 
+@dataclass(frozen=True)
+class StudentAdapter:
+    """The adapter of a LoRA student by itself.
+
+    Attributes:
+        base: the weights it belongs on.
+        settings: its size and place.
+        weights: by the names that they have in the network.
+    """
+
+    base: StudentBase
+    settings: LoraSettings
+    weights: Mapping[str, Tensor]
+
+
 def add_adapter(network: nn.Module, lora: LoraSettings) -> None:
     """Freeze the network and put a trained adapter into it; at the start it computes what it did before.
 

@@ -1,0 +1,252 @@
+"""Miniatures of the published models, with random weights: their classes, file formats and configurations.
+
+Only sizes differ. Configurations (scheduler, text encoder, tokenizer files) are those of the models named.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import sentencepiece
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from tests.conftest import TOKENS, make_tokenizer, make_vae
+
+SD_BETAS = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "trained_betas": None, "steps_offset": 1,
+}  # fmt: skip
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": ("PNDMScheduler", SD_BETAS | {
+        "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}),
+    "sd21_v": ("DDIMScheduler", SD_BETAS | {
+        "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+        "prediction_type": "v_prediction"}),
+    "zero_snr": ("DDIMScheduler", SD_BETAS | {
+        "clip_sample": False, "set_alpha_to_one": True, "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    "sd_turbo": ("EulerDiscreteScheduler", SD_BETAS | {
+        "interpolation_type": "linear", "prediction_type": "epsilon", "timestep_spacing": "trailing",
+        "use_karras_sigmas": False}),
+    "lcm": ("LCMScheduler", SD_BETAS | {
+        "clip_sample": False, "original_inference_steps": 50, "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False, "set_alpha_to_one": True, "timestep_spacing": "leading"}),
+    "sdxl": ("EulerDiscreteScheduler", SD_BETAS | {
+        "clip_sample": False, "interpolation_type": "linear", "prediction_type": "epsilon",
+        "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True,
+        "timestep_spacing": "leading", "use_karras_sigmas": False}),
+    "sdxl_turbo": ("EulerAncestralDiscreteScheduler", SD_BETAS | {
+        "prediction_type": "epsilon", "timestep_spacing": "trailing"}),
+    "pixart": ("DPMSolverMultistepScheduler", {
+        "algorithm_type": "dpmsolver++", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "solver_order": 2,
+        "solver_type": "midpoint", "lower_order_final": True, "thresholding": False, "steps_offset": 0,
+        "timestep_spacing": "linspace"}),
+}  # fmt: skip
+SCHEDULERS["pixart_1024"] = SCHEDULERS["pixart"]
+TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024")
+"""Models that teach."""
+
+
+def write_backbone(name: str, folder: Path) -> Path:
+    """Write one of `SCHEDULERS`' models as a folder; the weights are the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name.startswith("sdxl"):
+            _sdxl(folder, name)
+        elif name.startswith("pixart"):
+            _pixart(folder, name)
+        else:
+            _sd(folder, name)
+    kind, settings = SCHEDULERS[name]
+    _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": kind, **settings})
+    return folder
+
+
+def stock_pipeline_of(folder: Path, **parts: Any) -> DiffusionPipeline:
+    """The folder as users open it, without progress bar."""
+    if (folder / "safety_checker").is_dir():
+        parts = {"safety_checker": None, "requires_safety_checker": False, **parts}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a miniature PixArt's call needs: its size is not one of those that PixArt knows."""
+    pixart = type(pipeline).__name__.startswith("PixArt")
+    return {"use_resolution_binning": False, "clean_caption": False} if pixart else {}
+
+
+# --- Stable Diffusion -------------------------------------------------------------------------------------
+
+
+def _sd(folder: Path, name: str) -> None:
+    """SD 1.5 and LCM (OpenAI's CLIP), or SD 2.1, SD Turbo and models fine-tuned from them (OpenCLIP)."""
+    openai = name in ("sd15", "lcm")
+    network: dict[str, Any] = {"attention_head_dim": 2, "cross_attention_dim": 16}
+    if not openai:
+        network |= {"attention_head_dim": [2, 4], "use_linear_projection": True}
+    if name == "lcm":
+        network["time_cond_proj_dim"] = 6
+    unet = _unet(("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"), **network)
+    _save(folder, unet=unet, vae=make_vae())
+    _clip(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu" if openai else "gelu")
+    _tokenizer(folder / "tokenizer", "<|endoftext|>" if openai else "!")
+    pipeline = "LatentConsistencyModelPipeline" if name == "lcm" else "StableDiffusionPipeline"
+    index = {"unet": UNet2DConditionModel, "vae": "AutoencoderKL", "text_encoder": CLIPTextModel}
+    _index(folder, pipeline, name, **index, tokenizer="CLIPTokenizer")
+    if name == "sd15":  # its checker lies in the folder, with weights that nobody needs here
+        _json(folder / "safety_checker" / "config.json", {"model_type": "clip"})
+        content = json.loads((folder / "model_index.json").read_text())
+        content["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        _json(folder / "model_index.json", content)
+
+
+def _sdxl(folder: Path, name: str) -> None:
+    unet = _unet(
+        ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=[2, 4], cross_attention_dim=16 + 24, transformer_layers_per_block=[1, 2],
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12 + 6 * 4,
+    )  # fmt: skip
+    _save(folder, unet=unet, vae=make_vae())
+    _clip(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu")
+    _clip(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", projection_dim=12)
+    _tokenizer(folder / "tokenizer", "<|endoftext|>")
+    _tokenizer(folder / "tokenizer_2", "!")
+    _index(
+        folder, "StableDiffusionXLPipeline", name, unet=UNet2DConditionModel, vae="AutoencoderKL",
+        text_encoder=CLIPTextModel, text_encoder_2=CLIPTextModelWithProjection, tokenizer="CLIPTokenizer",
+        tokenizer_2="CLIPTokenizer", force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+def _unet(down: tuple[str, str], up: tuple[str, str], **settings: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4, down_block_types=down, up_block_types=up, **settings,
+    )  # fmt: skip
+
+
+def _clip(folder: Path, kind: Any, width: int, activation: str, projection_dim: int = 16) -> None:
+    """A text encoder of two layers; the special tokens' numbers are those in all published configurations."""
+    config = CLIPTextConfig(
+        vocab_size=len(make_tokenizer()), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=TOKENS, hidden_act=activation,
+        projection_dim=projection_dim, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    kind(config).save_pretrained(folder)
+
+
+def _tokenizer(folder: Path, padding: str) -> None:
+    """vocab.json and merges.txt, as published; SD 2 and SDXL's second encoder pad with "!"."""
+    model = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+    _json(folder / "vocab.json", model["vocab"])
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    marks = {
+        name: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        for name, text in special.items()
+    }
+    _json(folder / "special_tokens_map.json", {**marks, "pad_token": padding})
+    settings = {name: {"__type": "AddedToken", **mark} for name, mark in marks.items()}
+    _json(folder / "tokenizer_config.json", {
+        "add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": TOKENS,
+        "pad_token": padding, "tokenizer_class": "CLIPTokenizer", **settings})  # fmt: skip
+
+
+# --- PixArt-alpha -----------------------------------------------------------------------------------------
+
+
+def _pixart(folder: Path, name: str) -> None:
+    """PixArt-alpha; at a sample size of 128 the network asks for the picture's size and shape."""
+    large = name == "pixart_1024"
+    sizes = {"sample_size": 128, "patch_size": 16} if large else {"sample_size": 8, "patch_size": 2}
+    # attention between 128 x 128 places of the autoencoder takes seconds
+    vae = AutoencoderKL.from_config({**make_vae().config, "mid_block_add_attention": not large})
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=24, caption_channels=16, **sizes,
+    )  # fmt: skip
+    text = T5Config(
+        vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    _save(folder, transformer=transformer, vae=vae)
+    T5EncoderModel(text).save_pretrained(folder / "text_encoder")
+    write_spiece(folder / "tokenizer")
+    _index(
+        folder, "PixArtAlphaPipeline", name, transformer=PixArtTransformer2DModel, vae="AutoencoderKL",
+        text_encoder=T5EncoderModel, tokenizer="T5Tokenizer",
+    )  # fmt: skip
+
+
+def write_spiece(folder: Path) -> None:
+    """T5's tokenizer as published: a sentencepiece model, no tokenizer.json."""
+    folder.mkdir(parents=True)
+    text = "a red cat and the dog sat on a blue mat with two green cups of tea in an old house"
+    words = text.split()
+    lines = [" ".join(words[i : i + 6]) for i in range(len(words))] * 3
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=60, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", hard_vocab_limit=False, minloglevel=2,
+        num_threads=1,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    _json(folder / "added_tokens.json", {token: size + 99 - i for i, token in enumerate(extra)})
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    _json(folder / "special_tokens_map.json", {"additional_special_tokens": extra, **special})
+    _json(folder / "tokenizer_config.json", {
+        "additional_special_tokens": extra, "clean_up_tokenization_spaces": True, "extra_ids": 100,
+        "legacy": True, "model_max_length": 512, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer",
+        **special})  # fmt: skip
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def _save(folder: Path, **networks: nn.Module) -> None:
+    for name, network in networks.items():
+        save: Callable[..., Any] = network.save_pretrained  # type: ignore[assignment]
+        save(folder / name)
+
+
+def _index(folder: Path, pipeline: str, name: str, **parts: Any) -> None:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.20.0"}
+    for part, kind in parts.items():
+        if isinstance(kind, bool):
+            index[part] = kind
+            continue
+        kind = kind if isinstance(kind, str) else kind.__name__
+        library = "diffusers" if hasattr(diffusers, kind) else "transformers"
+        index[part] = [library, kind]
+    index["scheduler"] = ["diffusers", SCHEDULERS[name][0]]
+    if pipeline in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline"):
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        index["requires_safety_checker"] = False
+    _json(folder / "model_index.json", index)
+
+
+def _json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def private_copy(folder: Path, place: Path) -> Path:
+    """A copy to be changed at will."""
+    shutil.copytree(folder, place)
+    return place

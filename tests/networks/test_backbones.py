@@ -1,0 +1,211 @@
+"""Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.errors import UserError
+from lightning_modules.generator import make_generator
+from lightning_modules.guidance import negative_attention
+from lightning_modules.guidance.methods import Nasa
+from lightning_modules.networks import loading
+from lightning_modules.networks.calling import run_network
+from lightning_modules.networks.loading import load_parts, noise_schedule
+from tests.backbones import SCHEDULERS, call_options, private_copy, stock_pipeline_of
+from tests.conftest import make_tokenizer
+
+PROMPTS = ["a Red cat ", "", "two green cups of tea " * 30]  # the last one is cut
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt has more than")
+
+Folder = Callable[[str], Path]
+
+
+def encode(folder: Path, prompts: list[str] = PROMPTS) -> Condition:
+    parts = load_parts(folder)
+    return parts.backbone.prompt_encoder(parts).encode(prompts)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024"])
+def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> None:
+    pipe: Any = stock_pipeline_of(backbone_folder(name))
+    with torch.no_grad():
+        if name == "sdxl":
+            text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, device="cpu")
+            expected = {"encoder_hidden_states": (text, null), "text_embeds": (pooled, null_pooled)}
+        elif name.startswith("pixart"):
+            text, mask, null, null_mask = pipe.encode_prompt(PROMPTS, device="cpu", clean_caption=False)
+            expected = {"encoder_hidden_states": (text, null), "encoder_attention_mask": (mask, null_mask)}
+        else:
+            expected = {"encoder_hidden_states": pipe.encode_prompt(PROMPTS, "cpu", 1, True)}
+    condition = encode(backbone_folder(name))
+    for key, (given, without) in expected.items():
+        torch.testing.assert_close(condition.tensors[key], given, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(condition.null[key].expand_as(without), without, rtol=1e-6, atol=1e-6)
+    assert condition.tensors.keys() - expected.keys() == {
+        "sdxl": {"time_ids"}, "pixart_1024": {"resolution", "aspect_ratio"}
+    }.get(name, set())  # fmt: skip
+
+
+def test_no_prompt_of_sdxl_is_zero_and_not_the_empty_prompt(backbone_folder: Folder, tmp_path: Path) -> None:
+    condition = encode(backbone_folder("sdxl"))
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]])
+    assert torch.equal(condition.null["time_ids"], sizes)
+    for key in ("encoder_hidden_states", "text_embeds"):
+        assert not condition.null[key].any() and condition.tensors[key][1].abs().max() > 0.1
+    other = private_copy(backbone_folder("sdxl"), tmp_path / "other")
+    index = (other / "model_index.json").read_text()
+    (other / "model_index.json").write_text(index.replace("empty_prompt\": true", "empty_prompt\": false"))
+    assert torch.equal(
+        encode(other, [""]).null["text_embeds"], encode(other, [""]).tensors["text_embeds"]
+    )
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024"])
+def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_folder: Folder) -> None:
+    """Guided: both halves, so that what stands for no prompt is in it; LCM takes the scale as an input."""
+    pipe: Any = stock_pipeline_of(backbone_folder(name))
+    network: Any = pipe.transformer if name.startswith("pixart") else pipe.unet
+    calls: list[tuple[Any, Any, Tensor]] = []
+    forward = network.forward
+
+    def recorded(x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = forward(x_t, *args, **kwargs)
+        calls.append((x_t, kwargs.get("timestep", args[0] if args else None), output[0]))
+        return output
+
+    network.forward = recorded
+    torch.manual_seed(0)
+    pipe(PROMPTS, num_inference_steps=2, guidance_scale=8.5, output_type="latent", **call_options(pipe))
+    x_t, t, expected = calls[0]
+    condition = encode(backbone_folder(name))
+    if name != "lcm":
+        condition = condition.without_text().concat(condition)
+    parts = load_parts(backbone_folder(name))
+    with torch.no_grad():
+        output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
+    torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
+    assert expected.shape[1] == (8 if name.startswith("pixart") else 4)
+    assert parts.denoiser.config.get("time_cond_proj_dim") == (6 if name == "lcm" else None)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart"])
+def test_gradient_checkpointing_changes_nothing(name: str, backbone_folder: Folder) -> None:
+    parts = load_parts(backbone_folder(name))
+    network: Any = parts.denoiser.train()
+    condition = parts.backbone.prompt_encoder(parts).encode(["a red cat", "a dog"])
+    x_t = torch.randn(2, 4, 8, 8)
+    gradients = []
+    for _ in range(2):
+        run_network(network, x_t, torch.tensor([625, 20]), condition).square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        network.zero_grad()
+        network.enable_gradient_checkpointing()
+    assert sum(g.norm() for g in gradients[0]) > 0.01
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("method", ["sdxl", "pixart"])
+def test_negative_prompts_are_attended_to_with_their_mask(method: str, backbone_folder: Folder) -> None:
+    """PixArt's padding does not count; SDXL's counts, as in its own prompts."""
+    parts = load_parts(backbone_folder(method))
+    encoder = parts.backbone.prompt_encoder(parts)
+    condition, negative = encoder.encode(["a red cat"]), encoder.encode(["a blue mat"])
+    short = {
+        name: x[:, :8] if name.startswith("encoder") else x for name, x in negative.tensors.items()
+    }
+    cut = Condition(short, {name: x[:1] for name, x in short.items()})
+    x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([625])
+
+    def output(text: Condition | None) -> Tensor:
+        if text is None:
+            return run_network(parts.denoiser, x_t, t, condition)
+        with negative_attention(parts.denoiser, text, Nasa(0.5)):
+            return run_network(parts.denoiser, x_t, t, condition)
+
+    with torch.no_grad():
+        whole, shortened, plain = output(negative), output(cut), output(None)
+    assert (whole - plain).abs().max() > 1e-4
+    if method == "pixart":
+        mask = negative.tensors["encoder_attention_mask"]
+        assert mask[0, 8:].sum() == 0 < mask[0, :8].sum() < 8
+        torch.testing.assert_close(whole, shortened, rtol=1e-5, atol=1e-6)
+    else:
+        assert (whole - shortened).abs().max() > 1e-5
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def test_vocab_and_merges_are_read(backbone_folder: Folder) -> None:
+    first, second = load_parts(backbone_folder("sdxl")).tokenizers
+    expected = make_tokenizer()(["a red cat", "Dog?"]).input_ids
+    assert first(["a red cat", "Dog?"]).input_ids == expected == second(["a red cat", "Dog?"]).input_ids
+    padded = [t("cat", padding="max_length")["input_ids"][-1] for t in (first, second)]
+    assert first.convert_ids_to_tokens(padded) == ["<|endoftext|>", "!"]
+
+
+def test_a_sentencepiece_model_is_read(
+    backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As published, without tokenizer.json; where the library is not installed, it is named."""
+    folder = backbone_folder("pixart")
+    assert not (folder / "tokenizer" / "tokenizer.json").exists()
+    tokenizer = load_parts(folder).tokenizers[0]
+    reference = SentencePieceProcessor(model_file=str(folder / "tokenizer" / "spiece.model"))
+    for text in ("a red cat and the dog", "unknown Wörds, too"):
+        assert tokenizer(text).input_ids == [*reference.encode(text), reference.eos_id()]
+    assert tokenizer("a", padding="max_length", max_length=5).attention_mask[-1] == 0
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'spiece.model.*sentencepiece.*pip install -e "\.\[pixart\]"'):
+        load_parts(folder)
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+def test_schedules_are_the_published_ones(backbone_folder: Folder) -> None:
+    """Stable Diffusion's alpha_bar 0.0047 at the end, PixArt's 4e-5, and none at zero SNR."""
+    last = {
+        name: float(noise_schedule(load_parts(backbone_folder(name)).scheduler).alphas_cumprod[-1])
+        for name in ("sd15", "sdxl", "pixart", "zero_snr")
+    }
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    linear = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
+    assert last["sd15"] == last["sdxl"] == pytest.approx(float((1 - betas).prod()), rel=1e-3)
+    assert last["pixart"] == pytest.approx(float((1 - linear).prod()), rel=1e-3)
+    assert last["zero_snr"] == 0
+
+
+@pytest.mark.parametrize("name", ["sd21_v", "zero_snr"])
+def test_v_students_start_from_the_right_x0(name: str, backbone_folder: Folder) -> None:
+    """x0 = alpha_T z - sigma_T v, which is -v where alpha_T = 0 and sigma_T = 1."""
+    parts = load_parts(backbone_folder(name))
+    generator = make_generator(parts, 999)
+    z, condition = generator.noise([1, 2]), generator.prompt_encoder.encode(["a cat", "a dog"])
+    with torch.no_grad():
+        v = run_network(parts.denoiser, z, torch.tensor([999, 999]), condition)
+        x0 = generator.latents(z, condition)
+    if name == "zero_snr":
+        assert torch.equal(x0, -v)
+        return
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    alpha_bar = float((1 - betas).prod())
+    torch.testing.assert_close(x0, alpha_bar**0.5 * z - (1 - alpha_bar) ** 0.5 * v, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_snr_is_zero_whatever_the_scheduler_stores() -> None:
+    """Euler's puts 2^-24 in its place; noise prediction has no x0 there and is refused."""
+    settings = SCHEDULERS["zero_snr"][1]
+    settings = {k: v for k, v in settings.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    schedule = noise_schedule(EulerDiscreteScheduler(**settings))
+    assert schedule.alphas_cumprod[-1] == 0 and schedule.alpha[-1] == 0 and schedule.sigma[-1] == 1
+    with pytest.raises(UserError, match="alpha 0 at its last timestep .*predicts epsilon"):
+        noise_schedule(EulerDiscreteScheduler(**settings | {"prediction_type": "epsilon"}))

@@ -1,0 +1,136 @@
+"""One- and few-step models that others trained: LCM, SDXL Turbo, DMD2."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from callbacks.commands import merge
+from callbacks.drawers import Recipe, model_drawer
+from lightning_modules.commands import export, generate
+from lightning_modules.errors import UserError
+from lightning_modules.generator import load_generator
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.student import load_student
+from tests.backbones import private_copy, stock_pipeline_of
+
+PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
+Folder = Callable[[str], Path]
+
+
+def call(command: ModuleType, *words: Any) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(word) for word in words]))
+
+
+def stock_images(pipe: Any, **options: Any) -> Tensor:
+    """Pictures of a stock pipeline's call from seeded noise."""
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images: Tensor = pipe(PROMPTS, generator=generators, output_type="pt", **options).images
+    return images
+
+
+def pixels(file: Path) -> Tensor:
+    """Picture [3, H, W] in [0, 1]."""
+    image = Image.open(file).convert("RGB")
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+
+def moved(folder: Path, seed: int) -> Any:
+    """The folder's network with every weight moved at random."""
+    network = load_parts(folder).denoiser
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lcm", {}), ("sd_turbo", {"guidance_scale": 0.0}), ("sdxl_turbo", {"guidance_scale": 0.0})],
+)
+def test_they_draw_by_their_own_pipeline(
+    name: str, options: dict[str, Any], backbone_folder: Folder, tmp_path: Path
+) -> None:
+    """As their cards say: an LCM keeps its pipeline's guidance, which is an input of its network."""
+    folder = backbone_folder(name)
+    expected = stock_images(stock_pipeline_of(folder), num_inference_steps=1, **options)
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    call(generate, "--model", folder, *prompts, "--seed", SEEDS[0], "--output", tmp_path / "out")
+    for i, picture in enumerate(expected):
+        assert (pixels(tmp_path / f"out/000{i}.png") - picture).abs().max() <= 0.51 / 255
+    drawer = model_drawer(Recipe(str(folder)), PROMPTS, SEEDS, None, torch.device("cpu"))
+    torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lcm", "sdxl_turbo"])
+def test_they_merge(name: str, backbone_folder: Folder, tmp_path: Path) -> None:
+    first, second = backbone_folder(name), private_copy(backbone_folder(name), tmp_path / "second")
+    moved(first, 1).save_pretrained(second / "unet")
+    call(merge, "--first", first, "--second", second, "--weight", 0.5, "--output", tmp_path / "merged")
+    ours = load_generator(tmp_path / "merged")
+    assert ours.start_timestep == 999
+    guidance = 8.5 if name == "lcm" else 1.0
+    assert f"guidance_scale={guidance})" in (tmp_path / "merged/README.md").read_text()
+    pipe = stock_pipeline_of(tmp_path / "merged")
+    drawn = stock_images(pipe, num_inference_steps=1, guidance_scale=guidance)
+    torch.testing.assert_close(drawn, ours.images(PROMPTS, SEEDS), rtol=0, atol=1e-4)
+    if name == "lcm":  # the scale matters
+        other = stock_images(pipe, num_inference_steps=1, guidance_scale=2.0)
+        assert (other - drawn).abs().max() > 1e-3
+
+
+def test_a_network_alone(backbone_folder: Folder, tmp_path: Path) -> None:
+    """DMD2's SDXL: its card puts the UNet into SDXL and takes one LCM step from timestep 399."""
+    base = backbone_folder("sdxl")
+    unet = moved(base, 2)
+    save_file(unet.state_dict(), tmp_path / "dmd2.safetensors")
+    torch.save({name: value.half() for name, value in unet.state_dict().items()}, tmp_path / "half.bin")
+    pipe: Any = stock_pipeline_of(base, unet=unet)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    expected = stock_images(pipe, num_inference_steps=1, guidance_scale=0, timesteps=[399])
+    place = ("--base", base, "--start-timestep", 399)
+    call(export, "--checkpoint", tmp_path / "dmd2.safetensors", *place, "--output", tmp_path / "out")
+    drawn = load_generator(tmp_path / "out").images(PROMPTS, SEEDS)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+    exported = stock_images(stock_pipeline_of(tmp_path / "out"), num_inference_steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(exported, expected, rtol=0, atol=1e-4)
+    facts = json.loads((tmp_path / "out/one_step.json").read_text())
+    assert (facts["start_timestep"], facts["network"]) == (399, "dmd2.safetensors")
+    call(export, "--checkpoint", tmp_path / "half.bin", *place, "--output", tmp_path / "half")
+    halves = load_student(tmp_path / "half").parts.denoiser.state_dict()
+    torch.testing.assert_close(halves["conv_in.weight"], unet.conv_in.weight.half().float())
+
+
+def test_a_network_alone_needs_a_base_that_fits(backbone_folder: Folder, tmp_path: Path) -> None:
+    file = tmp_path / "network.safetensors"
+    save_file(load_parts(backbone_folder("sd15")).denoiser.state_dict(), file)
+    (tmp_path / "cut.bin").write_bytes(b"no weights")
+    start, base = ("--start-timestep", 399), ("--base", backbone_folder("sdxl"))
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((file,), "is a network alone: give --base MODEL and --start-timestep T"),
+        ((file, *base), "give --base MODEL and --start-timestep T"),
+        ((file, *base, *start, "--weights", "ema"), "one set of weights"),
+        ((file, *base, *start), "does not hold the network of .* Give another --base"),
+        ((tmp_path / "cut.bin", *base, *start), "cut.bin can't be read"),
+        ((tmp_path / "gone.bin", *base, *start), "gone.bin does not exist"),
+        (("last", *base), "are for a network alone"),
+    ]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            call(export, "--checkpoint", *words, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="is a network alone. Make a model folder of it first: export"):
+        load_student(file)
+    assert not (tmp_path / "out").exists()
