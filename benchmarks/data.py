@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,10 @@ def main() -> None:
             for prompt in tqdm(synthetic_prompts(options.prompts), "Synthetic prompts", options.prompts):
                 file.write(prompt + "\n")
         rows = measure(path, options.prompts, options.batch_size, options.workers, options.seconds)
+    from callbacks.environment import environment  # here, since it takes imports that are measured
+
+    machine = environment()
+    print(f"\n{machine['processor']}, {machine['cpu_count']} cores, {date.today()}")
     print(f"\n| | {options.prompts:,} prompts | what follows for {PROJECTED:,} |\n|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
     print(

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _print(
     speed = arguments.count / total
     print(f"\n{title}: {arguments.count:,} pictures in {total:.1f} s, {speed:.1f} images/s")
     hardware = machine["gpus"] or machine["processor"]
-    print(f"{arguments.device}, {hardware}, {machine['torch_threads']} threads, "
+    print(f"{arguments.device}, {hardware}, {machine['torch_threads']} threads, {date.today()}, "
           f"batch {arguments.batch_size}, {arguments.dtype}, peak {peak_memory_gib():.2f} GiB\n")  # fmt: skip
     print("| part | seconds | share |\n|---|---:|---:|")
     for name, seconds in {**parts, "the rest": total - sum(parts.values())}.items():

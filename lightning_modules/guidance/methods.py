@@ -30,7 +30,7 @@ class Nasa:
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Z [B, S, D]."""
-        return positive - self.scale * negative
+        return torch.sub(positive, negative, alpha=self.scale)  # in one pass over memory
 
 
 @dataclass(frozen=True)
