@@ -167,8 +167,15 @@ def _check_part(folder: Path, name: str, has_weights: bool) -> None:
         all((part / file).is_file() for file in files) for files in VOCABULARIES
     ):
         raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
-    if has_weights and not any(f.suffix in WEIGHT_SUFFIXES for f in part.iterdir()):
+    weights = sorted(file for file in part.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if has_weights and not weights:
         raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
+    if has_weights and all(len(file.suffixes) > 1 for file in weights):
+        variant = weights[0].name.split(".")[1].split("-")[0]
+        raise UserError(
+            f"The part {name!r} has weights of a variant only, {weights[0].name} in {part}. "
+            f"Name the variant behind the model: NAME#{variant}"
+        )
 
 
 def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:

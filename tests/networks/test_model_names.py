@@ -79,6 +79,9 @@ def test_variants(own_sd: Path) -> None:
     moved(own_sd, 1.0).half().save_pretrained(own_sd / "unet", variant="fp16", max_shard_size="60KB")
     assert pipeline_folder(named) != first  # other files, other links
     torch.testing.assert_close(weights(load_parts(named).denoiser), plain + 1, rtol=0, atol=1e-3)
+    (own_sd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="part 'unet' has weights of a variant only, .*: NAME#fp16"):
+        load_parts(own_sd)
     shutil.rmtree(own_sd / "unet")
     with pytest.raises(UserError, match=r"no weights of the variant 'fp16' .*Leave #fp16 out"):
         load_parts(named)

@@ -1,0 +1,217 @@
+"""Every family from teacher to student: training, resuming, export, stock pipeline, the LoRA by itself."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+
+from callbacks.commands import merge
+from callbacks.drawers import Recipe, model_drawer
+from datamodules.prompts import PromptDataModule
+from lightning_modules.commands import export, generate
+from lightning_modules.commands.app_pictures import SideBySide
+from lightning_modules.commands.generate import to_pillow
+from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.generator import OneStepGenerator, load_generator
+from lightning_modules.guidance import negative_prompting
+from lightning_modules.guidance.methods import Nasa
+from lightning_modules.guidance.scales import UniformGuidance
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.student import load_student
+from lightning_modules.networks.student_lora import StudentLoraSettings
+from lightning_modules.objectives.swiftbrush import SwiftBrush
+from tests.backbones import TRAINED, call_options, stock_pipeline_of
+from tests.conftest import PICTURE
+from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation, prompt_data, snapshot, trainer
+
+TEXTS, SEEDS = ["a Red cat ", "a dog"], [5, 6]
+STARTS = {"sd21_v": 999, "zero_snr": 999}  # the others at 625
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "pixart": "PixArtAlphaPipeline"}
+LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
+class Run:
+    """A student after three updates, and a LoRA student after two.
+
+    Attributes:
+        final, resumed: all weights of the uninterrupted run and of one that went on after two updates.
+        checkpoint, folder: of the student; lora_checkpoint, lora_folder: of the LoRA student.
+    """
+
+    name: str
+    teacher: Path
+    final: dict[str, Tensor]
+    resumed: dict[str, Tensor]
+    checkpoint: Path
+    folder: Path
+    lora_checkpoint: Path
+    lora_folder: Path
+
+
+def call(command: ModuleType, *words: Any) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(word) for word in words]))
+
+
+def train(module: OneStepDistillation, place: Path, steps: int, data: Any = None, **options: Any) -> Path:
+    """Fit and save what it comes to; also after two updates, in two.ckpt."""
+    place.mkdir(exist_ok=True)
+
+    def after_step(m: Any) -> None:
+        if m.student_steps == 2:
+            m.trainer.save_checkpoint(place / "two.ckpt")
+
+    L.seed_everything(0, verbose=False)
+    run = trainer(place, steps, [Hooks(after_step=after_step)])
+    run.fit(module, data or prompt_data(), **options)
+    run.save_checkpoint(place / "last.ckpt")
+    return place / "last.ckpt"
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def run(
+    request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], tmp_path_factory: Any
+) -> Run:
+    name, place = request.param, tmp_path_factory.mktemp(request.param)
+    teacher, start = backbone_folder(name), STARTS.get(name, 625)
+    modules = [distillation(teacher, start_timestep=start) for _ in range(2)]
+    checkpoint = train(modules[0], place / "run", 3)
+    train(modules[1], place / "again", 3, ckpt_path=place / "run" / "two.ckpt", weights_only=True)
+    # NASA-T, so that negative prompts and recomputed activations go through each family's attention
+    objective = SwiftBrush(teacher_negatives=True, student_negatives=UniformGuidance(0, 1))
+    negatives = PromptDataModule(
+        PROMPTS, batch_size=4, eval_captions=PROMPTS, eval_size=2, negative_prompts=["a blue mat", "tea"]
+    )
+    lora = distillation(
+        teacher, objective, start_timestep=start, student_lora=LORA, student=adam(0.02), ema_decay=None,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    lora_checkpoint = train(lora, place / "lora", 2, negatives)
+    for kind, path in (("student", checkpoint), ("lora_student", lora_checkpoint)):
+        call(export, "--checkpoint", path, "--output", place / kind)
+    return Run(
+        name, teacher, snapshot(modules[0]), snapshot(modules[1]), checkpoint, place / "student",
+        lora_checkpoint, place / "lora_student",
+    )  # fmt: skip
+
+
+def one_step(pipe: Any, generator: OneStepGenerator) -> Tensor:
+    """What the card's call draws from the generator's noise."""
+    noise = generator.noise(SEEDS)
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt", **call_options(pipe)}
+    pictures: Tensor = pipe(TEXTS, latents=noise, **options).images
+    return pictures
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
+    assert run.final.keys() == run.resumed.keys()
+    assert all(torch.equal(value, run.resumed[name]) for name, value in run.final.items())
+    start = load_parts(run.teacher).denoiser.state_dict()
+    moved = [name for name in start if not torch.equal(start[name], run.final[f"student.{name}"])]
+    assert len(moved) > len(start) / 2
+
+
+def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
+    pipe = stock_pipeline_of(run.folder)
+    assert type(pipe).__name__ == PIPELINES.get(run.name.split("_")[0], "StableDiffusionPipeline")
+    ours = load_generator(run.checkpoint)
+    expected = ours.images(TEXTS, SEEDS)
+    torch.testing.assert_close(one_step(pipe, ours), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_generator(run.folder).images(TEXTS, SEEDS), expected, rtol=0, atol=1e-4)
+    teacher = load_generator(run.teacher)
+    teacher.schedule, teacher.start_timestep = ours.schedule, ours.start_timestep
+    assert (teacher.images(TEXTS, SEEDS) - expected).abs().max() > 1e-3
+
+
+def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
+    """On the untouched teacher, loaded as the card says, it draws what the folded student draws."""
+    ours = load_generator(run.lora_checkpoint)
+    expected = ours.images(TEXTS, SEEDS)
+    folded = one_step(stock_pipeline_of(run.lora_folder), ours)
+    torch.testing.assert_close(folded, expected, rtol=0, atol=1e-4)
+    pipe: Any = stock_pipeline_of(run.teacher)
+    pipe.scheduler = DDIMScheduler.from_pretrained(run.lora_folder, subfolder="scheduler")
+    without = one_step(pipe, ours)
+    card = (run.lora_folder / "README.md").read_text()
+    if run.name.startswith("pixart"):
+        assert 'PeftModel.from_pretrained(pipe.transformer, "lora_student/lora")' in card
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(run.lora_folder / "lora"))
+    else:
+        assert 'pipe.load_lora_weights("lora_student/lora")' in card
+        pipe.load_lora_weights(str(run.lora_folder / "lora"))
+        with safe_open(run.lora_folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+            settings = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
+    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}")' in card and "scale\n3," in card
+    loaded = one_step(pipe, ours)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
+    assert (without - expected).abs().max() > 1e-3
+    assert not (run.folder / "lora").exists()
+
+
+# --- commands, on the families that are not Stable Diffusion ----------------------------------------------
+
+
+others = pytest.mark.parametrize("run", list(PIPELINES), indirect=True)
+
+
+@others
+def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
+    words = ["--prompt", TEXTS[0], "--seed", SEEDS[0], "--negative-prompt", "a blue mat"]
+    call(generate, "--model", run.folder, *words, "--negative-scale", 0.5, "--output", tmp_path / "out")
+    ours = load_generator(run.folder)
+    steered = ours.images(TEXTS, SEEDS, negative_prompt="a blue mat", negative_method=Nasa(0.5))
+    pipe = stock_pipeline_of(run.folder)
+    with negative_prompting(pipe, "a blue mat", method="nasa", scale=0.5):
+        torch.testing.assert_close(one_step(pipe, ours), steered, rtol=0, atol=1e-4)
+    assert (steered - ours.images(TEXTS, SEEDS)).abs().max() > 1e-3
+    picture = (tmp_path / "out" / "0000.png").read_bytes()
+    to_pillow(steered[0]).save(tmp_path / "expected.png")
+    assert picture == (tmp_path / "expected.png").read_bytes()
+
+
+@others
+def test_evaluate_draws_the_same(run: Run) -> None:
+    ours = load_generator(run.checkpoint)
+    place = (TEXTS, SEEDS, None, torch.device("cpu"))
+    for path in (run.checkpoint, run.folder):
+        pictures = model_drawer(Recipe(str(path)), *place).draw([0, 1])
+        torch.testing.assert_close(pictures, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
+    drawer = model_drawer(Recipe(str(run.teacher), steps=2, guidance_scale=3.0), *place)
+    assert drawer.draw([1]).shape == (1, 3, PICTURE, PICTURE)
+
+
+@others
+def test_merge(run: Run, tmp_path: Path) -> None:
+    pair = ("--first", run.checkpoint, "--second", run.lora_folder)
+    call(merge, *pair, "--weight", 0.25, "--output", tmp_path / "m")
+    paths = (run.checkpoint, run.lora_folder, tmp_path / "m")
+    first, second, merged = (load_student(path).parts.denoiser.state_dict() for path in paths)
+    for name, value in merged.items():
+        torch.testing.assert_close(value, 0.25 * first[name] + 0.75 * second[name])
+    ours = load_generator(tmp_path / "m")
+    drawn = one_step(stock_pipeline_of(tmp_path / "m"), ours)
+    torch.testing.assert_close(drawn, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
+
+
+@others
+def test_app(run: Run, tmp_path: Path) -> None:
+    page = SideBySide(str(run.folder), str(run.teacher))
+    picture = page.student(TEXTS[0], "a blue mat", "nasa", 0.5, SEEDS[0]).image
+    steered = load_generator(run.folder).images(
+        TEXTS[:1], SEEDS[:1], negative_prompt="a blue mat", negative_method=Nasa(0.5)
+    )
+    assert picture.tobytes() == to_pillow(steered[0]).tobytes()
