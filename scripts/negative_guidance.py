@@ -8,8 +8,9 @@ detector): ``negative_removal_rate``, ``clip_score`` and ``clip_score_negative``
 seeds for all; and on held-out captions, each with the style that it does not name as negative prompt (the two
 in turn where it names none): ``frechet_distance`` and ``clip_score``, the price in quality.
 
-The bundled cases were chosen without looking at any guided picture: among 74 objects, those where the bundled
-student draws the feature in 40 to 60 of 100 pictures and the detector is right on the real pictures.
+The bundled cases were chosen without looking at any guided picture: of objects in random order, the first for
+six background colours and for each style where the shipped student draws the feature in 40 to 60 of its first
+100 pictures and the detector is right on the real pictures. Another student needs others.
 
 Writes results.json, results.md, sweep_nasa.png and sweep_nag.png (rows prompts, columns scales), and
 plot_nasa.png and plot_nag.png.
@@ -135,10 +136,10 @@ def main() -> None:
     add("--reference", default="assets/cache/emoji-reference.safetensors")
     add("--images", type=int, default=100, help="pictures of each case (default: %(default)s)")
     add("--captions", type=int, default=1024, help="held-out captions for quality (default: %(default)s)")
-    nasa = "0.1,0.25,0.5,0.75,1,1.25,1.5"
+    nasa = "0.1,0.25,0.3,0.4,0.5,0.75,1,1.25,1.5"
     add("--nasa", type=scale_list, default=nasa, help="scales (default: %(default)s)")
-    add("--nag", type=scale_list, default="1,2,4,6,8", help="scales (default: %(default)s)")
-    add("--cfg", type=scale_list, default="1.5,2.5,4", help="scales, 1 is off (default: %(default)s)")
+    add("--nag", type=scale_list, default="2,4,8", help="scales (default: %(default)s)")
+    add("--cfg", type=scale_list, default="1.5,2.5", help="scales, 1 is off (default: %(default)s)")
     add("--output", type=Path, default=Path("outputs/negative_guidance"))
     options = parser.parse_args()
     generator, extractor = load_generator(options.model), ClipExtractor(options.clip)
