@@ -20,7 +20,6 @@ from lightning_modules.image_pairs import ImagePairs, PairRegression
 from lightning_modules.judging import not_finite, objective_terms, pair_term, student_terms
 from lightning_modules.memory import Part, memory_by_part
 from lightning_modules.micro_batches import MicroBatch, micro_batches, student_negatives
-from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.cached_prompts import use_prompt_cache
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.frozen import hide_from_state_dict
@@ -212,7 +211,7 @@ class OneStepDistillation(L.LightningModule):
         fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
         step, self._prompts = self.student_steps, batch["prompts"]
         self.numbers.clear()
-        with fast_attention(self.device), without_sync(self.trainer.strategy.model), self._compiled.active():
+        with without_sync(self.trainer.strategy.model), self._compiled.active():
             samples = [self._student_turn(part, step) for part in micro_batches(self, batch)]
             if (term := pair_term(self, step)) is not None:
                 self.manual_backward(term)

@@ -47,9 +47,9 @@ class Condition:
     def without_text(self, mask: Tensor | None = None) -> Condition:
         """The batch with ∅ for prompts where the boolean ``mask`` [B] is true (None: everywhere)."""
         if mask is None:
-            return Condition(
-                {name: self._null_like(name).expand_as(x) for name, x in self.tensors.items()}, self.null
-            )
+            # not a view: another layout than that of prompts would have compiled networks compiled again
+            nothing = {n: self._null_like(n).expand_as(x).contiguous() for n, x in self.tensors.items()}
+            return Condition(nothing, self.null)
         if mask.dtype != torch.bool:
             raise ValueError(f"the mask must be boolean, got {mask.dtype}")
         dropped = {

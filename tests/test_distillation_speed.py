@@ -1,0 +1,120 @@
+"""What keeps a training step fast: graphs compiled once, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_modules import compiling
+from lightning_modules.compiling import CompiledNetworks
+from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.errors import UserError
+from lightning_modules.guidance.scales import UniformGuidance
+from lightning_modules.objectives.swiftbrush import SwiftBrush
+from tests.tiny_distillation import PROMPTS, Hooks, distillation, fit, snapshot
+
+# --- waiting
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the program needs to go on: on a GPU each waits for all before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        self.count += func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(module: OneStepDistillation, folder: Path, **settings: Any) -> list[int]:
+    """How often each of three training steps waits."""
+    train, counts = module.training_step, []
+
+    def counted(batch: dict[str, Any], batch_idx: int) -> None:
+        with Waits() as mode:
+            train(batch, batch_idx)
+        counts.append(mode.count)
+
+    module.training_step = counted  # type: ignore[method-assign]
+    fit(module, folder, 3, **settings)
+    return counts
+
+
+def test_a_step_waits_twice(tiny_sd: Path, tmp_path: Path) -> None:
+    """To know whether each role's gradient is finite, whatever the batch, its parts and the diagnostics."""
+    random = SwiftBrush(guidance_scale=UniformGuidance(2.0, 5.0), dropout_per_sample=True)
+    assert waits(distillation(tiny_sd, random), tmp_path) == [2, 2, 2]
+    assert waits(distillation(tiny_sd), tmp_path, micro_batch_size=2) == [2, 2, 2]
+
+
+# --- compiling
+
+
+@pytest.fixture
+def smaller_sd(own_sd: Path) -> Path:
+    """One attention block, for tracing takes seconds for each."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
+    ).save_pretrained(own_sd / "unet")  # fmt: skip
+    return own_sd
+
+
+def test_nothing_is_compiled_again_when_prompts_guidance_and_turns_change(
+    smaller_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    counts: list[int] = []
+
+    def train(compile: bool) -> OneStepDistillation:
+        objective = SwiftBrush(guidance_scale=UniformGuidance(2.0, 5.0), prompt_dropout=0.5)
+        module = distillation(smaller_sd, objective, compile=compile)
+        fit(module, tmp_path, 3, Hooks(after_step=lambda _: counts.append(len(graphs))))
+        return module
+
+    plain = train(False)
+    assert counts == [0, 0, 0]
+    compiled = train(True)
+    # student; scores without gradient (the fake score's adapter is folded in on the CPU); fake score with one
+    assert counts[3:] == [3, 3, 3]
+    compiled.generator.images(PROMPTS[:3], [1, 2, 3])
+    assert len(graphs) == 3, "evaluations are not compiled"
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, value in snapshot(plain).items():
+        torch.testing.assert_close(snapshot(compiled)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_run_as_they_are_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: calls.append(1) or graph.forward)
+    network = nn.Linear(2, 2)
+    networks = CompiledNetworks([network], "default")
+    network(torch.ones(1, 2))
+    with pytest.raises(KeyError), networks.active():
+        network(torch.ones(1, 2))
+        raise KeyError
+    network(torch.ones(5, 2))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("mode", ["fast", "none"])
+def test_unknown_modes(mode: str) -> None:
+    with pytest.raises(
+        UserError, match=f"compile is '{mode}': set it to true, false or one of default, reduce"
+    ):
+        CompiledNetworks([nn.Linear(1, 1)], mode)
