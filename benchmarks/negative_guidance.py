@@ -1,18 +1,16 @@
-"""What negative prompts cost: floating-point operations of real backbones, and time of a model at hand.
+"""What negative prompts cost: floating-point operations of real backbones; seconds, on any machine.
 
-    python benchmarks/negative_guidance.py                                     counts; seconds, any machine
-    python benchmarks/negative_guidance.py --model assets/emoji-sd-swiftbrush  and times, here
+    python benchmarks/negative_guidance.py
 
 Operations (matrix products, convolutions, attention) are counted by PyTorch on networks without memory (the
 meta device) for one image and one network call, relative to the plain call. CFG makes two calls. NASA and NAG
 differ in element-wise operations only, which are not counted. With cross-attention keys and values of the
-negative prompt belong to the first call only; with joint attention every call is like the first.
+negative prompt belong to the first call only; with joint attention every call is like the first. Times are in
+benchmarks/generate.py.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,21 +28,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lightning_modules.generator import OneStepGenerator, load_generator
 from lightning_modules.guidance import negative_prompting
-from lightning_modules.guidance.methods import make_method
 
-PROMPT, NEGATIVE = "a red apple, noto style", "on a white background"
+SD21: dict[str, Any] = {
+    "sample_size": 64, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}  # fmt: skip
 
 
 def sd21() -> tuple[nn.Module, dict[str, Tensor]]:
     """The UNet of Stable Diffusion 2.1 at 512 pixels."""
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        attention_head_dim=(5, 10, 20, 20),
-        cross_attention_dim=1024,
-        use_linear_projection=True,
-    )
+    unet = UNet2DConditionModel(**SD21)
     return unet, {"sample": torch.randn(1, 4, 64, 64), "encoder_hidden_states": torch.randn(1, 77, 1024)}
 
 
@@ -140,51 +134,27 @@ def operations(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[in
     return plain, first, later
 
 
-def milliseconds(generator: OneStepGenerator, batch_size: int, repeats: int) -> dict[str, list[float]]:
-    """Times per image of each method, in turns so that other work on the machine hits all alike."""
-    options: dict[str, dict[str, Any]] = {"none": {}, "cfg": {"guidance_scale": 1.5}}
-    for name in ("nasa", "nag"):
-        options[name] = {"negative_method": make_method(name, generator.student)}
-    times: dict[str, list[float]] = {name: [] for name in options}
-    prompts, seeds = [PROMPT] * batch_size, list(range(batch_size))
-    for turn in tqdm(range(repeats + 1), desc="times"):
-        for name, given in options.items():
-            negative = None if name == "none" else NEGATIVE
-            began = time.perf_counter()
-            generator.images(prompts, seeds, negative_prompt=negative, **given)
-            if generator.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                times[name].append(1000 * (time.perf_counter() - began) / batch_size)
-    return times
+def table() -> list[str]:
+    """Lines of a table of all networks."""
+    lines = [
+        "| network | plain, GFLOP | CFG | negative prompt, first call | later calls |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    networks = (sd21, sdxl, pixart, sd3, flux)
+    for make in tqdm(networks, desc="operations", unit="network"):
+        plain, first, later = operations(make)
+        added = [f"{100 * (value / plain - 1):+.2f} %" for value in (first, later)]
+        title = (make.__doc__ or "").rstrip(".")
+        lines.append(f"| {title} | {plain / 1e9:,.0f} | +100 % | {added[0]} | {added[1]} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="checkpoint or folder to time")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    print("| network | plain, GFLOP | CFG | negative prompt, first call | later calls |")
-    print("|---|---:|---:|---:|---:|")
-    for make in (sd21, sdxl, pixart, sd3, flux):
-        plain, first, later = operations(make)
-        added = [f"{100 * (value / plain - 1):+.2f} %" for value in (first, later)]
-        title = (make.__doc__ or "").rstrip(".")
-        print(f"| {title} | {plain / 1e9:,.0f} | +100 % | {added[0]} | {added[1]} |", flush=True)
-    if options.model is None:
-        return
-    generator = load_generator(options.model)
-    if torch.cuda.is_available():
-        generator = generator.cuda()
-    times = milliseconds(generator, options.batch_size, options.repeats)
-    base = statistics.median(times["none"])
-    print("\n| method | milliseconds per image (median) | added |\n|---|---:|---:|")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"| {name} | {median:.2f} | {100 * (median / base - 1):+.1f} % |")
+    parser.parse_args()
+    print("\n".join(table()))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def check_sum(key: NDArray[np.uint8], row: Mapping[str, Tensor]) -> int:
     """CRC-32 of a text's hash and its numbers."""
     value = zlib.crc32(key.tobytes())
     for name in sorted(row):
-        value = zlib.crc32(row[name].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(row[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
 

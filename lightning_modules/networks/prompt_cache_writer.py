@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_modules.errors import UserError, first_line
@@ -150,9 +149,9 @@ class PromptCacheWriter:
         try:
             if not (self.folder / MANIFEST).exists():
                 self._write_manifest()
-            save_file(tensors, partial)
+            partial.write_bytes(save(tensors))  # save_file would make it readable by its owner only
             _settle(partial, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise _unwritable(self.folder, error) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -227,7 +226,7 @@ def _settle(partial: Path, path: Path) -> None:
     partial.replace(path)
 
 
-def _unwritable(folder: Path, error: Exception) -> UserError:
+def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"the cache {folder} can't be written: {first_line(error)}; make room or mend that, and run the same "
         "command again: it goes on where this one ended"

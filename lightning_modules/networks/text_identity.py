@@ -64,7 +64,7 @@ def _file_hash(path: Path) -> str:
 
 def _tensor_hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
