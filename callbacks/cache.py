@@ -74,7 +74,8 @@ class ResultCache:
         """
         path = self.user_dir / self.file_name(kind, key)
         # A file without any tensor is no valid safetensors file for every reader, so there is always one.
-        content = dict(tensors or {}) or {"empty": torch.zeros(1)}
+        content = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
+        content = content or {"empty": torch.zeros(1)}
         words = {
             "key": json.dumps(dict(key), sort_keys=True),
             "value": json.dumps(dict(value), sort_keys=True),

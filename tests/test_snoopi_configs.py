@@ -6,38 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-from transformers import T5Config, T5EncoderModel
 
-from lightning_modules.pretraining_pixart import word_tokenizer
-from tests.conftest import make_vae
+from tests.backbones import write_backbone
 from tests.test_sbv2_configs import EXPERIMENTS, step
 from tests.tiny_judges import CLIP, tiny_decoder
 
 # largest kappa, prompts per update and updates, by backbone (version 3 of the paper)
 PAPER = {"sd15": (4.0, 64, 60000), "sd21": (4.0, 64, 40000), "pixart": (3.0, 32, 50000)}
 NEGATIVES = ["blurry", "a red cat", "green"]
-
-
-@pytest.fixture(scope="module")
-def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny PixArt-alpha with random weights, of the latents of the tiny Stable Diffusion."""
-    folder: Path = tmp_path_factory.mktemp("tiny_pixart")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = word_tokenizer(["a red cat", "blurry green"])
-        text = T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-        transformer = PixArtTransformer2DModel(
-            sample_size=8, patch_size=1, in_channels=4, out_channels=8, num_layers=1, num_attention_heads=2,
-            attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
-        )  # fmt: skip
-        scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False)
-        PixArtAlphaPipeline(
-            tokenizer, T5EncoderModel(text), make_vae(), transformer, scheduler
-        ).save_pretrained(folder)
-    return folder
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -96,10 +73,9 @@ def test_bundled(kind: str, tiny_sd: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "kind"), [("sd15", "nasat"), ("sd21", "pgsb"), ("pixart", "nasat")])
-def test_real_backbones(
-    backbone: str, kind: str, tiny_sd: Path, tiny_pixart: Path, tiny_clip: Path, tmp_path: Path
-) -> None:
-    name, teacher = f"{backbone}_{kind}", tiny_pixart if backbone == "pixart" else tiny_sd
+def test_real_backbones(backbone: str, kind: str, tiny_clip: Path, tmp_path: Path) -> None:
+    name = f"{backbone}_{kind}"
+    teacher = write_backbone({"sd21": "sd15"}.get(backbone, backbone), tmp_path / "teacher")
     loss = {"class_path": CLIP, "init_args": {"clip": str(tiny_clip)}}
     options = [
         *miniature(teacher, kind == "nasat"), "--model.student_init=null",

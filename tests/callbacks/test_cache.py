@@ -16,10 +16,11 @@ KEY = {"teacher": "abc", "steps": 25}
 def test_round_trip_and_miss(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path, shipped_dir=None)
     assert cache.get("row", KEY) is None
-    cache.put("row", KEY, {"value": 1.5, "details": {"n": [1, 2]}}, {"images": torch.arange(6).reshape(2, 3)})
+    images = torch.arange(6).reshape(3, 2).T  # not contiguous, as some networks' pictures are
+    cache.put("row", KEY, {"value": 1.5, "details": {"n": [1, 2]}}, {"images": images})
     entry = cache.get("row", {"steps": 25, "teacher": "abc"})
     assert entry is not None and entry.value == {"value": 1.5, "details": {"n": [1, 2]}}
-    assert torch.equal(entry.tensors["images"], torch.arange(6).reshape(2, 3))
+    assert torch.equal(entry.tensors["images"], images)
     assert cache.get("row", KEY | {"steps": 24}) is None
     assert cache.get("other", KEY) is None
     cache.put("row", KEY, {"value": 2.5})
