@@ -1,0 +1,84 @@
+"""Every experiment builds and takes a step with miniature models in the place of its own."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.test_configs import command_for
+from tests.test_sbv2_configs import EXPERIMENTS, step
+from tests.tiny_judges import CLIP, tiny_decoder
+
+ELSEWHERE = {  # in test_sbv2_configs and test_snoopi_configs
+    *("emoji_sbv2_full", "emoji_sbv2_lora_clip", "sd21_sbv2_full", "sd21_sbv2_lora_clip"),
+    *("emoji_pgsb", "emoji_nasat", "sd15_nasat", "sd21_pgsb", "pixart_pgsb", "pixart_nasat"),
+}
+NAMES = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
+RECIPES = [f"{backbone}_swiftbrush" for backbone in ("sd15", "sd21", "sdxl", "pixart")]
+
+
+def content_of(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def test_the_others_are_there() -> None:
+    assert ELSEWHERE <= NAMES and set(RECIPES) <= NAMES - ELSEWHERE
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - ELSEWHERE))
+def test_one_step(
+    name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
+) -> None:
+    """All settings but models, prompts and the batch are the file's own."""
+    content = content_of(name)
+    family = name.split("_")[0]
+    teacher = backbone_folder(family if family in ("sdxl", "pixart") else "sd15")
+    prompts = json.dumps([f"a red cat {number}" for number in range(4)])
+    options = ["--config", "configs/data/own_prompts.yaml"] if name in RECIPES else []
+    options += [
+        f"--model.teacher={teacher}", "--model.student_init=null", f"--data.prompts={prompts}",
+        "--data.batch_size=2", "--data.micro_batch_size=1",
+    ]  # fmt: skip
+    if "negative_prompts" in content["data"]["init_args"]:
+        options.append('--data.negative_prompts=["blurry", "green"]')
+    if "image_losses" in content["model"]["init_args"]:
+        loss = {"class_path": CLIP, "init_args": {"clip": str(tiny_clip)}}
+        options += [
+            f"--model.image_losses.losses={json.dumps([loss])}",
+            f"--model.image_losses.decoder={tiny_decoder(tmp_path / 'taesd')}",
+        ]
+    facts = step(name, tmp_path, *options)["one_step"]
+    assert (facts["teacher"], facts["student_steps"]) == (str(teacher), 1)
+    lines = (tmp_path / name / "version_0" / "metrics.csv").read_text().splitlines()
+    found = {key: float(value) for row in csv.DictReader(lines) for key, value in row.items() if value}
+    assert found["counts/skipped_updates"] == 0
+    assert all(math.isfinite(found[f"gradient_norm/{role}"]) for role in ("student", "fake_score"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_the_papers_numbers(name: str) -> None:
+    """SwiftBrush's command; the length and the batch are those of the paper with this backbone."""
+    content = content_of(name)
+    model, data = content["model"]["init_args"], content["data"]["init_args"]
+    objective = model["objective"]["init_args"]
+    assert (objective["guidance_scale"], objective["prompt_dropout"]) == (4.5, 0.1)
+    assert (objective["min_timestep"], objective["max_timestep"]) == (20, 980)
+    assert model["lora"] == {"rank": 64, "alpha": 108, "targets": ["to_q", "to_v"]}
+    for role, rate in (("student", 1e-6), ("fake_score", 1e-3)):
+        settings = model[role]["optimizer"]["init_args"]
+        assert settings == {"lr": rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+        assert (model[role]["schedule"], model[role]["clip_norm"]) == ("constant", 1.0)
+    start, batch, steps, average = {
+        "sd15": (999, 64, 60000, 0.9999), "sd21": (999, 64, 61000, 0.9999), "sdxl": (399, 128, 24000, None),
+        "pixart": (400, 32, 50000, 0.9999),
+    }[name.split("_")[0]]  # fmt: skip
+    assert (model["start_timestep"], model["ema_decay"]) == (start, average)
+    assert (data["batch_size"], content["trainer"]["max_steps"]) == (batch, steps)
+    files = command_for(f"configs/experiment/{name}.yaml")[2::2]
+    assert [Path(file).parent.name for file in files] == ["experiment", "data", "trainer"]
