@@ -144,7 +144,7 @@ def test_bf16_run_with_frozen_weights_in_bf16(
     lora: Any, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: what is trained, its average and latents stay in float32; everything else is halved."""
-    monkeypatch.setattr("lightning_modules.distillation.frozen_dtype", lambda trainer: torch.bfloat16)
+    monkeypatch.setattr("lightning_modules.distillation.frozen_dtype", lambda *_: torch.bfloat16)
     seen: list[torch.dtype] = []
 
     class Watch(SwiftBrush):

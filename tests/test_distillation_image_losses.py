@@ -246,7 +246,7 @@ def test_checkpoint_holds_no_judges(tiny_sd: Path, tiny_clip: Path, tmp_path: Pa
 def test_frozen_judges_are_halved_in_bf16(
     tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_modules.distillation.frozen_dtype", lambda trainer: torch.bfloat16)
+    monkeypatch.setattr("lightning_modules.distillation.frozen_dtype", lambda *_: torch.bfloat16)
     losses = ImageLossSettings([ClipLoss(str(tiny_clip), tau=0.9, weight=1.0)])
     module = distillation(tiny_sd, image_losses=losses)
     run = fit(module, tmp_path, 2, precision="bf16-mixed")
