@@ -87,6 +87,7 @@ class ReferenceLoop:
         self.alpha = alphas_cumprod.sqrt().float().to(device)
         self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)
         self.null = {name: tensor.to(device) for name, tensor in null.items()}
+        self.autoencoder: nn.Module | None = None  # kept in memory by the script, and not used in a step
         self.operations: dict[str, int] | None = None
 
     def copy_adapter(self, source: nn.Module) -> None:

@@ -188,7 +188,7 @@ def main() -> None:
     write_text(given.output / "train_step.json", json.dumps(results, indent=1))
     write_text(given.output / "train_step.md", text)
     if given.into is not None:
-        insert(text, given.into, "training step")
+        insert(text, given.into, "compiled training step" if given.compile else "training step")
     print("\n" + text)
 
 

@@ -74,7 +74,9 @@ def reference(
     student = load_parts(folder).denoiser
     kind = torch.float32 if precision == "32-true" else torch.bfloat16
     table = parts.scheduler.alphas_cumprod
-    return ReferenceLoop(student, parts.denoiser, table, null, settings, device, kind)
+    loop = ReferenceLoop(student, parts.denoiser, table, null, settings, device, kind)
+    loop.autoencoder = parts.vae.to(device)
+    return loop
 
 
 class Rounds(L.Callback):
