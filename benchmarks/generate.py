@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = " ".join(["python", "benchmarks/generate.py", *(sys.argv[1:] if argv is None else argv)])
     where = (
         f"{machine()}; {given.dtype}, threads: {given.threads}, {given.rounds} rounds, {given.clock} clock; "
-        f"{model.title}"
+        f"{model.title}; largest difference from a stock picture (0 to 1): "
+        f"{max(one['difference_from_stock'] for one in results):.1g}"
     )
     text = markdown(results, [f"`{command}`", "", where])
     if given.counts:
