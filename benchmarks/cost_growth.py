@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import EMOJI
-from benchmarks.train_step import machine, quartiles, write_text
+from benchmarks.train_step import insert, machine, quartiles, write_text
 from benchmarks.training_rounds import MIB, Clock, build, peak_resident_bytes, train
 
 BASE = {"batch": 16, "latent side": 8, "LoRA rank": 64, "processes": 1}
@@ -109,6 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each setting")
     parser.add_argument("--output", type=Path, default=Path("outputs/cost_growth"), help="for .md and .json")
+    parser.add_argument("--into", type=Path, help="also put the table into this file, between its two marks")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bar = tqdm(settings(), desc="settings")
@@ -116,6 +117,8 @@ def main() -> None:
     text = f"`python benchmarks/cost_growth.py --steps {given.steps}`\n\n{machine()}\n\n{markdown(results)}"
     write_text(given.output / "cost_growth.json", json.dumps(results, indent=1))
     write_text(given.output / "cost_growth.md", text)
+    if given.into is not None:
+        insert(text, given.into, "cost growth")
     print("\n" + text)
 
 
