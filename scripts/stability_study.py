@@ -32,15 +32,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
+from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from callbacks.drawing import save_png
+from callbacks.measure import evaluate_model
+from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.plot_image import Line, lines_image
 from callbacks.sweeping.trial_process import TrialProcess, environment, fit_command, read_values
-from lightning_modules.networks.loading import asset_path
+from datamodules.prompts import EVAL_CAPTIONS, read_prompts
+from lightning_modules.generator import make_generator
+from lightning_modules.networks.loading import asset_path, load_parts
 
 CONFIG = "configs/experiment/emoji_pgsb.yaml"
 BACKBONES = {"epsilon": "assets/emoji-sd", "v": "assets/emoji-sd-v", "pixart": "assets/emoji-pixart"}
@@ -55,6 +63,8 @@ GRID = list(RULES)[:4]
 ABLATION = ["fixed 4.5", *list(RULES)[4:], "U(0.5, 4)"]
 ABLATED = "epsilon"
 SEEDS = (0, 1)
+CAPTIONS = 256
+CLIP, REFERENCE = "assets/emoji-clip", "assets/cache/emoji-reference.safetensors"
 METRICS = ("val/frechet_distance", "val/clip_score")
 POINTS = 4
 POLL = 0.5  # seconds
@@ -92,8 +102,6 @@ def all_cells() -> list[Cell]:
 @lru_cache
 def start_timestep(folder: str) -> int:
     """The timestep of a backbone's schedule with the noise of Stable Diffusion's 625: nearest in log σ/α."""
-    from diffusers import DDIMScheduler
-
     tables = [
         DDIMScheduler.from_pretrained(asset_path(path), subfolder="scheduler").alphas_cumprod.double()
         for path in (BACKBONES[ABLATED], folder)
@@ -114,7 +122,7 @@ def changes(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             "ema_decay": 0.95,
             "objective": {"init_args": {"guidance_scale": teacher, "fake_guidance_scale": fake}},
         }},
-        "data": {"init_args": {"batch_size": options.batch_size}},
+        "data": {"init_args": {"batch_size": options.batch_size, "eval_size": CAPTIONS}},
         "trainer": {
             "max_steps": interval * POINTS, "val_check_interval": interval,
             "callbacks": [
@@ -124,6 +132,16 @@ def changes(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             ],
         },
     }  # fmt: skip
+
+
+@torch.no_grad()
+def start_distance(folder: str) -> float:
+    """The distance of a backbone's student before any update: of the teacher's own prediction."""
+    metric = FrechetDistance()
+    metric.bind(ClipExtractor(asset_path(CLIP)), ReferenceStatistics.load(asset_path(REFERENCE)))
+    generator = make_generator(load_parts(folder), start_timestep(folder)).eval()
+    captions = read_prompts(EVAL_CAPTIONS)[:CAPTIONS]
+    return float(evaluate_model(generator.images, captions, [metric], 64)[metric.name]["value"])
 
 
 @dataclass
@@ -137,6 +155,16 @@ class Study:
     def folder(self, cell: Cell) -> Path:
         """Of one cell."""
         return Path(self.options.output) / f"{self.options.updates}x{self.options.batch_size}" / cell.name
+
+    def start_of(self, backbone: str) -> float | None:
+        """`start_distance` of a backbone of which a cell is finished; measured once."""
+        cells = [cell for cell in all_cells() if cell.backbone == backbone and self.result(cell) is not None]
+        if not cells:
+            return None
+        path = self.folder(cells[0]).parent / f"start-{backbone}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(start_distance(BACKBONES[backbone])), encoding="utf-8")
+        return float(json.loads(path.read_text(encoding="utf-8")))
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished cell has measured."""
@@ -219,7 +247,13 @@ def write_report(study: Study) -> None:
     folder = Path(study.options.output) / f"{study.options.updates}x{study.options.batch_size}"
     found = {cell: study.result(cell) for cell in cells}
     rows = [{**vars(cell), **(found[cell] or {"values": None})} for cell in cells]
-    settings = {"updates": study.options.updates, "batch_size": study.options.batch_size, "captions": 256}
+    starts = {backbone: study.start_of(backbone) for backbone in BACKBONES}
+    settings = {
+        "updates": study.options.updates,
+        "batch_size": study.options.batch_size,
+        "captions": CAPTIONS,
+        "starts": starts,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"settings": settings, "rows": rows}, indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -228,12 +262,8 @@ def write_report(study: Study) -> None:
     tables, plots = [], {}
     for title, (backbone, rules) in panels.items():
         curves = {rule: curve(found, backbone, rule) for rule in rules}
-        tables.append(f"## {title}\n\n{table(curves, settings)}")
-        plots[title] = [
-            Line(rule if points else f"{rule} (missing)", [(x, statistics.mean(ys)) for x, ys in points],
-                 [(min(ys), max(ys)) for _, ys in points])
-            for rule, points in curves.items()
-        ]  # fmt: skip
+        tables.append(f"## {title}\n\n{table(curves, settings, starts[backbone])}")
+        plots[title] = [line(rule, points, starts[backbone]) for rule, points in curves.items()]
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
     save_png(lines_image(plots, "student updates; frechet_distance"), folder / "stability.png")
 
@@ -245,7 +275,18 @@ def curve(found: dict[Cell, Any], backbone: str, rule: str) -> list[tuple[int, l
     return [(int(step), [one[step] for one in values]) for step in (values[0] if values else {})]
 
 
-def table(curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, Any]) -> str:
+def line(rule: str, points: list[tuple[int, list[float]]], start: float | None) -> Line:
+    """A rule's line in the plot, from the start that all share; without points if no cell was run."""
+    if not points or start is None:
+        return Line(f"{rule} (missing)", [])
+    points = [(0, [start]), *points]
+    spread = [(min(ys), max(ys)) for _, ys in points]
+    return Line(rule, [(x, statistics.mean(ys)) for x, ys in points], spread)
+
+
+def table(
+    curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, Any], start: float | None
+) -> str:
     """Mean (lowest to highest) of the seeds in Markdown; cells that were not run are "missing"."""
     quarter = settings["updates"] // POINTS
     steps = [quarter * (i + 1) for i in range(POINTS)]
@@ -257,7 +298,8 @@ def table(curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, 
         if points:
             texts = [f"{statistics.mean(ys):.2f} ({min(ys):.2f}–{max(ys):.2f})" for _, ys in points]
         lines.append(f"| {rule} | {seeds} of {len(SEEDS)} | " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+    before = "" if start is None else f"\nBefore any update: {start:.2f}.\n"
+    return "\n".join(lines) + "\n" + before
 
 
 def main(words: Sequence[str] | None = None) -> None:

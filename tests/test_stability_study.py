@@ -45,6 +45,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scheduler.save_pretrained(tmp_path / "linear" / "scheduler")
     monkeypatch.setattr(stability_study, "POLL", 0.01)
     monkeypatch.setattr(stability_study, "fit_command", lambda: [sys.executable, "-S", "-E", str(script)])
+    monkeypatch.setattr(stability_study, "start_distance", lambda folder: 12.5)
     folders = {"v": str(tmp_path / "none"), "pixart": str(tmp_path / "linear")}
     monkeypatch.setattr(stability_study, "BACKBONES", {**stability_study.BACKBONES, **folders})
     return cells
@@ -86,6 +87,7 @@ def test_it_runs_what_is_missing_and_shows_the_rest_as_missing(study: Path) -> N
     text = (study / "results.md").read_text()
     assert "| U(0.5, 4) | 2 of 2 | 8.50 (8.00–9.00) | 6.50 (6.00–7.00) |" in text
     assert "| fixed 2 | 0 of 2 | missing | missing | missing | missing |" in text
+    assert "Before any update: 12.50." in text
     assert (study / "stability.png").is_file()
 
 
