@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -84,10 +85,11 @@ class RoleOptimization:
 def _use_fused_kernel(optimizer: Optimizer) -> None:
     """Have one kernel do the whole update, where the optimizer has one and the configuration chose nothing.
 
-    PyTorch's own choice is a loop over the weights on the CPU, several kernels a weight on GPUs.
+    PyTorch's own choice is a loop over the weights on the CPU, several kernels a weight on GPUs. Weights in
+    shards are left to it: not every fused kernel takes them.
     """
     for group in optimizer.param_groups:
-        devices = {parameter.device.type for parameter in group["params"]}
+        devices = {"shards" if isinstance(p, DTensor) else p.device.type for p in group["params"]}
         chosen = (
             any(group.get(name) for name in ("differentiable", "capturable"))
             or group.get("foreach") is not None
