@@ -18,7 +18,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.errors import UserError
 from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
-from lightning_modules.guidance.negative import negative_attention, pipeline_network
+from lightning_modules.guidance.negative import negative_attention
 from lightning_modules.networks.backbones.pixart import call_options
 from lightning_modules.networks.calling import embedded_guidance, run_network
 from lightning_modules.networks.decoder import LatentDecoder
@@ -226,7 +226,7 @@ def pipeline_images(
     """
     _check_lengths(prompts, seeds)
     if guidance_scale == 1:
-        guidance_scale = embedded_guidance(pipeline_network(pipeline)) or guidance_scale
+        guidance_scale = embedded_guidance(getattr(pipeline, "unet", None)) or guidance_scale
     pictures = []
     for part in _batches(len(prompts), batch_size, progress):
         options: dict[str, Any] = call_options(pipeline)

@@ -173,8 +173,9 @@ def _pixart(folder: Path, name: str) -> None:
     """PixArt-alpha; at a sample size of 128 the network asks for the picture's size and shape."""
     large = name == "pixart_1024"
     sizes = {"sample_size": 128, "patch_size": 16} if large else {"sample_size": 8, "patch_size": 2}
-    # attention between 128 x 128 places of the autoencoder takes seconds
-    vae = AutoencoderKL.from_config({**make_vae().config, "mid_block_add_attention": not large})
+    # pictures of 256 x 256: a wider autoencoder, or one with attention between all places, takes seconds
+    narrow = {"mid_block_add_attention": False, "block_out_channels": (2, 2)} if large else {}
+    vae = AutoencoderKL.from_config({**make_vae().config, **narrow})
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=24, caption_channels=16, **sizes,

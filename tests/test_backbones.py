@@ -18,12 +18,13 @@ from torch import Tensor
 
 from callbacks.commands import merge
 from callbacks.drawers import Recipe, model_drawer
+from callbacks.teacher import Teacher
 from datamodules.prompts import PromptDataModule
 from lightning_modules.commands import export, generate
 from lightning_modules.commands.app_pictures import SideBySide
 from lightning_modules.commands.generate import to_pillow
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.generator import OneStepGenerator, load_generator
+from lightning_modules.generator import OneStepGenerator, ddim_scheduler, load_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance
@@ -46,12 +47,14 @@ class Run:
     """A student after three updates, and a LoRA student after two.
 
     Attributes:
+        views: what student, teacher and fake score see as x0, as pictures.
         final, resumed: all weights of the uninterrupted run and of one that went on after two updates.
         checkpoint, folder: of the student; lora_checkpoint, lora_folder: of the LoRA student.
     """
 
     name: str
     teacher: Path
+    views: dict[str, Tensor]
     final: dict[str, Tensor]
     resumed: dict[str, Tensor]
     checkpoint: Path
@@ -103,8 +106,8 @@ def run(
     for kind, path in (("student", checkpoint), ("lora_student", lora_checkpoint)):
         call(export, "--checkpoint", path, "--output", place / kind)
     return Run(
-        name, teacher, snapshot(modules[0]), snapshot(modules[1]), checkpoint, place / "student",
-        lora_checkpoint, place / "lora_student",
+        name, teacher, modules[0].score_views(TEXTS, SEEDS), snapshot(modules[0]), snapshot(modules[1]),
+        checkpoint, place / "student", lora_checkpoint, place / "lora_student",
     )  # fmt: skip
 
 
@@ -122,6 +125,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     start = load_parts(run.teacher).denoiser.state_dict()
     moved = [name for name in start if not torch.equal(start[name], run.final[f"student.{name}"])]
     assert len(moved) > len(start) / 2
+    for pictures in run.views.values():
+        assert pictures.shape[:2] == (2, 3) and bool(pictures.isfinite().all())
 
 
 def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
@@ -155,7 +160,7 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
         with safe_open(run.lora_folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
             settings = json.loads(file.metadata()["lora_adapter_metadata"])
         assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
-    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}")' in card and "scale\n3," in card
+    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card and "scale\n3," in card
     loaded = one_step(pipe, ours)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
     assert (without - expected).abs().max() > 1e-3
@@ -192,6 +197,19 @@ def test_evaluate_draws_the_same(run: Run) -> None:
         torch.testing.assert_close(pictures, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
     drawer = model_drawer(Recipe(str(run.teacher), steps=2, guidance_scale=3.0), *place)
     assert drawer.draw([1]).shape == (1, 3, PICTURE, PICTURE)
+
+
+@others
+def test_the_teachers_rows(run: Run) -> None:
+    """Many guided steps are the stock pipeline's with DDIM."""
+    teacher = Teacher(str(run.teacher), steps=3)
+    pipe: Any = stock_pipeline_of(run.teacher)
+    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    noise = load_generator(run.folder).noise(SEEDS)
+    options = {"num_inference_steps": 3, "guidance_scale": 4.5, "output_type": "pt", **call_options(pipe)}
+    expected = pipe(TEXTS, latents=noise, **options).images
+    torch.testing.assert_close(teacher.multistep(TEXTS, SEEDS), expected, rtol=0, atol=1e-4)
+    assert teacher.one_step(TEXTS, SEEDS).shape == expected.shape
 
 
 @others

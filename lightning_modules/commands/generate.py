@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default=DEFAULT_MODEL,
-        help="a run folder (its best.ckpt, else last.ckpt), a .ckpt file or a diffusers pipeline folder "
-        "(default: %(default)s)",
+        help="a run folder (its best.ckpt, else last.ckpt), a .ckpt file, a diffusers pipeline folder or a "
+        "hub name; the last two may end in @REVISION and #VARIANT (default: %(default)s)",
     )
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts-file", type=Path, help="text file with one prompt a line (UTF-8)")

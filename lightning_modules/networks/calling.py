@@ -32,7 +32,7 @@ def run_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition
     return output if output.shape[1] == x_t.shape[1] else output[:, : x_t.shape[1]]
 
 
-def embedded_guidance(network: nn.Module) -> float | None:
+def embedded_guidance(network: nn.Module | None) -> float | None:
     """The guidance scale of a network that takes it as an input, as LCMs do; None for all others."""
     takes_it = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
     return EMBEDDED_GUIDANCE if takes_it else None

@@ -154,16 +154,17 @@ def _check_files(folder: Path) -> None:
     for name, entry in index.items():
         if name in OPTIONAL or not (isinstance(entry, list) and all(isinstance(word, str) for word in entry)):
             continue
-        _check_part(folder, name, has_weights=(folder / name / "config.json").is_file())
+        # other classes than ours have vocabularies of other kinds
+        _check_part(folder, name, has_weights=(folder / name / "config.json").is_file(), has_words=False)
 
 
-def _check_part(folder: Path, name: str, has_weights: bool) -> None:
+def _check_part(folder: Path, name: str, has_weights: bool, has_words: bool) -> None:
     part = folder / name
     if not part.is_dir() or not any(part.iterdir()):
         raise UserError(
             f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
         )
-    if name.startswith("tokenizer") and not any(
+    if has_words and not any(
         all((part / file).is_file() for file in files) for files in VOCABULARIES
     ):
         raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
@@ -187,7 +188,7 @@ def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, wit
             raise UserError(
                 f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it."
             )
-        _check_part(folder, name, has_weights=name in networks)
+        _check_part(folder, name, has_weights=name in networks, has_words=name in backbone.tokenizers)
 
 
 def _tokenizer(folder: Path, name: str, kind: Any) -> Any:

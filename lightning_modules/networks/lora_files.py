@@ -38,14 +38,15 @@ def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: st
     base, settings = model_name(adapter.base.path), adapter.settings
     shown = Path(base.name).name if Path(base.name).is_absolute() else base.name
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
-    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments})'
+    # published text encoders often name another type than their networks, which do not work together
+    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}, torch_dtype=torch.float32)'
     note = ""
     if base.name.endswith(".ckpt"):
         note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"
     if _has_lora_files(backbone):
-        imports, load = "", f'pipe.load_lora_weights("{output}/lora")'
+        peft, load = "", f'pipe.load_lora_weights("{output}/lora")'
     else:
-        imports = "from peft import PeftModel\n"
+        peft = "from peft import PeftModel\n"
         load = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
     return f"""
 ## The LoRA by itself
@@ -54,8 +55,9 @@ The folder `lora/` has the adapter alone (rank {settings.rank}, alpha {settings.
 {settings.alpha / settings.rank:g}, which it says itself). It belongs on the weights it was trained on:
 
 ```python
-{imports}from diffusers import DDIMScheduler, DiffusionPipeline
-
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+{peft}
 pipe = {pipeline}
 pipe.scheduler = DDIMScheduler.from_pretrained("{output}", subfolder="scheduler")
 {load}

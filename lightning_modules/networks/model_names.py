@@ -108,7 +108,7 @@ def model_folder(given: str | Path, complete: Callable[[Path], None]) -> Path:
         if not may_be_hub_name(wanted.name):
             raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
         folder = _hub_folder(wanted, complete)
-    return folder if wanted.variant is None else _variant_view(folder, wanted.variant, str(given))
+    return _variant_view(folder, wanted)
 
 
 def _hub_folder(wanted: ModelName, complete: Callable[[Path], None]) -> Path:
@@ -118,7 +118,7 @@ def _hub_folder(wanted: ModelName, complete: Callable[[Path], None]) -> Path:
     if isinstance(cached, str):
         folder = Path(cached).parent
         try:
-            complete(folder if wanted.variant is None else _variant_view(folder, wanted.variant, wanted.name))
+            complete(_variant_view(folder, wanted))
             return folder
         except UserError as error:
             missing = f"the local Hugging Face cache has a part of it only: {error}"
@@ -136,27 +136,29 @@ def _hub_folder(wanted: ModelName, complete: Callable[[Path], None]) -> Path:
 # --- variants ---------------------------------------------------------------------------------------------
 
 
-def _variant_view(folder: Path, variant: str, given: str) -> Path:
+def _variant_view(folder: Path, wanted: ModelName) -> Path:
     """Links to a model's files, with the variant's weights in the place of the plain ones.
 
-    Parts without such weights keep theirs, as in diffusers.
+    The folder itself if no variant is wanted. Parts without such weights keep theirs, as in diffusers.
 
     Raises:
         UserError: no part has weights of this variant.
     """
+    if (variant := wanted.variant) is None:
+        return folder
     files = [Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names]
     names = {file.relative_to(folder): file for file in sorted(files)}
     marked = {name: plain for name in names if (plain := _without_mark(name, variant)) != name}
     if not marked:
         raise UserError(
-            f"{folder} has no weights of the variant {variant!r} ({given}). Leave #{variant} out."
+            f"{folder} has no weights of the variant {variant!r}. Leave #{variant} behind {wanted.name} out."
         )
     parts = {name.parent for name in marked}
     kept = {name: name for name in names if name.parent not in parts or not _is_weight(name)}
     links = {plain: names[name].absolute() for name, plain in (kept | marked).items()}
     facts = [f"{p}|{f}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for p, f in sorted(links.items())]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-    view = user_cache_dir() / "variants" / f"{folder.resolve().name}-{variant}-{digest}"
+    view = user_cache_dir() / "variants" / f"{Path(wanted.name).name}-{variant}-{digest}"
     if not view.is_dir():
         _make_view(view, links, variant)
     return view
@@ -164,20 +166,23 @@ def _variant_view(folder: Path, variant: str, given: str) -> Path:
 
 def _make_view(view: Path, links: dict[Path, Path], variant: str) -> None:
     fresh = view.with_name(f".{view.name}-{uuid4().hex[:8]}")
-    for name, target in links.items():
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.name.endswith(".index.json"):  # names the shards
-            content: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-            shards = {k: _without_mark(Path(v), variant).name for k, v in content["weight_map"].items()}
-            (fresh / name).write_text(json.dumps({**content, "weight_map": shards}), encoding="utf-8")
-        else:
-            (fresh / name).symlink_to(target)
     try:
+        for name, target in links.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.name.endswith(".index.json"):  # names the shards
+                content: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+                shards = {k: _without_mark(Path(v), variant).name for k, v in content["weight_map"].items()}
+                (fresh / name).write_text(json.dumps({**content, "weight_map": shards}), encoding="utf-8")
+            else:
+                (fresh / name).symlink_to(target)
         fresh.rename(view)
-    except OSError:  # another process was faster
-        shutil.rmtree(fresh)
-        if not view.is_dir():
-            raise
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not view.is_dir():  # else another process was faster
+            raise UserError(
+                f"The folder {view} of links to the variant {variant!r} can't be made: {error}. "
+                "Set ONE_STEP_CACHE to a folder that can be written."
+            ) from error
 
 
 def _is_weight(name: Path) -> bool:
