@@ -182,7 +182,7 @@ def main() -> None:
             results.append(measure(options | {"batch": batch}))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)
     command = " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]])
-    rounds = f"{given.rounds} rounds of {given.per_round} steps"
+    rounds = f"{given.rounds} rounds of {given.per_round} steps, {given.clock} clock"
     where = f"{machine()}; {precision}, threads: {given.threads}, {rounds}"
     text = markdown(results, command, where)
     write_text(given.output / "train_step.json", json.dumps(results, indent=1))
