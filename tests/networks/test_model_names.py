@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_modules.errors import UserError
+from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import load_parts, pipeline_folder
+from lightning_modules.networks.lora_files import lora_card
 from lightning_modules.networks.merging import stored_dtype
 from lightning_modules.networks.model_names import ModelName, model_name
+from lightning_modules.networks.roles import LoraSettings
 from lightning_modules.networks.student import architecture, load_student
+from lightning_modules.networks.student_lora import StudentAdapter, StudentBase
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +143,10 @@ def test_what_is_missing_is_named(cache: Path, tiny_sd: Path, monkeypatch: pytes
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     assert load_parts("owner/model@v2").path == str(tiny_sd)
     assert asked == [("owner/model", {"revision": "v2"})]
+
+
+def test_a_loras_card_names_its_base() -> None:
+    adapter = StudentAdapter(StudentBase("owner/model@v2#fp16", "0"), LoraSettings(rank=4, alpha=2.0), {})
+    card = lora_card(adapter, BACKBONES[0], "out", "num_inference_steps=1")
+    assert 'from_pretrained("owner/model", revision="v2", variant="fp16", torch_dtype=torch.float32)' in card
+    assert "scale\n0.5," in card and 'pipe.load_lora_weights("out/lora")' in card
