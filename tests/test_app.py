@@ -170,7 +170,7 @@ def test_every_change_draws_student_then_teacher(models: SideBySide) -> None:
 
 
 def test_slider_follows_the_method(models: SideBySide) -> None:
-    assert slider("nasa", models) == {"maximum": 2.0, "step": 0.05, "value": 0.5, "interactive": True}
+    assert slider("nasa", models) == {"maximum": 2.0, "step": 0.05, "value": 0.4, "interactive": True}
     assert slider("nag", models)["value"] == 2.0 < slider("nag", models)["maximum"]
     assert slider("none", models) == {"interactive": False}
 

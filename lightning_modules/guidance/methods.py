@@ -67,7 +67,7 @@ Method = Nasa | Nag
 # α in version 3 of the paper. It names none for SDXL and joint attention: theirs is SD 2.1's, untried. Other
 # networks have what scripts/negative_guidance.py found best for the bundled models.
 NASA_SCALES = {"sd15": 0.1, "sd21": 0.2, "pixart": 0.5, "sdxl": 0.2, "sd3": 0.2, "flux": 0.2}
-NASA_OTHER = 0.5
+NASA_OTHER = 0.4
 # ϕ, τ, α in the paper; PixArt's are its PixArt-Σ's, and UNets without an entry have SD 1.5's.
 NAG_SETTINGS = {
     "flux": (4.0, 2.5, 0.25),

@@ -318,7 +318,7 @@ def test_defaults_are_the_papers(pipelines: dict[str, Any]) -> None:
     assert make_method("nasa", network(cross_attention_dim=768)) == Nasa(0.1)
     assert make_method("nasa", network(cross_attention_dim=1024)) == Nasa(0.2)
     assert make_method("nasa", pipelines["pixart"].transformer) == Nasa(0.5)
-    assert make_method("nasa", network(cross_attention_dim=128)) == Nasa(0.5)  # the bundled models
+    assert make_method("nasa", network(cross_attention_dim=128)) == Nasa(0.4)  # the bundled models
     assert make_method("nasa", pipelines["flux"].transformer) == Nasa(0.2)
     assert make_method("nag", network(cross_attention_dim=768)) == Nag(2.0, 2.5, 0.375)
     for name, settings in {
