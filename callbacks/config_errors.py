@@ -15,6 +15,8 @@ _NOT_ACCEPTED = re.compile(
 )
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (--[\w.+-]+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_MISSING = re.compile(r"No module named '(\w+)'.*class_path='([^']+)'", re.DOTALL)
+_EXTRAS = {"bitsandbytes": "8bit", "torchao": "8bit"}
 
 
 def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
@@ -26,6 +28,9 @@ def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[st
         args: The command line, first word the command.
     """
     text = str(error)
+    if (missing := _MISSING.search(text)) and missing[1] in _EXTRAS:
+        extra = f'pip install -e ".[{_EXTRAS[missing[1]]}]"'
+        return f"{missing[2]} needs the package {missing[1]}, which is not installed: {extra}"
     match = _UNRECOGNIZED.search(text) or _NOT_ACCEPTED.search(text)
     if match is None:
         return _unreadable_config(text, args) or _first_cause(text)

@@ -1,0 +1,159 @@
+"""Settings that save memory, each by its key in a configuration, and the estimate of what fits where."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.memory import Needs, Setting, activations, fixed, room, turns
+from benchmarks.meta_models import build
+from benchmarks.meta_tensors import Autocast, LiveMemory
+from lightning_modules.errors import UserError
+from lightning_modules.parallel import FullySharded
+from lightning_modules.trainer_settings import frozen_dtype
+from tests.test_configs import ParseOnly
+from tests.test_optimization import EightBit
+from tests.tiny_distillation import changed, distillation, fit, snapshot, write_config
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
+def test_type_of_frozen_weights(wanted: str, tiny_sd: Path, tmp_path: Path) -> None:
+    """The trained ones stay in float32, and training goes on from bfloat16 ones."""
+    module = distillation(tiny_sd, frozen_weights=wanted)
+    fit(module, tmp_path, 1)
+    half = torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    parameters = dict(module.named_parameters())
+    frozen = {p.dtype for p in parameters.values() if not p.requires_grad}
+    trained = {p.dtype for p in parameters.values() if p.requires_grad}
+    assert (frozen, trained) == ({half}, {torch.float32})
+    parts = module.memory_parts()
+    assert parts["teacher"][1] == parts["teacher"][0] * half.itemsize
+    before = snapshot(module)
+    fit(module, tmp_path, 2)
+    moved = changed(before, snapshot(module))
+    assert {name.partition(".")[0] for name in moved} == {"student", "scores"}
+    assert all(parameters[name].requires_grad for name in moved)
+
+
+def test_shards_have_one_type() -> None:
+    sharded: Any = types.SimpleNamespace(strategy=FullySharded(), precision="bf16-mixed")
+    assert frozen_dtype(sharded) == torch.float32
+    with pytest.raises(UserError, match="frozen_weights is bfloat16.*float32"):
+        frozen_dtype(sharded, "bfloat16")
+
+
+def test_pictures_are_decoded_in_slices(tiny_sd: Path, tmp_path: Path) -> None:
+    module = distillation(tiny_sd, decode_slice=2)
+    fit(module, tmp_path, 1)
+    seen = []
+    module.parts.vae.decoder.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    images = module.generator.images(["a red cat"] * 5, range(5))
+    assert seen == [2, 2, 1] and len(images) == 5
+    module.generator.decoder.slice_size = 16
+    torch.testing.assert_close(module.generator.images(["a red cat"] * 5, range(5)), images)
+
+
+# --- optimizers
+
+
+class NotInstalled:
+    """A finder by which these packages are not there, whether or not they are."""
+
+    @staticmethod
+    def find_spec(name: str, *unused: Any) -> None:
+        if name.partition(".")[0] in ("bitsandbytes", "torchao"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes.optim.Adam8bit", "torchao.optim.AdamW8bit"])
+def test_an_8bit_optimizer_that_is_not_installed(
+    name: str, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [module for module in sys.modules if module.split(".")[0] == name.split(".")[0]]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled, *sys.meta_path])
+    optimizer = {"class_path": name, "init_args": {"lr": 1e-6}}
+    config = write_config(tmp_path / "c.yaml", tiny_sd, model__init_args__student={"optimizer": optimizer})
+    with pytest.raises(UserError, match=rf'{name} needs the package .*pip install -e "\.\[8bit\]"'):
+        ParseOnly(["fit", "--config", str(config)])
+
+
+def test_an_8bit_optimizer_by_class_path(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the place of bitsandbytes', which may not be installed; the memory table counts its bytes."""
+    package, stand_in = types.ModuleType("bitsandbytes"), types.ModuleType("bitsandbytes.optim")
+    stand_in.Adam8bit = package.optim = EightBit  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in)
+    optimizer = {"class_path": "bitsandbytes.optim.Adam8bit", "init_args": {"lr": 1e-6}}
+    config = write_config(tmp_path / "c.yaml", tiny_sd, model__init_args__student={"optimizer": optimizer})
+    settings = ParseOnly(["fit", "--config", str(config)]).settings.model.init_args.student.optimizer
+    assert settings.class_path.endswith(".EightBit") and settings.init_args.lr == 1e-6
+
+
+def test_a_fused_optimizer_by_config(tiny_sd: Path, tmp_path: Path) -> None:
+    rate = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-6, "fused": True}}
+    config = write_config(tmp_path / "c.yaml", tiny_sd, model__init_args__student={"optimizer": rate})
+    settings = ParseOnly(["fit", "--config", str(config)]).settings.model.init_args.student.optimizer
+    assert settings.init_args.fused is True
+
+
+# --- the estimate
+
+
+def test_live_memory_of_a_known_computation() -> None:
+    """A product of 4 KiB matrices: its result, then the two gradients; what is dropped counts no more."""
+    with torch.device("meta"):
+        x, layer = torch.empty(32, 32), nn.Linear(32, 32, bias=False)
+    with LiveMemory() as memory:
+        y = layer(x)
+        assert memory.live == 4096
+        z = y.view(-1).relu()
+        assert memory.live == 2 * 4096  # a view is no memory of its own
+        z.sum().backward()
+        assert layer.weight.grad is not None
+        del y, z
+        assert memory.live == 4096 and max(memory.history) >= 4 * 4096
+
+
+def test_casts_of_autocast() -> None:
+    with torch.device("meta"):
+        x, layer = torch.empty(2, 4, 8, 8), nn.Conv2d(4, 4, 1)
+    norm, text = nn.GroupNorm(2, 4, device="meta"), torch.empty(1, 2, 16, 8, device="meta")
+    with Autocast():
+        assert layer(x).dtype == torch.bfloat16 and norm(layer(x)).dtype == torch.float32
+        assert nn.functional.scaled_dot_product_attention(text, text, text).dtype == torch.bfloat16
+    with Autocast(float32_norms=False):
+        assert norm(layer(x).float()).dtype == torch.float32
+    with Autocast(enabled=False):
+        assert layer(x).dtype == torch.float32
+    assert nn.functional.linear is torch._C._nn.linear  # put back
+
+
+def test_estimate_of_a_small_network() -> None:
+    """It grows in proportion to the batch, is less with checkpoints, and holds the gradients."""
+    plain, saving = (activations("sd21_small", False, on, Autocast()) for on in (False, True))
+    parts = fixed(Setting("sd21_small"))
+    assert saving.peak(16) < 0.6 * plain.peak(16)
+    assert parts["student"] <= saving.peak(1) < plain.peak(1)  # gradients at least
+    whole = turns(build("sd21_small"), 3, Autocast())
+    assert plain.peak(3) == pytest.approx(max(whole), rel=1e-3)  # sizes are rounded up
+    assert parts["optimizer states (estimate)"] == 2 * (parts["student"] + parts["fake score (LoRA adapter)"])
+    small = fixed(Setting("sd21_small", eight_bit=True))["optimizer states (estimate)"]
+    assert small < 0.3 * parts["optimizer states (estimate)"] + 2 * parts["fake score (LoRA adapter)"]
+    assert fixed(Setting("sd21_small", lora=True))["student's base"] == parts["student"] // 2  # bfloat16
+
+
+def test_largest_micro_batch() -> None:
+    """Of two moments the first decides for small batches, the second, which grows faster, for large ones."""
+    need = Needs([11, 8], [13, 16])
+    assert [need.peak(batch) for batch in (1, 2, 3, 4)] == [10, 11, 12, 16]
+    assert [need.largest(size) for size in (9, 10, 11.5, 15, 16)] == [0, 1, 2, 3, 4]
+    assert room(11.0) == 9.5 * GIB
