@@ -90,9 +90,8 @@ class ReferenceLoop:
         self.autoencoder: nn.Module | None = None  # kept in memory by the script, and not used in a step
         self.operations: dict[str, int] | None = None
 
-    def copy_adapter(self, source: nn.Module) -> None:
+    def copy_adapter(self, weights: Mapping[str, Tensor]) -> None:
         """Start from the adapter of another network of this kind."""
-        weights = dict(source.named_parameters())
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 parameter.copy_(weights[name])

@@ -6,8 +6,9 @@
 
 This project runs as `fit` does: its module under a Lightning Trainer, with the settings of
 configs/experiment/emoji_swiftbrush_official.yaml. The plain loop (benchmarks/reference_loop.py) has the same
-weights, prompts, random draws, batch and precision. Both take turns on the same machine in one process; a
-time is the median over the rounds, a ratio the median of the rounds' ratios, with the quartiles beside it.
+weights, prompts, random draws, batch and precision. Both take turns on the same machine, each in a process of
+its own that rests meanwhile; a time is the median over the rounds, a ratio the median of the rounds' ratios,
+with the quartiles beside it.
 Losses of the first 20 steps are compared. Peak memory is that of each alone in a process of its own, above
 what the imports take (on a GPU: allocated there).
 
@@ -171,7 +172,7 @@ def main() -> None:
     # steps up to a multiple of the round's, the first ones for warming up
     options: dict[str, Any] = {
         "precision": precision, "per_round": given.per_round, "threads": given.threads, "clock": given.clock,
-        "compile": given.compile, "memory_steps": 3, "changes": changes(given),
+        "compile": given.compile, "apart": True, "memory_steps": 3, "changes": changes(given),
         "steps": 1 + given.per_round * (given.rounds + 1),
     }  # fmt: skip
     results = []

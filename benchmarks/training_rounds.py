@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -30,6 +33,7 @@ from lightning_modules.networks.loading import load_parts
 CONFIG = ROOT / "configs" / "experiment" / "emoji_swiftbrush_official.yaml"
 LOSSES = {"student": "train/student_vsd", "lora": "train/fake_score_denoising"}
 MIB = 2**20
+Given = tuple[dict[str, Tensor], int, int, Tensor]  # encoded prompts, seed, step, places in the batch
 
 
 def build(folder: Path, batch: int, **changes: Any) -> tuple[OneStepDistillation, PromptDataModule]:
@@ -84,9 +88,8 @@ class Rounds(L.Callback):
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.clock = time.process_time if options["clock"] == "cpu" else time.perf_counter
-        self.loop: ReferenceLoop | None = None
-        self.todo: list[tuple[dict[str, Tensor], StepRandom]] = []
+        self.loop: PlainLoop | PlainLoopApart | None = None
+        self.todo: list[Given] = []
         self.elapsed = self.began = 0.0
         self.done = 0
         self.seconds: dict[str, list[float]] = {"project": [], "reference": []}
@@ -100,12 +103,12 @@ class Rounds(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Build the plain loop with the adapter's first weights."""
-        null = {name: tensor.clone() for name, tensor in pl_module.generator.prompt_encoder.null().items()}
-        options = self.options
-        self.loop = reference(
-            options["folder"], null, options["changes"], pl_module.device, options["precision"]
-        )
-        self.loop.copy_adapter(pl_module.scores.base)
+        options, scores = self.options, pl_module.scores
+        start = {
+            "null": pl_module.generator.prompt_encoder.null(),
+            "adapter": {n: p for n, p in scores.base.named_parameters() if p.requires_grad},
+        }
+        self.loop = (PlainLoopApart if options["apart"] else PlainLoop)(options, packed(start))
         if not options["compile"]:  # counting looks into every operation, and so would compile anew
             self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()
@@ -123,8 +126,7 @@ class Rounds(L.Callback):
         for name, key in LOSSES.items():
             self.losses["project"][name].append(float(trainer.callback_metrics[key]))
         text = pl_module.generator.prompt_encoder.embed(batch["prompts"])
-        random = StepRandom(pl_module.seed, self.done, batch["indices"], pl_module.device)
-        self.todo.append((text, random))
+        self.todo.append((text, pl_module.seed, self.done, batch["indices"]))
         self.done += 1
         if self.done == 1 or len(self.todo) == self.options["per_round"]:
             self._reference_turn(pl_module.device)
@@ -133,17 +135,12 @@ class Rounds(L.Callback):
 
     def _reference_turn(self, device: torch.device) -> None:
         assert self.loop is not None
-        if self.done == 1:
-            self.loop.operations = {}
-        began = self._now()
-        found = [self.loop.step(*given) for given in self.todo]
-        seconds = self._now() - began
+        seconds, found, operations = self.loop.turn(packed(self.todo), count=self.done == 1)
         for values in found:
             for name, value in values.items():
                 self.losses["reference"][name].append(value)
-        if self.done == 1:
-            self.operations, self.loop.operations = self.operations | self.loop.operations, None
-        elif self.done > 1 + self.options["per_round"]:  # the first round warms up
+        self.operations |= operations
+        if self.done > 1 + self.options["per_round"]:  # the first round warms up
             self.seconds["project"].append(self.elapsed / len(self.todo))
             self.seconds["reference"].append(seconds / len(self.todo))
             self.rates.append(self._matrix_rate(device))
@@ -155,9 +152,9 @@ class Rounds(L.Callback):
             return matmul_rate(device, kind)
         matrix, best = torch.ones(1024, 1024), float("inf")
         for _ in range(5):
-            began = self.clock()
+            began = self._now()
             torch.mm(matrix, matrix)
-            best = min(best, self.clock() - began)
+            best = min(best, self._now() - began)
         return 2 * 1024**3 / best
 
     def _stop_counting(self) -> None:
@@ -166,9 +163,84 @@ class Rounds(L.Callback):
             self.operations["project"], self.counter = self.counter.get_total_flops(), None
 
     def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self.clock()
+        return now(self.options["clock"])
+
+
+def now(clock: str) -> float:
+    """Seconds by the wall clock, or of processor time, when the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
+
+class PlainLoop:
+    """The plain loop and its clock.
+
+    Args:
+        options: as `measure_speed` takes them.
+        start: packed encoded empty prompt and first weights of the adapter.
+    """
+
+    def __init__(self, options: dict[str, Any], start: bytes) -> None:
+        given, self.clock = unpacked(start), options["clock"]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.loop = reference(
+            options["folder"], given["null"], options["changes"], self.device, options["precision"]
+        )
+        self.loop.copy_adapter(given["adapter"])
+
+    def turn(self, todo: bytes, count: bool) -> tuple[float, list[dict[str, float]], dict[str, int]]:
+        """Seconds, losses and, if wanted, operations of some steps (packed texts, seeds, numbers, places)."""
+        steps = [
+            (text, StepRandom(seed, step, places, self.device))
+            for text, seed, step, places in unpacked(todo)
+        ]
+        self.loop.operations = {} if count else None
+        began = now(self.clock)
+        losses = [self.loop.step(*step) for step in steps]
+        return now(self.clock) - began, losses, self.loop.operations or {}
+
+
+class PlainLoopApart:
+    """The same in a process of its own, which rests while it is not its turn."""
+
+    def __init__(self, options: dict[str, Any], start: bytes) -> None:
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        context.Process(target=_serve, args=(other, options, start), daemon=True).start()
+        other.close()  # so that the end of the process is the end of the pipe
+        self._pipe.recv()
+
+    def turn(self, todo: bytes, count: bool) -> tuple[float, list[dict[str, float]], dict[str, int]]:
+        """See `PlainLoop`."""
+        self._pipe.send((todo, count))
+        result: tuple[float, list[dict[str, float]], dict[str, int]] = self._pipe.recv()
+        return result
+
+
+def _serve(pipe: Connection, options: dict[str, Any], start: bytes) -> None:
+    """Take turns until the other side is gone."""
+    torch.set_num_threads(options["threads"])
+    loop = PlainLoop(options, start)
+    pipe.send("ready")
+    while True:
+        try:
+            todo, count = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(loop.turn(todo, count))
+
+
+def packed(content: Any) -> bytes:
+    """Tensors and plain data as bytes, tensors on the CPU."""
+    buffer = io.BytesIO()
+    torch.save(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, content), buffer)
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes) -> Any:
+    """What `packed` was given."""
+    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def measure_speed(options: dict[str, Any]) -> dict[str, Any]:

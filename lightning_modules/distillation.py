@@ -15,6 +15,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator, make_generator
+from lightning_modules.heap import keep_freed_memory
 from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
 from lightning_modules.image_pairs import ImagePairs, PairRegression
 from lightning_modules.judging import not_finite, objective_terms, pair_term, student_terms
@@ -156,9 +157,10 @@ class OneStepDistillation(L.LightningModule):
         if self.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
             self.scores.enable_gradient_checkpointing()
-        self.generator: OneStepGenerator = make_generator(self.parts, self.start_timestep, student)
-        if self.prompt_cache is not None:
-            use_prompt_cache(self.generator.prompt_encoder, self.parts, self.prompt_cache)
+        generator = make_generator(self.parts, self.start_timestep, student)
+        if self.prompt_cache is not None:  # drops text encoders without weights, which Lightning can't move
+            use_prompt_cache(generator.prompt_encoder, self.parts, self.prompt_cache)
+        self.generator: OneStepGenerator = generator
         hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)
@@ -194,6 +196,8 @@ class OneStepDistillation(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say so if the training is not image-free; processes begin with the same weights."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if isinstance(self.trainer.strategy, FullySharded):
             same_on_all_processes(p for p in self.parameters() if p.requires_grad)
         if self.pair_regression is not None:

@@ -19,7 +19,8 @@ def options(folder: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """As `main` makes them, for three steps of three prompts."""
     return {
         "folder": str(folder), "texts": str(tmp_path / "texts.pt"), "precision": "32-true", "per_round": 1,
-        "threads": 1, "clock": "cpu", "compile": False, "changes": changes, "steps": 4, "batch": 3,
+        "threads": 1, "clock": "cpu", "compile": False, "apart": False, "changes": changes,
+        "steps": 4, "batch": 3,
     }  # fmt: skip
 
 
