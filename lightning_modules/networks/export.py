@@ -186,7 +186,8 @@ def one_step_call(parts: TextToImageParts) -> str:
     """Arguments of the stock pipeline's call that draws one picture, as Python text."""
     call = f"num_inference_steps=1, guidance_scale={embedded_guidance(parts.denoiser) or 1.0}"
     if parts.backbone.denoiser[0] == "transformer":
-        call += ", use_resolution_binning=False"  # the folder's own size, whichever it is
+        # the folder's own size, whichever it is; prompts as the student was trained on, not rewritten
+        call += ", use_resolution_binning=False, clean_caption=False"
     return call
 
 
