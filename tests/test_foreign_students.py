@@ -13,6 +13,7 @@ from diffusers import LCMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from callbacks.commands import merge
 from callbacks.drawers import Recipe, model_drawer
@@ -73,6 +74,23 @@ def test_they_draw_by_their_own_pipeline(
         assert (pixels(tmp_path / f"out/000{i}.png") - picture).abs().max() <= 0.51 / 255
     drawer = model_drawer(Recipe(str(folder)), PROMPTS, SEEDS, None, torch.device("cpu"))
     torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
+
+
+def test_half_precision_files_are_drawn_in_float32(backbone_folder: Folder, tmp_path: Path) -> None:
+    folder = private_copy(backbone_folder("lcm"), tmp_path / "half")
+    CLIPTextModel.from_pretrained(folder / "text_encoder").half().save_pretrained(folder / "text_encoder")
+    halves = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    assert halves.dtype == torch.float16
+    pipe = stock_pipeline_of(folder, text_encoder=halves.float())
+    for steps in (1, 2):
+        expected = stock_images(pipe, num_inference_steps=steps)
+        prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+        output = tmp_path / f"{steps}"
+        call(generate, "--model", folder, *prompts, "--seed", SEEDS[0], "--steps", steps, "--output", output)
+        for i, picture in enumerate(expected):
+            assert (pixels(output / f"000{i}.png") - picture).abs().max() <= 0.51 / 255
+        drawer = model_drawer(Recipe(str(folder), steps), PROMPTS, SEEDS, None, torch.device("cpu"))
+        torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lcm", "sdxl_turbo"])

@@ -293,9 +293,10 @@ def is_own_family(model: str) -> bool:
 
 
 def load_any_pipeline(model: str) -> DiffusionPipeline:
-    """A stock pipeline of any other class, in the dtype it is stored in."""
+    """A stock pipeline of any other class, in float32, as all models here."""
     try:
-        pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(model))
+        # cast here: transformers keeps the dtype of the files, diffusers does not
+        pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(model)).to(torch.float32)
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; the cause stays attached
