@@ -177,6 +177,23 @@ def _check_part(folder: Path, name: str, has_weights: bool, has_words: bool) -> 
             f"The part {name!r} has weights of a variant only, {weights[0].name} in {part}. "
             f"Name the variant behind the model: NAME#{variant}"
         )
+    if has_weights and (absent := _absent_shards(part)):
+        raise UserError(
+            f"The part {name!r} is missing {len(absent)} of its files of weights, {absent[0]} first, in "
+            f"{part}. Export or download it again."
+        )
+
+
+def _absent_shards(part: Path) -> list[str]:
+    """Files that a folder's index of weights names and that are not there, as after a broken download."""
+    suffix = ".safetensors" if any(part.glob("*.safetensors")) else ".bin"  # what loaders prefer
+    wanted: set[str] = set()
+    for index in part.glob(f"*{suffix}.index.json"):
+        whole = index.name.removesuffix(".index.json")
+        if whole.count(".") == 1 and not (part / whole).is_file():  # else of a variant, or not needed
+            shards = read_json(index).get("weight_map")
+            wanted |= set(shards.values()) if isinstance(shards, dict) else set()
+    return sorted(shard for shard in wanted if not (part / shard).is_file())
 
 
 def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:

@@ -109,6 +109,21 @@ def truncate(name: str) -> Callable[[Path], None]:
     return cut
 
 
+LOST = r"'text_encoder' is missing 2 of its files of weights, model-2-of-3\.\w+ first"
+
+
+def write_index(part: Path, suffix: str) -> None:
+    """Name three files as those of a network."""
+    shards = {f"weight{i}": f"model-{i}-of-3{suffix}" for i in (1, 2, 3)}
+    (part / f"model{suffix}.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def lose_shards(part: Path, suffix: str = ".safetensors") -> None:
+    """Leave one file of three."""
+    write_index(part, suffix)
+    (part / "model.safetensors").rename(part / f"model-1-of-3{suffix}")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda d: (d / "model_index.json").unlink(), "model_index.json is missing in"),
     "broken index": (truncate("model_index.json"), "model_index.json can't be read as JSON"),
@@ -129,6 +144,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (d / "unet/diffusion_pytorch_model.safetensors").unlink(),
         "'unet' is missing its weights",
     ),
+    "half a download": (lambda d: lose_shards(d / "text_encoder"), LOST),
+    "half a download in the old format": (lambda d: lose_shards(d / "text_encoder", ".bin"), LOST),
     "no vocabulary": (
         lambda d: (d / "tokenizer/tokenizer.json").unlink(),
         "'tokenizer' is missing its vocabulary",
@@ -166,6 +183,12 @@ def test_damage_is_named(own_sd: Path, damage: str) -> None:
     spoil(own_sd)
     with pytest.raises(UserError, match=message):
         load_parts(own_sd)
+
+
+def test_an_index_that_nobody_reads_does_no_harm(own_sd: Path) -> None:
+    for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
+        write_index(own_sd / "text_encoder", suffix)
+    load_parts(own_sd)
 
 
 def test_missing_paths_and_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
