@@ -64,7 +64,7 @@ def model_name(given: str | Path) -> ModelName:
     """Read NAME[@REVISION][#VARIANT]; an existing path may have these marks in its own name.
 
     Raises:
-        UserError: a mark with nothing behind it.
+        UserError: a mark with nothing behind it, or a revision of a folder.
     """
     text = str(given)
     if asset_path(text).exists():
@@ -75,6 +75,8 @@ def model_name(given: str | Path) -> ModelName:
         name, at, revision = name.partition("@")
         if at and not revision:
             raise UserError(f"There is no revision behind the @ of {text}. Give e.g. owner/model@main.")
+        if at and asset_path(name).exists():
+            raise UserError(f"{name} is a folder here, which has no revisions. Leave @{revision} out.")
     if mark and not variant:
         raise UserError(f"There is no variant behind the # of {text}. Give e.g. owner/model#fp16.")
     return ModelName(name, revision or None, variant if mark else None)

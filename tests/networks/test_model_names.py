@@ -49,7 +49,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert {given: model_name(given) for given in cases} == cases
     assert cases["owner/model@refs/pr/1#fp16"].options == {"revision": "refs/pr/1", "variant": "fp16"}
-    for given, message in (("owner/model@", "no revision behind the @"), ("plain#", "no variant behind")):
+    mistakes = {
+        "owner/model@": "no revision behind the @",
+        "plain#": "no variant behind",
+        "plain@v1#fp16": r"^plain is a folder here, which has no revisions\. Leave @v1 out\.$",
+    }
+    for given, message in mistakes.items():
         with pytest.raises(UserError, match=message):
             model_name(given)
 
@@ -143,6 +148,29 @@ def test_what_is_missing_is_named(cache: Path, tiny_sd: Path, monkeypatch: pytes
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     assert load_parts("owner/model@v2").path == str(tiny_sd)
     assert asked == [("owner/model", {"revision": "v2"})]
+
+
+def test_half_a_download_is_fetched_again(
+    cache: Path, own_sd: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("plain", "half"):
+        mark = {} if kind == "plain" else {"variant": "half"}
+        moved(own_sd, 0.5).save_pretrained(own_sd / "unet", max_shard_size="60KB", **mark)
+        if kind == "plain":
+            (own_sd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    snapshot = put_into_cache(cache, own_sd, "main", "1" * 40)
+    plain, half = (sorted((snapshot / "unet").glob(f"*model{mark}-0*.safetensors")) for mark in ("", ".half"))
+    assert len(plain) == len(half) > 2
+    for name, shards in (("owner/model", plain), ("owner/model#half", half)):
+        assert load_parts(name).path  # whole
+        for shard in shards[1:]:
+            shard.unlink()
+        first = plain[1].name
+        message = rf"part 'unet' is missing {len(plain) - 1} of its files of weights, {first} .*: hf download"
+        with pytest.raises(UserError, match=message):
+            load_parts(name)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda *_, **__: str(tiny_sd))
+    assert load_parts("owner/model").path == str(tiny_sd)
 
 
 def test_a_loras_card_names_its_base() -> None:
