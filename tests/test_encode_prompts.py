@@ -153,6 +153,7 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(ClipPromptEncoder, "embed_texts", watched(6))
         with pytest.raises(KeyboardInterrupt):
             encode(tiny_sd, sources, tmp_path / "cache", "--batch-size", "3")
+    assert "The same command goes on where this one ended" in capsys.readouterr().err
     kept = len(PromptCache(tmp_path / "cache"))
     assert kept == len(seen) - 1 == 6  # one was the example of what the encoder gives
     with monkeypatch.context() as patch:
@@ -219,10 +220,13 @@ def test_a_cache_of_another_encoder_is_refused(
     next(encoder.parameters()).data[0, 0] += 1
     encoder.save_pretrained(own_sd / "text_encoder")
     message = rf"was made with the text encoder of {tiny_sd} \(.*that of {own_sd} \("
-    with pytest.raises(UserError, match=message):
-        distillation(own_sd, prompt_cache=str(tmp_path / "cache")).configure_model()
+    with pytest.raises(UserError, match=message):  # and not by what Lightning does after an error
+        fit(distillation(own_sd, prompt_cache=str(tmp_path / "cache")), tmp_path, 1)
     with pytest.raises(UserError, match=message):
         encode(own_sd, sources, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no cache of prompts .*encode-prompts"):
+        fit(distillation(own_sd, prompt_cache=str(tmp_path / "empty")), tmp_path, 1)
 
 
 def identity(folder: Path, **changes: Any) -> str:

@@ -1,6 +1,7 @@
 """`encode-prompts`: a cache of text embeddings, so that a training needs no text encoders in memory."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,11 +69,15 @@ def run(options: argparse.Namespace) -> None:
             flush=True,
         )
         encoder.truncated_prompts = 0
-        with tqdm(total=total, initial=total - len(todo), unit="prompt", desc="Encoding prompts") as bar:
-            for start in range(0, len(todo), options.batch_size):
-                rows = todo[start : start + options.batch_size]
-                writer.add(keys[rows], encoder.embed_texts(texts.take(rows)))
-                bar.update(len(rows))
+        try:
+            with tqdm(total=total, initial=total - len(todo), unit="prompt", desc="Encoding prompts") as bar:
+                for start in range(0, len(todo), options.batch_size):
+                    rows = todo[start : start + options.batch_size]
+                    writer.add(keys[rows], encoder.embed_texts(texts.take(rows)))
+                    bar.update(len(rows))
+        except KeyboardInterrupt:
+            print("Stopped. The same command goes on where this one ended.", file=sys.stderr)
+            raise
     written = sum(path.stat().st_size for path in options.output.glob("shard-*"))
     print(f"Wrote {options.output} ({readable(written)}). Train with --model.prompt_cache {options.output}")
     if encoder.truncated_prompts:

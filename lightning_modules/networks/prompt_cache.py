@@ -117,7 +117,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is no cache of prompts (it has no {MANIFEST}); make one with cli.py encode-prompts"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what encode-prompts writes; bring it back, or delete {folder} and run "
+            "encode-prompts again"
+        ) from error
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} can't be read ({first_line(error)}); bring it back, or delete {folder} and run "
             "encode-prompts again"

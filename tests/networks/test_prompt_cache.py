@@ -237,7 +237,8 @@ def test_a_damaged_file_is_named_and_made_again_once_deleted(tmp_path: Path, dam
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "can't be read"), ("[]", "can't be read"), ('{"format": 1}', "can't be read"),
+    [("{", "can't be read"), ("[]", "cache.json is not what encode-prompts writes"),
+     ('{"format": 1}', "is not what encode-prompts writes"),
      ('{"format": 0}', "another version")],
 )  # fmt: skip
 def test_a_manifest_must_be_right(tmp_path: Path, content: str, message: str) -> None:
