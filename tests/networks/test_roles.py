@@ -200,6 +200,49 @@ def test_dropout_touches_the_adapter_only(tiny_sd: Path) -> None:
     assert torch.equal(scores.fake_score(x, t, condition).epsilon, scores.fake_score(x, t, condition).epsilon)
 
 
+def test_folding_the_adapter_in_computes_the_same(tiny_sd: Path) -> None:
+    """Without gradients; the base's tensors return bit for bit, also when the call raises."""
+    x, t, condition = batch()
+    scores = models(tiny_sd)
+    disturb(scores)
+    layer = scores._adapter_layers[0]
+    before = {name: p.detach().clone() for name, p in scores.named_parameters()}
+    teacher = scores.teacher(x, t, condition).epsilon
+    with_gradient = scores.fake_score(x, t, condition).epsilon
+    seen: list[Tensor] = []
+    handle = scores.base.register_forward_pre_hook(
+        lambda *_: seen.append(layer.get_base_layer().weight.clone())
+    )
+    with torch.no_grad():
+        folded = scores.fake_score(x, t, condition).epsilon
+        with pytest.raises(ValueError, match="prompts"):
+            scores.fake_score(x, t, condition[:1])
+        handle.remove()
+        handle = scores.base.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scores.fake_score(x, t, condition)
+    handle.remove()
+    torch.testing.assert_close(folded, with_gradient, rtol=1e-4, atol=1e-6)
+    assert (folded - teacher).abs().max() > 1e-3
+    assert not torch.equal(seen[0], layer.get_base_layer().weight), "the adapter was not folded in"
+    assert all(torch.equal(p, before[name]) for name, p in scores.named_parameters())
+    assert torch.equal(scores.fake_score(x, t, condition).epsilon, with_gradient)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_that_drops_inputs_is_not_folded_in(tiny_sd: Path, training: bool) -> None:
+    x, t, condition = batch()
+    scores = models(tiny_sd, LoraSettings(rank=4, alpha=8, targets=TARGETS, dropout=0.5)).train(training)
+    disturb(scores)
+    weight = scores._adapter_layers[0].get_base_layer().weight
+    original, folded = weight.detach().clone(), []
+    scores.base.register_forward_pre_hook(lambda *_: folded.append(not torch.equal(weight, original)))
+    with torch.no_grad():
+        first, second = (scores.fake_score(x, t, condition).epsilon for _ in range(2))
+    assert folded == [not training] * 2
+    assert torch.equal(first, second) is not training
+
+
 def test_frozen_weights_may_be_bf16_and_the_adapter_stays_fp32(tiny_sd: Path) -> None:
     x, t, condition = batch()
     parts = load_parts(tiny_sd)
