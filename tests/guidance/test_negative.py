@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, UNet2DModel
+from diffusers import LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
@@ -244,6 +244,33 @@ def test_network_alone_with_some_negatives(pipelines: dict[str, Any]) -> None:
         pytest.raises(UserError, match="3 negative prompts do not fit a batch of 2"),
     ):
         unet_output(unet)
+
+
+@torch.no_grad()
+def test_a_whole_network_that_was_compiled_before() -> None:
+    """Stock, NASA, NAG and stock again; one attention block, for tracing takes seconds for each."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
+    ).eval()  # fmt: skip
+    for parameter in unet.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    found = []
+    for network in (unet, torch.compile(copy.deepcopy(unet), backend="eager")):
+        outputs = [unet_output(network)]
+        for rule in RULES.values():
+            with negative_attention(network, condition(5, 2), rule):
+                outputs.append(unet_output(network))
+        found.append([*outputs, unet_output(network)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    stock, nasa, nag, again = found[0]
+    assert torch.equal(stock, again)
+    for one, other in ((stock, nasa), (stock, nag), (nasa, nag)):
+        assert (one - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
