@@ -147,6 +147,19 @@ def _apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[
             group[name] = value
         if "initial_lr" not in new and old.get("lr") != new["lr"]:
             group["lr"] = new["lr"]
+        if group.get("fused"):
+            _steps_to_weights(optimizer, group)
+
+
+def _steps_to_weights(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Put step counts where the weights are, in float32: a fused kernel takes no others.
+
+    Other kernels keep them on the CPU, and a checkpoint may come from one.
+    """
+    for weight in group["params"]:
+        state = optimizer.state.get(weight, {})
+        if isinstance(step := state.get("step"), torch.Tensor):
+            state["step"] = step.to(device=weight.device, dtype=torch.float32)
 
 
 def _apply_factors(schedule: LambdaLR) -> None:

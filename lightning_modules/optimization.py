@@ -16,6 +16,8 @@ from lightning_modules.errors import UserError
 from lightning_modules.parallel import average_gradients, clip_gradients
 
 SCHEDULES = ("constant", "linear", "cosine")
+# Adagrad has such a kernel, too, but makes its step counts at once, and not where the kernel wants them.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def _use_fused_kernel(optimizer: Optimizer) -> None:
     PyTorch's own choice is a loop over the weights on the CPU, several kernels a weight on GPUs. Weights in
     shards are left to it: not every fused kernel takes them.
     """
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if type(optimizer) in _FUSED else ():
         devices = {"shards" if isinstance(p, DTensor) else p.device.type for p in group["params"]}
         chosen = (
             any(group.get(name) for name in ("differentiable", "capturable"))

@@ -137,3 +137,8 @@ def test_one_kernel_updates_all_weights_unless_told_otherwise(settings: dict[str
 def test_optimizers_without_such_a_kernel() -> None:
     optimizer, _ = role(torch.optim.RMSprop).build([{"params": [nn.Parameter(torch.zeros(1))]}], -1)
     assert "fused" not in optimizer.param_groups[0]
+
+
+def test_kernels_that_need_their_step_counts_elsewhere_are_not_chosen() -> None:
+    optimizer, _ = role(torch.optim.Adagrad).build([{"params": [nn.Parameter(torch.zeros(1))]}], -1)
+    assert optimizer.param_groups[0]["fused"] is None
