@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
-from lightning_modules.compiling import CompiledNetworks
+from lightning_modules.compiling import CompiledNetworks, check_negative_scale
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.errors import UserError
@@ -140,6 +140,8 @@ class OneStepDistillation(L.LightningModule):
         """
         if self.student is not None:
             return
+        if self.compile_mode:
+            check_negative_scale(self.objective, self.seed)
         offloaded = () if self.prompt_cache is None else ("text_encoders",)
         self.parts = load_parts(self.teacher_path, without=offloaded)
         schedule = noise_schedule(self.parts.scheduler)
@@ -229,8 +231,9 @@ class OneStepDistillation(L.LightningModule):
                 self.fake_score_steps += 1
         for schedule in self.lr_schedulers() if updated else ():  # type: ignore[union-attr]
             schedule.step()
+        for name in COUNTERS:
+            self.numbers.note(f"counts/{name}", float(getattr(self, name)))
         self.numbers.log(self)
-        self.log_dict({f"counts/{name}": float(getattr(self, name)) for name in COUNTERS}, batch_size=1)
 
     def _student_turn(self, part: MicroBatch, step: int) -> tuple[StudentSample, StepRandom, float]:
         """Draw samples, have them judged and backpropagate into the student; returns them detached."""

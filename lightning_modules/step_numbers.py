@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_modules.diffusion.transfer import to_device
+
 
 class StepNumbers:
     """Named scalars of the step in progress; stays on the device, so that nothing waits for the GPU."""
@@ -37,7 +39,9 @@ class StepNumbers:
 
     def log(self, module: L.LightningModule) -> None:
         """Log them by the module, averaged over the processes, which all must have noted the same names."""
-        values = torch.stack([value.to(module.device) for value in self._values.values()])
+        on_cpu = [value for value in self._values.values() if value.device.type == "cpu"]
+        sent = iter(to_device(torch.stack(on_cpu), module.device) if on_cpu else ())  # all in one copy
+        values = torch.stack([next(sent) if v.device.type == "cpu" else v for v in self._values.values()])
         if module.trainer.world_size > 1:
             values = module.trainer.strategy.reduce(values, reduce_op="mean")
         for name, value in zip(self._values, values, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_modules import compiling
+from lightning_modules import compiling, step_numbers
 from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.errors import UserError
-from lightning_modules.guidance.scales import UniformGuidance
+from lightning_modules.guidance.scales import FixedGuidance, UniformGuidance
 from lightning_modules.objectives.swiftbrush import SwiftBrush
+from lightning_modules.step_numbers import StepNumbers
 from tests.tiny_distillation import PROMPTS, Hooks, distillation, fit, snapshot
 
 # --- waiting
@@ -52,6 +54,31 @@ def test_a_step_waits_twice(tiny_sd: Path, tmp_path: Path) -> None:
     random = SwiftBrush(guidance_scale=UniformGuidance(2.0, 5.0), dropout_per_sample=True)
     assert waits(distillation(tiny_sd, random), tmp_path) == [2, 2, 2]
     assert waits(distillation(tiny_sd), tmp_path, micro_batch_size=2) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_numbers_of_the_cpu_are_sent_in_one_copy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU."""
+    sent: list[list[float]] = []
+    logged: dict[str, Tensor] = {}
+    send = step_numbers.to_device
+    monkeypatch.setattr(step_numbers, "to_device", lambda v, to: sent.append(v.tolist()) or send(v, to))
+    module: Any = SimpleNamespace(
+        device=torch.device(device), trainer=SimpleNamespace(world_size=1),
+        log=lambda name, value, **_: logged.update({name: value}),
+    )  # fmt: skip
+    numbers = StepNumbers()
+    numbers.note("train/a", 1.0)
+    numbers.note("b", torch.tensor(2.0, device=device))
+    numbers.note("c", torch.tensor(3.0))
+    numbers.note("c", 4.0, 0.5)
+    numbers.log(module)
+    assert list(logged) == ["train/a", "b", "c"]
+    assert {value.device.type for value in logged.values()} == {device}
+    if device == "meta":
+        assert sent == [[1, 5]]
+    else:
+        assert [value.item() for value in logged.values()] == [1, 2, 5]
 
 
 # --- compiling
@@ -97,6 +124,18 @@ def test_nothing_is_compiled_again_when_prompts_guidance_and_turns_change(
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     for name, value in snapshot(plain).items():
         torch.testing.assert_close(snapshot(compiled)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_random_negative_scale_is_refused(tiny_sd: Path) -> None:
+    """A fixed one is no obstacle, nor is a random one without compiling."""
+
+    def configure(scale: Any, compile: bool) -> None:
+        distillation(tiny_sd, SwiftBrush(student_negatives=scale), compile=compile).configure_model()
+
+    with pytest.raises(UserError, match="random student_negatives.*Set compile to false, or"):
+        configure(UniformGuidance(0, 1), True)
+    configure(UniformGuidance(0, 1), False)
+    configure(FixedGuidance(0.5), True)
 
 
 def test_networks_run_as_they_are_outside(monkeypatch: pytest.MonkeyPatch) -> None:
