@@ -21,6 +21,7 @@ def add_to_checkpoint(module: OneStepDistillation, checkpoint: dict[str, Any]) -
     checkpoint["ema"] = module.ema.state_dict() if module.ema is not None else None
     checkpoint["counters"] = {name: getattr(module, name) for name in COUNTERS}
     checkpoint["one_step"] = {
+        "method": type(module.objective).__name__,
         "teacher": module.teacher_path,
         "start_timestep": module.start_timestep,
         "architecture": architecture(module.student),

@@ -145,6 +145,7 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
     of_pixart = {"use_resolution_binning": False, "clean_caption": False}
     given = of_pixart if run.name.startswith("pixart") else {}
     assert card_call(run.folder) == {"num_inference_steps": 1, "guidance_scale": 1.0, **given}
+    assert "| method | SwiftBrush |" in (run.folder / "README.md").read_text()
     ours = load_generator(run.checkpoint)
     expected = ours.images(TEXTS, SEEDS)
     torch.testing.assert_close(one_step(run.folder, ours, pipe), expected, rtol=0, atol=1e-4)

@@ -118,8 +118,8 @@ def test_checkpoint_is_plain_and_holds_nothing_frozen(
     assert content["counters"] == {"student_steps": 3, "fake_score_steps": 3, "skipped_updates": 0}
     assert content["global_step"] == 3 and len(content["optimizer_states"]) == 2
     assert content["one_step"] | {"architecture": None} == {
-        "teacher": str(tiny_sd), "start_timestep": 625, "weights": True, "student_steps": 3,
-        "architecture": None,
+        "method": "SwiftBrush", "teacher": str(tiny_sd), "start_timestep": 625, "weights": True,
+        "student_steps": 3, "architecture": None,
     }  # fmt: skip
     assert content["hyper_parameters"]["teacher"] == str(tiny_sd)
     assert content["hyper_parameters"]["start_timestep"] == 625

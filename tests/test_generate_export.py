@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
@@ -227,6 +228,71 @@ def test_exports_tell_nothing_of_the_machine(
         for file in files:
             for place in (tiny_sd.parent, tmp_path):
                 assert str(place) not in file.read_text(encoding="utf-8"), file
+
+
+def write_run(run: Path, teacher: Path, **report: Any) -> Path:
+    """A run's folder as training leaves it; returns its checkpoint, at step 40 with both weights."""
+    checkpoint = write_checkpoint(run / "checkpoints" / "last.ckpt", teacher)
+    config = {
+        "trainer": {"default_root_dir": str(run), "logger": {"init_args": {"api_key": "hush"}}},
+        "model": {"teacher": str(teacher), "rate": 1e-6, "prompts": ["a größer/cat", str(run / "x.txt")]},
+        "data": "assets/captions.txt",
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    content = {
+        "step": 40, "weights": "ema", "model": str(checkpoint),
+        "metrics": {
+            "frechet_distance": {"value": 22.401986661, "num_images": 1024, "details": {}},
+            "clip_score": {"value": 0.5291290813, "num_images": 512, "details": {}},
+        },
+        "teacher_metrics": {"steps_25": {"clip_score": {"value": 0.25, "num_images": 512, "details": {}}}},
+    }  # fmt: skip
+    (run / "report.json").write_text(json.dumps({**content, **report}))
+    return checkpoint
+
+
+def card_of(checkpoint: Path, output: Path, *words: Any) -> str:
+    call(export, "--checkpoint", checkpoint, "--output", output, *words)
+    return (output / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_has_the_runs_metrics_and_configuration(tiny_sd: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/mine/version_0"
+    card = card_of(write_run(run, tiny_sd), tmp_path / "out")
+    assert "of the ema weights at student step 40:" in card
+    assert "| metric | this student | teacher, steps 25 | images |" in card
+    assert "| frechet distance | 22.402 | – | 1024 |" in card
+    assert "| clip score | 0.529129 | 0.25 | 512 |" in card
+    config = yaml.safe_load(card.split("## Configuration\n\n```yaml\n")[1].split("```")[0])
+    assert config == {
+        "trainer": {"default_root_dir": "version_0", "logger": {"init_args": {"api_key": "(not shown)"}}},
+        "model": {"teacher": tiny_sd.name, "rate": 1e-6, "prompts": ["a größer/cat", "x.txt"]},
+        "data": "assets/captions.txt",
+    }
+    assert str(tmp_path) not in card and str(tiny_sd.parent) not in card
+    assert "a größer/cat" in card
+
+
+def test_other_weights_than_the_reports_are_not_measured(tiny_sd: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint, missing = write_run(run, tiny_sd), "not measured at this step"
+    cards = [card_of(checkpoint, tmp_path / "out", "--weights", "online")]
+    for report in ({"step": 41}, {"metrics": {}}):
+        write_run(run, tiny_sd, **report)
+        cards.append(card_of(checkpoint, tmp_path / "out"))
+    (run / "report.json").unlink()
+    cards.append(card_of(checkpoint, tmp_path / "out"))
+    for card in cards:
+        assert missing in card and "| frechet" not in card and "## Configuration" in card
+    (run / "report.json").write_text('{"step": 40, "weights": "ema", "metrics": {"fid": 3}}')
+    with pytest.raises(UserError, match=r"report.json is damaged"):
+        card_of(checkpoint, tmp_path / "out")
+    (run / "config.yaml").write_text("a: [")
+    (run / "report.json").unlink()
+    with pytest.raises(UserError, match=r"config.yaml can't be read as YAML"):
+        card_of(checkpoint, tmp_path / "out")
+    (run / "config.yaml").unlink()  # no run's folder
+    assert "## " not in card_of(checkpoint, tmp_path / "out")
 
 
 def test_a_former_export_is_replaced_and_other_folders_are_not(tiny_sd: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning_modules.errors import UserError
 from lightning_modules.networks.export import DTYPES, LORA, export_student, one_step_call
 from lightning_modules.networks.network_file import is_network_file, load_network_file
+from lightning_modules.networks.run_card import run_sections
 from lightning_modules.networks.student import LoadedStudent, load_student, resolve_checkpoint
 
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint is missing or not one of ours, or the output can't be written.
     """
-    student = _student(options)
+    student, sections = _student(options)
     folder = export_student(
         student.parts.denoiser,
         student.parts,
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
         DTYPES[options.dtype],
         student.facts,
         student.adapter,
+        sections,
     )
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
@@ -57,8 +59,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")
 
 
-def _student(options: argparse.Namespace) -> LoadedStudent:
-    """What is to be exported."""
+def _student(options: argparse.Namespace) -> tuple[LoadedStudent, str]:
+    """What is to be exported, and what the card says of the run that trained it."""
     alone = (options.base, options.start_timestep)
     if not is_network_file(options.checkpoint):
         if alone != (None, None):
@@ -66,9 +68,11 @@ def _student(options: argparse.Namespace) -> LoadedStudent:
         checkpoint = resolve_checkpoint(options.checkpoint)
         if options.checkpoint in ("best", "last"):
             print(f"Newest {options.checkpoint}.ckpt: {checkpoint}")
-        return load_student(checkpoint, options.weights)
+        student = load_student(checkpoint, options.weights)
+        return student, run_sections(checkpoint, student.facts)
     if None in alone:
         raise UserError(f"{options.checkpoint} is a network alone: give --base MODEL and --start-timestep T.")
     if options.weights is not None:
         raise UserError(f"{options.checkpoint} has one set of weights; leave --weights out.")
-    return load_network_file(resolve_checkpoint(options.checkpoint), options.base, options.start_timestep)
+    network = resolve_checkpoint(options.checkpoint)
+    return load_network_file(network, options.base, options.start_timestep), ""

@@ -70,6 +70,7 @@ def export_student(
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any] | None = None,
     adapter: StudentAdapter | None = None,
+    sections: str = "",
 ) -> Path:
     """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
@@ -81,6 +82,7 @@ def export_student(
         dtype: of the written weights.
         card: facts for the model card and for one_step.json, name to value (plain data).
         adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
+        sections: what else the model card says, Markdown.
 
     Raises:
         UserError: the output can't be written or holds other files, or the start timestep is unknown.
@@ -98,7 +100,7 @@ def export_student(
         if adapter is not None:
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
             text += lora_card(adapter, parts.backbone, shown_name(Path(output)), one_step_call(parts))
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(text + sections, encoding="utf-8")
     return target
 
 

@@ -214,7 +214,7 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     start = int(facts["start_timestep"])
     parts.scheduler = one_step_scheduler(parts.scheduler, start)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
-    origin |= {name: facts[name] for name in ("student_init", "trained_on") if name in facts}
+    origin |= {name: facts[name] for name in ("method", "student_init", "trained_on") if name in facts}
     return LoadedStudent(parts, start, chosen, origin, adapter)
 
 
