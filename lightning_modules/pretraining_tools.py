@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from datamodules.pictures import EmojiPictures, EvaluationPictures, caption
 from lightning_modules.errors import UserError
-from lightning_modules.networks.attention import fast_attention
 from lightning_modules.networks.output_folder import check_writable_folder, filled_at_once
 
 
@@ -62,7 +63,7 @@ class Pretraining(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(batch["step"]))
-        with fast_attention(self.device):
+        with plain_attention(self.device):
             terms = self.loss(batch, generator)
         total = torch.stack(list(terms.values())).sum()
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=True)
@@ -136,6 +137,11 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     mixed = torch.lerp(moved, blurred, blur)
     grain = torch.randn(mixed.shape, generator=generator).to(mixed)
     return (((mixed - 0.5) * contrast + 0.5) + brightness + noise * grain).clamp(0, 1)
+
+
+def plain_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Attention by plain matrix products on the CPU, as the bundled models were trained."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def preview_pictures(trainer: L.Trainer) -> Tensor:
