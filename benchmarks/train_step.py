@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import SIZES, model_folder
-from benchmarks.training_rounds import LOSSES, alone, measure_memory, measure_speed
+from benchmarks.training_rounds import LOSSES, alone, measure_memory, measure_speed, write_prompt_cache
 from callbacks.environment import environment
 
 COMPARED = 20  # steps whose losses are compared
@@ -148,6 +148,10 @@ def arguments() -> argparse.Namespace:
         help="cpu: time of the process, for one thread on a machine that has other work",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="set the module's option compile")
+    parser.add_argument(
+        "--cached-text", action="store_true",
+        help="encode prompts beforehand (option prompt_cache), as the plain loop does",
+    )  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of this project's student")
     parser.add_argument(
         "--small", action="store_true", help="few channels, to try sd21 and pixart without a GPU"
@@ -179,6 +183,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(given.size, Path(temporary) / "model", given.small)
         options |= {"folder": str(folder), "texts": str(Path(temporary) / "texts.pt")}
+        if given.cached_text:
+            options["changes"]["prompt_cache"] = write_prompt_cache(folder, Path(temporary) / "prompts")
         for batch in given.batch:
             results.append(measure(options | {"batch": batch}))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import tempfile
 import time
@@ -26,6 +27,7 @@ from benchmarks.reference_loop import ReferenceLoop, Settings
 from benchmarks.shapes import ROOT
 from callbacks.throughput import matmul_rate
 from datamodules.prompts import PromptDataModule
+from lightning_modules.commands import encode_prompts
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import load_parts
@@ -52,6 +54,16 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["model"]["init_args"] |= {"teacher": str(folder), **changes}
     return {"model": config["model"], "data": config["data"]}
+
+
+def write_prompt_cache(folder: Path, cache: Path) -> str:
+    """What `encode-prompts` makes of the configuration's prompts, in float32."""
+    parser = argparse.ArgumentParser()
+    encode_prompts.add_arguments(parser)
+    files = [str(ROOT / "assets" / name) for name in ("captions.txt", "eval_captions.txt")]
+    given = ["--model", str(folder), "--output", str(cache), "--dtype", "float32", "--prompts", *files]
+    encode_prompts.run(parser.parse_args(given))
+    return str(cache)
 
 
 def train(
