@@ -125,7 +125,7 @@ def sweep_picture(
     return labelled_grid(views, labels, columns=1, least_size=64)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,12 +141,16 @@ def main() -> None:
     add("--nag", type=scale_list, default="2,4,8", help="scales (default: %(default)s)")
     add("--cfg", type=scale_list, default="1.5,2.5", help="scales, 1 is off (default: %(default)s)")
     add("--output", type=Path, default=Path("outputs/negative_guidance"))
-    options = parser.parse_args()
-    generator, extractor = load_generator(options.model), ClipExtractor(options.clip)
-    removal = NegativeRemovalRate(options.cases)
+    return parser.parse_args()
+
+
+def measure_rows(
+    options: argparse.Namespace, generator: OneStepGenerator, removal: NegativeRemovalRate
+) -> list[dict[str, Any]]:
+    """One row for each method and scale, the same seeds for all."""
     pair_metrics: list[ImageMetric] = [removal, ClipScore(), ClipScoreNegative()]
     caption_metrics: list[ImageMetric] = [FrechetDistance(), ClipScore()]
-    reference = ReferenceStatistics.load(options.reference)
+    extractor, reference = ClipExtractor(options.clip), ReferenceStatistics.load(options.reference)
     for metric in pair_metrics + caption_metrics:
         metric.bind(extractor, reference)
     pairs = [(case.prompt, case.negative_prompt) for case in removal.cases for _ in range(options.images)]
@@ -172,6 +176,13 @@ def main() -> None:
                 "rates": found["negative_removal_rate"]["details"]["rates"],
             }
         )
+    return rows
+
+
+def main() -> None:
+    options = arguments()
+    generator, removal = load_generator(options.model), NegativeRemovalRate(options.cases)
+    rows = measure_rows(options, generator, removal)
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items() if name != "output"}
     (options.output / "results.json").write_text(

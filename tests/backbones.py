@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from lightning_modules.networks.loading import load_parts
 from tests.conftest import TOKENS, make_tokenizer, make_vae
 
 SD_BETAS = {
@@ -251,3 +252,13 @@ def private_copy(folder: Path, place: Path) -> Path:
     """A copy to be changed at will."""
     shutil.copytree(folder, place)
     return place
+
+
+def moved(folder: Path, seed: int) -> Any:
+    """The folder's network with every weight moved at random."""
+    network = load_parts(folder).denoiser
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network

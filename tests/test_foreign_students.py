@@ -22,7 +22,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import load_student
-from tests.backbones import private_copy, stock_pipeline_of
+from tests.backbones import moved, private_copy, stock_pipeline_of
 
 PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
 Folder = Callable[[str], Path]
@@ -46,16 +46,6 @@ def pixels(file: Path) -> Tensor:
     image = Image.open(file).convert("RGB")
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
-
-
-def moved(folder: Path, seed: int) -> Any:
-    """The folder's network with every weight moved at random."""
-    network = load_parts(folder).denoiser
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return network
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.export import MARKER, export_student, one_step_scheduler
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import architecture, resolve_checkpoint
+from tests.backbones import moved
 
 PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
 
@@ -37,12 +38,7 @@ def call(command: ModuleType, *words: Any) -> None:
 @functools.cache
 def other_unet(path: Path, seed: int) -> UNet2DConditionModel:
     """The folder's UNet with every weight moved at random; shared, not to be changed."""
-    unet = load_parts(path).denoiser
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return unet
+    return moved(path, seed)
 
 
 def write_checkpoint(file: Path, teacher: Path, start: int = 625, ema: bool = True, **changes: Any) -> Path:
