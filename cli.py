@@ -8,7 +8,7 @@ import importlib
 import sys
 import traceback
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 TRAINER_COMMANDS = {
     "fit": "train (distil) as a configuration says; --ckpt_path last resumes",
@@ -31,15 +31,15 @@ TOOL_COMMANDS = {
     "app": "a local page to try a student beside its teacher",
 }
 TOOL_MODULES = {
-    "generate": "lightning_modules.commands.generate",
-    "evaluate": "callbacks.commands.evaluate",
-    "export": "lightning_modules.commands.export",
-    "encode-prompts": "lightning_modules.commands.encode_prompts",
-    "consolidate": "lightning_modules.commands.consolidate",
-    "merge": "callbacks.commands.merge",
-    "sweep": "callbacks.commands.sweep",
-    "compare": "callbacks.commands.compare",
-    "app": "lightning_modules.commands.app",
+    "generate": "commands.generate",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
+    "encode-prompts": "commands.encode_prompts",
+    "consolidate": "commands.consolidate",
+    "merge": "commands.merge",
+    "sweep": "commands.sweep",
+    "compare": "commands.compare",
+    "app": "commands.app",
 }
 
 
@@ -77,7 +77,7 @@ def run_command(args: list[str]) -> None:
             module.run(parser.parse_args(args[1:]))
     elif command in TRAINER_COMMANDS:
         # here, because it imports torch and Lightning: seconds that --help need not take
-        from callbacks.trainer_cli import TrainerCLI
+        from commands.fit import TrainerCLI
 
         TrainerCLI(args)
     else:

@@ -148,7 +148,7 @@ def main() -> None:
             for prompt in tqdm(synthetic_prompts(options.prompts), "Synthetic prompts", options.prompts):
                 file.write(prompt + "\n")
         rows = measure(path, options.prompts, options.batch_size, options.workers, options.seconds)
-    from callbacks.environment import environment  # here, since it takes imports that are measured
+    from common.environment import environment  # here, since it takes imports that are measured
 
     machine = environment()
     print(f"\n{machine['processor']}, {machine['cpu_count']} cores, {date.today()}")

@@ -19,12 +19,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from callbacks.commands.evaluate import parse  # noqa: E402
-from callbacks.drawers import Recipe, model_drawer  # noqa: E402
-from callbacks.environment import environment, peak_memory_gib  # noqa: E402
-from callbacks.measure import Stopwatch, measure_pictures  # noqa: E402
+from callbacks.metrics.binding import framed_reference  # noqa: E402
 from callbacks.metrics.clip_features import ClipExtractor  # noqa: E402
-from callbacks.references import framed_reference  # noqa: E402
+from callbacks.metrics.measure import Stopwatch, measure_pictures  # noqa: E402
+from commands.evaluate import parse  # noqa: E402
+from common.environment import environment, peak_memory_gib  # noqa: E402
+from lightning_modules.drawing import Recipe, model_drawer  # noqa: E402
 from lightning_modules.networks.loading import asset_path  # noqa: E402
 
 

@@ -33,8 +33,8 @@ from jsonargparse import ArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import ROOT, model_folder
-from callbacks.environment import environment
 from callbacks.start_summary import memory_table
+from common.environment import environment
 from datamodules.prompts import PromptDataModule
 from lightning_modules.distillation import OneStepDistillation
 

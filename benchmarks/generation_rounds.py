@@ -21,7 +21,7 @@ from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.generator import OneStepGenerator
 from lightning_modules.guidance.methods import METHODS, Method, make_method
-from lightning_modules.guidance.negative import negative_attention
+from lightning_modules.guidance.prompting import negative_attention
 from lightning_modules.networks.backbones.pixart import call_options
 
 PROMPT, NEGATIVE = "a red apple, noto style", "on a white background"

@@ -31,7 +31,7 @@ from benchmarks.meta_models import MODELS, Distillation, build, condition
 from benchmarks.meta_tensors import Autocast, LiveMemory
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.memory import GRADIENTS, memory_by_part
-from lightning_modules.networks.calling import run_network
+from lightning_modules.networks.backbones.calling import run_network
 
 GIB = 2**30
 GPUS = {16: 15.6, 24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}

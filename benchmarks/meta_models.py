@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.roles import LoraSettings, ScoreModels
-from lightning_modules.networks.student_lora import StudentLoraSettings, add_adapter
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, add_adapter
+from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.optimization import RoleOptimization
 
 FAKE_SCORE = LoraSettings(rank=64, alpha=108, targets=["to_q", "to_v"])

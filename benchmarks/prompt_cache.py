@@ -18,11 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.prompts import CAPTIONS, read_prompts
-from lightning_modules.networks.cached_prompts import use_prompt_cache
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.prompt_cache import Layout, PromptCache, text_keys
-from lightning_modules.networks.prompt_cache_writer import cache_writer
-from lightning_modules.networks.text_identity import text_identity
+from lightning_modules.networks.prompt_cache.cache import Layout, PromptCache, text_keys
+from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
+from lightning_modules.networks.prompt_cache.text_identity import text_identity
+from lightning_modules.networks.prompt_cache.writer import cache_writer
 
 BATCH = 64
 

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
-from lightning_modules.pretraining_pixart import word_tokenizer
+from lightning_modules.pretraining.transformer import word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "assets" / "emoji-sd"

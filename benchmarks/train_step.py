@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import SIZES, model_folder
 from benchmarks.training_rounds import LOSSES, alone, measure_memory, measure_speed, write_prompt_cache
-from callbacks.environment import environment
+from common.environment import environment
 
 COMPARED = 20  # steps whose losses are compared
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmarks.reference_loop import ReferenceLoop, Settings
 from benchmarks.shapes import ROOT
 from callbacks.throughput import matmul_rate
+from commands import encode_prompts
 from datamodules.prompts import PromptDataModule
-from lightning_modules.commands import encode_prompts
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import load_parts
@@ -204,8 +204,7 @@ class PlainLoop:
     def turn(self, todo: bytes, count: bool) -> tuple[float, list[dict[str, float]], dict[str, int]]:
         """Seconds, losses and, if wanted, operations of some steps (packed texts, seeds, numbers, places)."""
         steps = [
-            (text, StepRandom(seed, step, places, self.device))
-            for text, seed, step, places in unpacked(todo)
+            (text, StepRandom(seed, step, places, self.device)) for text, seed, step, places in unpacked(todo)
         ]
         self.loop.operations = {} if count else None
         began = now(self.clock)

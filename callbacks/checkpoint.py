@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.checkpoint_files import PlainFile, give_name, publish, remove, remove_leftovers, root_cause
 from callbacks.loggers import MetricsCSV, log_now
-from callbacks.random_states import random_states, restore_random_states
+from callbacks.resume import random_states, restore_random_states
 from callbacks.run_folder import run_dir
 from callbacks.stopping import StopRequests
-from lightning_modules.checkpoint_format import FORMAT, KEY
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from lightning_modules.checkpoints import FORMAT, KEY
 
 
 class RunCheckpoint(Checkpoint):

@@ -6,20 +6,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.cache import ResultCache
-from callbacks.final_results import FinalResults, Result, run_manifest
+from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_extras
 from callbacks.loggers import MetricsCSV
-from callbacks.measure import evaluate_model, milliseconds_per_image, require_finite
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.binding import bind_metrics, describe_reference, framed_reference
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.manifest import FinalResults, Result, run_manifest
+from callbacks.metrics.measure import evaluate_model, milliseconds_per_image, require_finite
 from callbacks.metrics.reference import ReferenceSource
-from callbacks.references import bind_metrics, describe_reference, framed_reference
-from callbacks.student import as_student, evaluating, evaluation_captions, evaluation_extras
-from callbacks.teacher import Teacher, teacher_metrics
+from callbacks.metrics.result_cache import ResultCache
+from callbacks.metrics.teacher import Teacher, teacher_metrics
+from common.errors import UserError
 from datamodules.picture_files import Frame
-from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import asset_path
 
 

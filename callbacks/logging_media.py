@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
-from callbacks.report_files import Report, result_table
-from callbacks.report_markdown import markdown_table
 from callbacks.resume import flatten
+from reports.run_report import Report, result_table
+from reports.text import markdown_table
 
 REPORT_FILES = ("report.md", "report.html", "report.json", "manifest.json")
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.distributed import in_use
-from callbacks.drawing import save_png, to_pil
 from callbacks.run_folder import run_dir, write_text_atomically
+from common.processes import in_use
+from reports.sheets import save_png, to_pil
 
 
 class PredictionFiles(Callback):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.environment import environment, peak_memory_gib
+from callbacks.evaluated import as_student
 from callbacks.evaluation import Evaluation
-from callbacks.final_results import FinalResults, told
 from callbacks.logging_media import log_config, log_report
-from callbacks.report_files import Report, findings, write_report
-from callbacks.report_markdown import render_text_table
+from callbacks.metrics.manifest import FinalResults, told
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
-from callbacks.student import as_student
+from common.environment import environment, peak_memory_gib
+from reports.run_report import Report, findings, write_report
+from reports.text import render_text_table
 
 _WARM_UP = 5
 _MOST_PICTURES = 6

@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint_files import REPLACED
-from lightning_modules.checkpoint_format import check_format
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from lightning_modules.checkpoints import check_format
 
 CONFIG_NAME = "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")

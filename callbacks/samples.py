@@ -7,14 +7,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from callbacks.cache import ResultCache
-from callbacks.drawing import labelled_grid, save_png
-from callbacks.hashing import hash_texts, to_uint8
+from callbacks.evaluated import as_student, evaluating, evaluation_captions
 from callbacks.logging_media import log_media
+from callbacks.metrics.result_cache import ResultCache
+from callbacks.metrics.teacher import PROTOCOL, Teacher
 from callbacks.run_folder import run_dir
-from callbacks.student import as_student, evaluating, evaluation_captions
-from callbacks.teacher import PROTOCOL, Teacher
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from common.hashing import hash_texts, to_uint8
+from reports.sheets import labelled_grid, save_png
 
 
 class Pictures(Callback, ABC):

@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.drawing import labelled_grid, save_png
-from callbacks.environment import environment, peak_memory_gib
+from callbacks.evaluated import as_student, evaluation_captions
 from callbacks.evaluation import Evaluation
-from callbacks.final_results import run_manifest, told
 from callbacks.logging_media import log_media, log_report
-from callbacks.report_files import Report, write_report
-from callbacks.report_markdown import render_text_table
+from callbacks.metrics.manifest import run_manifest, told
 from callbacks.run_folder import CONFIG_NAME, run_dir
-from callbacks.student import as_student, evaluation_captions
+from common.environment import environment, peak_memory_gib
+from reports.run_report import Report, write_report
+from reports.sheets import labelled_grid, save_png
+from reports.text import render_text_table
 
 STAGES = ("validate", "test")
 GRID = "samples.png"
@@ -55,9 +55,7 @@ class StageReport(Callback):
         """Start the clock."""
         self._drawn, self._begin = [], time.perf_counter()
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Keep the first pictures."""
         self._keep(trainer, outputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.memory import NOT_WEIGHTS, Part
 
 _MIB = 2**20

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks.environment import peak_memory_gib
-from lightning_modules.errors import UserError
+from common.environment import peak_memory_gib
+from common.errors import UserError
 
 _WARM_UP = 2
 """Updates of a session that are not timed: the first counts operations, the second fills caches."""

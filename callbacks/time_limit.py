@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.stopping import Stop
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 _LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 

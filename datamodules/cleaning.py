@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

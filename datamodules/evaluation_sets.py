@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from datamodules.picture_files import Frame
 from datamodules.prompts import EVAL_CAPTIONS
 from datamodules.tables import is_table, read_column
-from lightning_modules.errors import UserError
 
 
 @dataclass(frozen=True)

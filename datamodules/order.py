@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 LISTED_SIZE = 2**16
 """Up to this size a permutation is drawn as a list (512 KiB); above, its entries are computed one by one."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 _NOT_SAMPLES = {"grid.png"}  # what `generate` lays beside its pictures

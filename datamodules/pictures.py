@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 STYLES = ("noto", "twemoji")
 BACKGROUNDS = {

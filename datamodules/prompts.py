@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.readers import read_texts
 from datamodules.sources import PromptPools, as_sources, listed_prompts
 from datamodules.streams import EvaluationPrompts, PromptStream
-from lightning_modules.errors import UserError
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CAPTIONS = _ASSETS / "captions.txt"

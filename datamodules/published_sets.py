@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from datamodules.evaluation_sets import (
     EvaluationSet,
     EvaluationSource,
@@ -19,7 +20,6 @@ from datamodules.evaluation_sets import (
 )
 from datamodules.picture_files import Frame
 from datamodules.tables import keys_of, read_column, read_json
-from lightning_modules.errors import UserError
 
 DMD2_MD5 = "20ed79e6a73d7b8fdbfb6ebc8c5c7e99"
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")

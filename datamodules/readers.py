@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
 
 USUAL_COLUMNS = ("prompt", "caption", "text")
 """Taken (in any letter case) where no column is named and the file has exactly one of them."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from common.errors import UserError
 from datamodules.cleaning import Cleaner, Cleaning, describe
 from datamodules.order import ListedTexts, PromptDraws, Texts, epoch_shares
 from datamodules.readers import is_compressed, is_dataset_folder, read_texts
 from datamodules.store import Part, chunks, no_prompt_left, open_store
-from lightning_modules.errors import UserError
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""

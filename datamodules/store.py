@@ -21,11 +21,11 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from common.errors import UserError, first_line
+from common.files import user_cache_dir
 from datamodules.cleaning import Cleaner, Cleaning, describe
 from datamodules.order import Places
 from datamodules.readers import optional_package, read_texts
-from lightning_modules.errors import UserError, first_line
-from lightning_modules.user_cache import user_cache_dir
 
 FORMAT = 1  # raised when stores of an older version of this file must not be used
 CHUNK = 65536  # texts handled at a time

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, first_line
 from datamodules.readers import choose_column, read_texts
-from lightning_modules.errors import UserError, first_line
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.networks.fitting import check_fit
+from lightning_modules.networks.lora import StudentBase
 from lightning_modules.networks.student import architecture
-from lightning_modules.networks.student_lora import StudentBase
+from lightning_modules.networks.weights import check_fit
 
 if TYPE_CHECKING:
     from lightning_modules.distillation import OneStepDistillation

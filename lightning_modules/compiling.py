@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.objectives.base import Objective
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -9,31 +9,29 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
+from lightning_modules.batch import MicroBatch, micro_batches, student_negatives
 from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
 from lightning_modules.compiling import CompiledNetworks, check_negative_scale
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator, make_generator
-from lightning_modules.heap import keep_freed_memory
 from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
 from lightning_modules.image_pairs import ImagePairs, PairRegression
 from lightning_modules.judging import not_finite, objective_terms, pair_term, student_terms
 from lightning_modules.memory import Part, memory_by_part
-from lightning_modules.micro_batches import MicroBatch, micro_batches, student_negatives
-from lightning_modules.networks.cached_prompts import use_prompt_cache
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import load_parts, noise_schedule
-from lightning_modules.networks.roles import LoraSettings, ScoreModels
-from lightning_modules.networks.student_lora import StudentBase, StudentLoraSettings
+from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
+from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
+from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.networks.student_start import make_student
+from lightning_modules.networks.weights import hide_from_state_dict
 from lightning_modules.objectives.base import Objective, StudentSample
-from lightning_modules.optimization import RoleOptimization, UpdateGuard
+from lightning_modules.optimization import RoleOptimization, StepNumbers, UpdateGuard
 from lightning_modules.parallel import FullySharded, same_on_all_processes, shard_networks, without_sync
 from lightning_modules.score_views import score_views
-from lightning_modules.step_numbers import StepNumbers
-from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
+from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype, keep_freed_memory
 
 Batch = dict[str, Any]
 

@@ -11,19 +11,19 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.errors import UserError
 from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
-from lightning_modules.guidance.negative import negative_attention
+from lightning_modules.guidance.prompting import negative_attention
+from lightning_modules.networks.backbones.calling import embedded_guidance, run_network
 from lightning_modules.networks.backbones.pixart import call_options
-from lightning_modules.networks.calling import embedded_guidance, run_network
+from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
-from lightning_modules.networks.prompts import PromptEncoder
 from lightning_modules.networks.student import Weights, load_student
 
 

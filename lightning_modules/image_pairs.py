@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import UserError
 from datamodules.picture_files import Frame, match_files, read_pictures
 from datamodules.tables import read_column
 from lightning_modules.diffusion.broadcast import expand_like
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.generator import OneStepGenerator
 from lightning_modules.networks.loading import TextToImageParts
 from lightning_modules.objectives.base import Scores

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.objectives.base import StudentSample
+from lightning_modules.optimization import StepNumbers
 from lightning_modules.parallel import on_all_processes
-from lightning_modules.step_numbers import StepNumbers
 
 if TYPE_CHECKING:
     from lightning_modules.distillation import OneStepDistillation

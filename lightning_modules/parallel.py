@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_modules.networks.fitting import check_fit
+from lightning_modules.networks.weights import check_fit
 
 _BUCKET_BYTES = 64 * 2**20
 

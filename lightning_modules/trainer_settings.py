@@ -1,5 +1,6 @@
 """Which settings of the Trainer two optimizers in turn can be trained with."""
 
+import ctypes
 from collections.abc import Iterable
 
 import torch
@@ -7,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.parallel import FullySharded
 
 
@@ -70,3 +71,20 @@ def cast_frozen(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         for parameter in module.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+
+
+# malloc.h of the GNU C library
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the library takes no more
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep memory that it frees, for the next tensors; other C libraries are left alone.
+
+    By default the GNU C library gives large blocks back at once, and every step of a training has to get the
+    same pages from the system again. The most that is in use at a time stays the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from callbacks.metrics.clip_features import ClipExtractor  # noqa: E402
 from callbacks.metrics.reference import compute_reference  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from datamodules.pictures import EvaluationPictures  # noqa: E402
-from lightning_modules.errors import UserError  # noqa: E402
 
 
 def main() -> int:

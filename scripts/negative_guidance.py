@@ -30,17 +30,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from callbacks.drawing import labelled_grid, save_png
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.negative import REMOVAL_CASES, ClipScoreNegative, NegativeRemovalRate, RemovalCase
 from callbacks.metrics.reference import ReferenceStatistics
-from callbacks.plot_image import plot_image
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.generator import OneStepGenerator, load_generator
 from lightning_modules.guidance.methods import make_method
+from reports.plots import plot_image
+from reports.sheets import labelled_grid, save_png
 
 BATCH = 50
 QUALITY = ("removal_rate", "frechet_distance", "clip_score")

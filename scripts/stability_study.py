@@ -39,16 +39,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from callbacks.drawing import save_png
-from callbacks.measure import evaluate_model
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
-from callbacks.plot_image import Line, lines_image
-from callbacks.sweeping.trial_process import TrialProcess, environment, fit_command, read_values
+from commands.sweeping.trial_process import TrialProcess, environment, fit_command, read_values
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.loading import asset_path, load_parts
+from reports.plots import Line, lines_image
+from reports.sheets import save_png
 
 CONFIG = "configs/experiment/emoji_pgsb.yaml"
 BACKBONES = {"epsilon": "assets/emoji-sd", "v": "assets/emoji-sd-v", "pixart": "assets/emoji-pixart"}

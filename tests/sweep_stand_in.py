@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from callbacks.sweeping.driver import Driver
-from callbacks.sweeping.settings import SweepSettings, read_settings
-from callbacks.sweeping.study import TrialBook
+from commands.sweeping.driver import Driver
+from commands.sweeping.settings import SweepSettings, read_settings
+from commands.sweeping.study import TrialBook
 
 # Writes metrics.csv like a run: (x - 3)^2 + step / 100 at steps 10, 20, ... 50. Options: --delay between
 # steps, --fail_above x, --metric name of the column. Every start and every whole run is noted beside the

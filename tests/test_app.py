@@ -13,11 +13,11 @@ import torch
 from diffusers import LCMScheduler
 from PIL import ImageChops
 
-from lightning_modules.commands import app
-from lightning_modules.commands.app_page import METHOD_CHOICES, build_page, drawing, slider
-from lightning_modules.commands.app_pictures import SideBySide
-from lightning_modules.commands.generate import to_pillow
-from lightning_modules.errors import UserError
+from commands import app
+from commands.app_page import METHOD_CHOICES, build_page, drawing, slider
+from commands.app_pictures import SideBySide
+from commands.generate import to_pillow
+from common.errors import UserError
 from lightning_modules.generator import load_generator, multistep_images, pipeline_images, stock_pipeline
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nag, Nasa

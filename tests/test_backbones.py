@@ -17,21 +17,20 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
-from callbacks.commands import merge
-from callbacks.drawers import Recipe, model_drawer
-from callbacks.teacher import Teacher
+from callbacks.metrics.teacher import Teacher
+from commands import export, generate, merge
+from commands.app_pictures import SideBySide
+from commands.generate import to_pillow
 from datamodules.prompts import PromptDataModule
-from lightning_modules.commands import export, generate
-from lightning_modules.commands.app_pictures import SideBySide
-from lightning_modules.commands.generate import to_pillow
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import OneStepGenerator, ddim_scheduler, load_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.student import load_student
-from lightning_modules.networks.student_lora import StudentLoraSettings
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.backbones import TRAINED, call_options, stock_pipeline_of
 from tests.conftest import PICTURE
@@ -86,9 +85,7 @@ def train(module: OneStepDistillation, place: Path, steps: int, data: Any = None
 
 
 @pytest.fixture(scope="module", params=TRAINED)
-def run(
-    request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], tmp_path_factory: Any
-) -> Run:
+def run(request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], tmp_path_factory: Any) -> Run:
     name, place = request.param, tmp_path_factory.mktemp(request.param)
     teacher, start = backbone_folder(name), STARTS.get(name, 625)
     modules = [distillation(teacher, start_timestep=start) for _ in range(2)]

@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.tiny_run import TinyModule
 
 ROOT = Path(cli.__file__).parent

@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from callbacks.comparison import best_of, differences, direction, find_runs, flatten, load_runs
-from callbacks.comparison_page import _lighter
-from callbacks.drawing import labelled_grid, save_png
 from cli import main
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from reports.comparison import best_of, differences, direction, find_runs, flatten, load_runs
+from reports.comparison_page import _lighter
+from reports.sheets import labelled_grid, save_png
 
 SAMPLES: dict[str, Any] = {
     "class_path": "callbacks.samples.SampleGrid",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from callbacks.time_limit import parse_limit
-from callbacks.trainer_cli import TrainerCLI
+from commands.fit import TrainerCLI
 
 ROOT = Path(__file__).parent.parent
 # no configurations of fit: tests/test_sweep_command.py and tests/test_evaluate.py read them

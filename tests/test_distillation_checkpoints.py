@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cli
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.tiny_distillation import write_config
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.objectives.base import Scores, StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.parallel import FullySharded

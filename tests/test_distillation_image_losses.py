@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from callbacks.checkpoint import RunCheckpoint
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.errors import UserError
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.schedules import LinearWeight
 from lightning_modules.image_losses.terms import ImageLossSettings
@@ -212,9 +212,7 @@ def test_resumed_lora_run_with_clip_loss_is_the_uninterrupted_one(
         (tmp_path / name).mkdir()
     whole = fit_config(write_config(tmp_path / "whole" / "tiny.yaml", tiny_sd, **changes))
     stop = {"class_path": "tests.test_distillation_runs.Interrupt", "init_args": {"step": 2}}
-    config = write_config(
-        tmp_path / "parts" / "tiny.yaml", tiny_sd, **changes, trainer__callbacks=[stop]
-    )
+    config = write_config(tmp_path / "parts" / "tiny.yaml", tiny_sd, **changes, trainer__callbacks=[stop])
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit_config(config)
     write_config(config, tiny_sd, **changes)

@@ -15,13 +15,13 @@ from torch import Tensor
 import cli
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.start_summary import memory_table
+from common.errors import UserError
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.errors import UserError
 from lightning_modules.generator import load_generator
-from lightning_modules.networks.export import export_student
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student import load_student
-from lightning_modules.networks.student_lora import StudentLoraSettings
 from tests.tiny_distillation import (
     PROMPTS,
     Hooks,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from datamodules.prompts import PromptDataModule
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance

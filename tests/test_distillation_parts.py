@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from callbacks.checkpoint import RunCheckpoint
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.errors import UserError
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.objectives.base import StudentSample

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import cli
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.reference import compute_reference
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.objectives.base import Objective, Scores, StudentSample
 from tests.tiny_distillation import PROMPTS, write_config

@@ -12,13 +12,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_modules import compiling, step_numbers
+from common.errors import UserError
+from lightning_modules import compiling
+from lightning_modules import optimization as step_numbers
 from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.errors import UserError
 from lightning_modules.guidance.scales import FixedGuidance, UniformGuidance
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from lightning_modules.step_numbers import StepNumbers
+from lightning_modules.optimization import StepNumbers
 from tests.tiny_distillation import PROMPTS, Hooks, distillation, fit, snapshot
 
 # --- waiting

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 import cli
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.run_folder import RunFolder, read_checkpoint
+from common.errors import UserError
 from datamodules.prompts import PromptDataModule
 from lightning_modules import parallel
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.errors import UserError
 from lightning_modules.networks.student import load_student
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
@@ -244,8 +244,15 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
     def sharded(name: str, steps: int, ckpt: Path | None = None) -> None:
         strategy = FullySharded(save_distributed_checkpoint=folder)
         work = lambda: train(  # noqa: E731
-            tiny_sd, tmp_path / name, strategy=strategy, devices=2, steps=steps, ckpt=ckpt, save=True,
-            every=1, **settings,
+            tiny_sd,
+            tmp_path / name,
+            strategy=strategy,
+            devices=2,
+            steps=steps,
+            ckpt=ckpt,
+            save=True,
+            every=1,
+            **settings,
         )
         run_processes(2, work, tmp_path / "log")
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from cli import main
-from lightning_modules.errors import UserError
-from lightning_modules.networks import cached_prompts
+from common.errors import UserError
+from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEncoder
-from lightning_modules.networks.cached_prompts import use_prompt_cache
-from lightning_modules.networks.calling import run_network
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.prompt_cache import PromptCache
-from lightning_modules.networks.prompts import PromptEncoder
-from lightning_modules.networks.text_identity import text_identity
+from lightning_modules.networks.prompt_cache import lookup as cached_prompts
+from lightning_modules.networks.prompt_cache.cache import PromptCache
+from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
+from lightning_modules.networks.prompt_cache.text_identity import text_identity
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.trainer_settings import cast_frozen
 from tests.backbones import write_backbone

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_modules.errors import first_line
+from common.errors import first_line
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import cli
-from callbacks import unfinished as unfinished_module
-from callbacks.commands.evaluate import parse
-from callbacks.kept_pictures import KeptPictures
+from callbacks.metrics import unfinished as unfinished_module
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.reference import compute_reference
-from lightning_modules.errors import UserError
+from commands.evaluate import parse
+from commands.kept_pictures import KeptPictures
+from common.errors import UserError
 from tests.callbacks.standin import CAPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]

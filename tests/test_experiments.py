@@ -32,9 +32,7 @@ def test_the_others_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - ELSEWHERE))
-def test_one_step(
-    name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
-) -> None:
+def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
     """All settings but models, prompts and the batch are the file's own."""
     content = content_of(name)
     family = name.split("_")[0]

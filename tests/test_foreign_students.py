@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from callbacks.commands import merge
-from callbacks.drawers import Recipe, model_drawer
-from lightning_modules.commands import export, generate
-from lightning_modules.errors import UserError
+from commands import export, generate, merge
+from common.errors import UserError
+from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import load_student

@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, U
 from PIL import Image
 from torch import Tensor
 
-from lightning_modules.commands import export, generate
-from lightning_modules.errors import UserError
+from commands import export, generate
+from common.errors import UserError
 from lightning_modules.generator import load_generator, make_generator, pipeline_images, stock_pipeline
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
-from lightning_modules.networks.export import MARKER, export_student, one_step_scheduler
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.pipeline_folder import MARKER, export_student, one_step_scheduler
 from lightning_modules.networks.student import architecture, resolve_checkpoint
 from tests.backbones import moved
 
@@ -423,9 +423,7 @@ def test_negative_prompts_by_attention(tiny_sd: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     generator = load_generator(tiny_sd)
     plain = generator.images(PROMPTS[:1], SEEDS[:1])
-    steered = generator.images(
-        PROMPTS[:1], SEEDS[:1], negative_prompt="red", negative_method=Nasa(0.4)
-    )
+    steered = generator.images(PROMPTS[:1], SEEDS[:1], negative_prompt="red", negative_method=Nasa(0.4))
     assert (steered - plain).abs().max() > 0.003
     assert (pixels(tmp_path / "a/0000.png") - steered[0] * 255).abs().max() <= 0.6
     some = generator.images(

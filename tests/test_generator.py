@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.generator import (
     OneStepGenerator,
     ddim_scheduler,

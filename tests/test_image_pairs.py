@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.errors import UserError
 from lightning_modules.image_pairs import ImagePairs, PairRegression, ddim_inversion
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.student import load_student

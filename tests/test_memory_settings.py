@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.memory import Needs, Setting, activations, fixed, room, turns
 from benchmarks.meta_models import build
 from benchmarks.meta_tensors import Autocast, LiveMemory
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import frozen_dtype
 from tests.test_configs import ParseOnly

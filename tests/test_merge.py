@@ -12,17 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli
-from callbacks.commands import merge
-from callbacks.measure import evaluate_model
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics, compute_reference
-from callbacks.plot_image import plot_image
-from lightning_modules.commands import export
-from lightning_modules.errors import UserError
+from commands import export, merge
+from common.errors import UserError
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
+from reports.plots import plot_image
 from tests.test_generate_export import call, other_unet, stock_images, write_checkpoint
 
 CAPTIONS = [f"a {color} {thing}" for color in ("red", "blue") for thing in ("cat", "dog", "cup", "sun")]

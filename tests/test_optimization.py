@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.optimization import RoleOptimization
 
 

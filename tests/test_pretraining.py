@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from callbacks.preview import Preview
+from common.errors import UserError
 from datamodules.pictures import PictureDataModule
-from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.pretraining import (
     AutoencoderPretraining,
     CLIPPretraining,
     DiffusionPretraining,
 )
-from lightning_modules.pretraining_tools import (
+from lightning_modules.pretraining.tools import (
     Pretraining,
     augment,
     chunks,

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from lightning_modules.pretraining import AutoencoderPretraining
-from lightning_modules.pretraining_pixart import PixArtPretraining, word_tokenizer
+from lightning_modules.pretraining.transformer import PixArtPretraining, word_tokenizer
 from tests.fake_emoji import make_artwork
 from tests.test_pretraining import AUTOENCODER, train
 

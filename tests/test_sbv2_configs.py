@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cli
-from lightning_modules.networks.export import export_student
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.pipeline_folder import export_student
 from tests.tiny_judges import CLIP, tiny_decoder
 
 EXPERIMENTS = Path(cli.__file__).parent / "configs" / "experiment"

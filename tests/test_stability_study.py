@@ -11,7 +11,7 @@ import pytest
 import yaml
 from diffusers import DDIMScheduler
 
-from callbacks.plot_image import Line, lines_image
+from reports.plots import Line, lines_image
 from scripts import stability_study
 from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep
 from tests.test_configs import ROOT, ParseOnly

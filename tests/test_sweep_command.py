@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from callbacks.sweeping.check import _ParseOnly, check_keys
-from callbacks.sweeping.page import _axis, _curves, _history
-from callbacks.sweeping.results import importance, text_table, write_results
-from callbacks.sweeping.settings import read_settings
-from callbacks.sweeping.space import Point, option, same
 from cli import main
-from lightning_modules.errors import UserError
+from commands.sweeping.check import _ParseOnly, check_keys
+from commands.sweeping.results import importance, text_table, write_results
+from commands.sweeping.settings import read_settings
+from commands.sweeping.space import Point, option, same
+from common.errors import UserError
+from reports.sweep_page import _axis, _curves, _history
 from tests.sweep_stand_in import book, content_of, driver, write_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def test_a_search_key_that_is_no_config_key(
     """Refused by the command itself, and no trial is started."""
     path = tiny_sweep(tmp_path, space=space)
     monkeypatch.setattr(
-        "callbacks.sweeping.driver.Driver.run", lambda driver: pytest.fail("a trial would start")
+        "commands.sweeping.driver.Driver.run", lambda driver: pytest.fail("a trial would start")
     )
     with pytest.raises(UserError, match=message):
         main(["sweep", "--config", str(path)])
@@ -242,7 +242,7 @@ def test_a_page_before_any_value(tmp_path: Path) -> None:
 def test_failed_trials_tell_by_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_sweep(tmp_path, space={"x": [1, 8]}, trials=2, overrides={"delay": 0, "fail_above": 6})
     driver(path).run()  # the command has nothing left to do but to tell
-    monkeypatch.setattr("callbacks.sweeping.check.check_keys", lambda settings: None)
+    monkeypatch.setattr("commands.sweeping.check.check_keys", lambda settings: None)
     with pytest.raises(SystemExit) as left:
         main(["sweep", "--config", str(path)])
     assert left.value.code == 1

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from callbacks.sweeping import study
-from callbacks.sweeping.results import collect
-from callbacks.sweeping.settings import read_settings
-from callbacks.sweeping.space import same
-from callbacks.sweeping.storage import is_alive, this_process
-from callbacks.sweeping.study import TrialBook, point_of
-from callbacks.sweeping.trial_process import environment, read_values, threads_per_worker
-from lightning_modules.errors import UserError
+from commands.sweeping import study
+from commands.sweeping.results import collect
+from commands.sweeping.settings import read_settings
+from commands.sweeping.space import same
+from commands.sweeping.storage import is_alive, this_process
+from commands.sweeping.study import TrialBook, point_of
+from commands.sweeping.trial_process import environment, read_values, threads_per_worker
+from common.errors import UserError
 from tests.sweep_stand_in import book, driver, in_background, noted, states, write_script, write_sweep
 
 

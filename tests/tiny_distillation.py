@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datamodules.prompts import PromptDataModule
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.networks.roles import LoraSettings
+from lightning_modules.networks.lora import LoraSettings
 from lightning_modules.objectives.base import Objective, Scores, StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization

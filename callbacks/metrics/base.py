@@ -34,7 +34,7 @@ from torchmetrics import Metric
 from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, shared_extractor
 from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
 from callbacks.metrics.reference_folder import open_reference
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 
 class ImageMetric(Metric):

@@ -14,9 +14,9 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.transforms.v2.functional import InterpolationMode
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from callbacks.hashing import hash_folder, to_uint8
 from callbacks.metrics.extractors import TextImageExtractor
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from common.hashing import hash_folder, to_uint8
 from lightning_modules.networks.loading import no_progress_bars
 
 # PIL's resampling numbers, which image processors store.

@@ -12,7 +12,7 @@ from torch import Tensor
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.extractors import FeatureExtractor, TextImageExtractor
 from callbacks.metrics.open_clip_features import clip_network
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

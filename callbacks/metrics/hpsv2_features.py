@@ -11,10 +11,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.transforms.v2.functional import InterpolationMode
 
-from callbacks.hashing import to_uint8
 from callbacks.metrics.extractors import file_hash
 from callbacks.metrics.open_clip_features import OpenClipExtractor, import_open_clip, open_clip_parts
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from common.hashing import to_uint8
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

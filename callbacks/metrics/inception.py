@@ -18,12 +18,12 @@ from cleanfid.downloads_helper import check_download_inception, inception_url
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from callbacks.distributed import from_every_rank, from_rank_zero, rank_and_world_size
-from callbacks.hashing import to_uint8
 from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from common.files import user_cache_dir
+from common.hashing import to_uint8
+from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
 from lightning_modules.networks.loading import asset_path
-from lightning_modules.user_cache import user_cache_dir
 
 log = logging.getLogger(__name__)
 FILE = "inception-2015-12-05.pt"

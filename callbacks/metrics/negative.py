@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.hashing import hash_json
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_score import ClipScore, cosines, text_extractor
 from callbacks.metrics.open_clip_features import clip_network
+from common.errors import UserError
+from common.hashing import hash_json
 from datamodules.pictures import BACKGROUNDS
 from datamodules.tables import read_column
-from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import asset_path
 
 REMOVAL_CASES = "assets/removal_cases.jsonl"

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from callbacks.hashing import hash_folder, to_uint8
 from callbacks.metrics.clip_features import ClipFolder
 from callbacks.metrics.extractors import (
     ExtractorSpec,
@@ -20,7 +19,8 @@ from callbacks.metrics.extractors import (
     file_hash,
     in_threads,
 )
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from common.hashing import hash_folder, to_uint8
 from lightning_modules.networks.loading import asset_path
 
 LOCAL = "local-dir:"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.distributed import from_every_rank
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.inception import inception_network
 from callbacks.metrics.open_clip_features import clip_network
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from common.processes import from_every_rank
 
 CHUNK = 2**24
 """Distances held at a time: 128 MiB in float64."""

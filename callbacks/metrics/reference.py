@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from callbacks.hashing import hash_tensors, hash_texts, to_uint8
 from callbacks.metrics.extractors import FeatureExtractor
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from common.hashing import hash_tensors, hash_texts, to_uint8
 
 _TENSORS = ("mean", "covariance", "features")
 

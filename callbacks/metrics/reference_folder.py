@@ -11,8 +11,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from callbacks.distributed import from_every_rank, rank_and_world_size
-from callbacks.hashing import hash_json, hash_texts
 from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
 from callbacks.metrics.reference import (
     FeatureSums,
@@ -20,9 +18,11 @@ from callbacks.metrics.reference import (
     ReferenceStatistics,
     mean_and_covariance,
 )
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
+from common.files import user_cache_dir
+from common.hashing import hash_json, hash_texts
+from common.processes import from_every_rank, rank_and_world_size
 from lightning_modules.networks.loading import asset_path
-from lightning_modules.user_cache import user_cache_dir
 
 log = logging.getLogger(__name__)
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

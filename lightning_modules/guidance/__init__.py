@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules.guidance.negative import negative_attention, negative_prompting
+    from lightning_modules.guidance.prompting import negative_attention, negative_prompting
 
 __all__ = ["negative_attention", "negative_prompting"]
 
@@ -11,7 +11,7 @@ __all__ = ["negative_attention", "negative_prompting"]
 def __getattr__(name: str) -> Any:
     """Import what needs diffusers only when it is asked for: the mathematics uses this package, too."""
     if name in __all__:
-        from lightning_modules.guidance import negative
+        from lightning_modules.guidance import prompting as negative
 
         return getattr(negative, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

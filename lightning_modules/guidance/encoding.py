@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.guidance.processors import NegativeText
 
 # what else than the prompt a pipeline may be given to encode

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 METHODS = ("nasa", "nag")
 

@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.guidance.methods import Method
 
 

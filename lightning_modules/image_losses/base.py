@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lightning_modules.image_losses.schedules import WeightSchedule, as_schedule
-from lightning_modules.networks.frozen import hide_from_state_dict
+from lightning_modules.networks.weights import hide_from_state_dict
 
 
 class ImageLoss(nn.Module, ABC):

@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import UserError
 from lightning_modules.diffusion.broadcast import at_least_float32
-from lightning_modules.errors import UserError
 from lightning_modules.image_losses.base import ImageLoss
 from lightning_modules.image_losses.clip_networks import DifferentiableClip, load_clip
 from lightning_modules.image_losses.schedules import WeightSchedule

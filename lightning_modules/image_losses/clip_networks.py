@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from lightning_modules.errors import UserError, first_line
+from common.errors import UserError, first_line
 from lightning_modules.image_losses.pixels import PixelProcessing, processing_of
 from lightning_modules.networks.loading import no_progress_bars, read_json
 from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
@@ -83,9 +83,7 @@ class TransformersClip(DifferentiableClip):
             raise UserError(f"the CLIP {path} can't be loaded: there is no such folder. Check the path.")
         try:
             with no_progress_bars():
-                model, info = CLIPModel.from_pretrained(
-                    source, output_loading_info=True, **wanted.options
-                )
+                model, info = CLIPModel.from_pretrained(source, output_loading_info=True, **wanted.options)
                 self_tokenizer = AutoTokenizer.from_pretrained(source, **version)
                 processor = AutoImageProcessor.from_pretrained(source, **version)
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError …
@@ -110,9 +108,7 @@ class TransformersClip(DifferentiableClip):
             texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
         return _pooled(
-            self.model.get_text_features(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-            )
+            self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         )
 
     def _length(self, text: str) -> int:

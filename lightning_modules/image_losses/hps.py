@@ -1,6 +1,6 @@
 """The HPS loss of SwiftBrush v2 (arXiv 2408.14176, section 8.1): human preferences in place of CLIP."""
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.clip_networks import OpenClip
 from lightning_modules.image_losses.schedules import WeightSchedule

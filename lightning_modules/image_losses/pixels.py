@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from torchvision.transforms.v2.functional import InterpolationMode
 
+from common.errors import UserError
 from lightning_modules.diffusion.broadcast import at_least_float32
-from lightning_modules.errors import UserError
 
 # Pillow's resampling numbers, which image processors store; Lanczos has no differentiable form in torch.
 _FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 
 class WeightSchedule(ABC):

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.image_losses.base import ImageLoss
-from lightning_modules.networks.content_hash import layout_free_hash
 from lightning_modules.networks.decoder import LatentDecoder, load_autoencoder
-from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import TextToImageParts
+from lightning_modules.networks.weights import hide_from_state_dict, layout_free_hash
 
 
 @dataclass

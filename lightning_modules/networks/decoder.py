@@ -4,11 +4,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from common.errors import UserError, first_line
 from lightning_modules.diffusion.broadcast import at_least_float32
-from lightning_modules.errors import UserError, first_line
-from lightning_modules.networks.frozen import hide_from_state_dict
 from lightning_modules.networks.loading import no_progress_bars
 from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
+from lightning_modules.networks.weights import hide_from_state_dict
 
 KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.fitting import difference
+from common.errors import UserError
+from lightning_modules.networks.weights import difference
 from lightning_modules.parallel import gather, scatter_like
 
 

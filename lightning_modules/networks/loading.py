@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from common.errors import UserError, first_line
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.errors import UserError, first_line
 from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import asset_path as asset_path
 from lightning_modules.networks.model_names import model_folder
@@ -164,9 +164,7 @@ def _check_part(folder: Path, name: str, has_weights: bool, has_words: bool) -> 
         raise UserError(
             f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
         )
-    if has_words and not any(
-        all((part / file).is_file() for file in files) for files in VOCABULARIES
-    ):
+    if has_words and not any(all((part / file).is_file() for file in files) for files in VOCABULARIES):
         raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
     weights = sorted(file for file in part.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if has_weights and not weights:

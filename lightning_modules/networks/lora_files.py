@@ -11,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lightning_modules.networks.backbones import Backbone
+from lightning_modules.networks.lora import ADAPTER, StudentAdapter
 from lightning_modules.networks.model_names import model_name
-from lightning_modules.networks.student_lora import ADAPTER, StudentAdapter
 
 
 def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:

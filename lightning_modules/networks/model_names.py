@@ -21,8 +21,8 @@ from uuid import uuid4
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
-from lightning_modules.errors import UserError, first_line
-from lightning_modules.user_cache import user_cache_dir
+from common.errors import UserError, first_line
+from common.files import user_cache_dir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

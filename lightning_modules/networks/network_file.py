@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_modules.errors import UserError, first_line
-from lightning_modules.networks.export import one_step_scheduler
-from lightning_modules.networks.fitting import difference
+from common.errors import UserError, first_line
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.networks.student import NETWORK_FILES, LoadedStudent
+from lightning_modules.networks.weights import difference
 
 
 def is_network_file(path: str | Path) -> bool:

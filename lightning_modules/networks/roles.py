@@ -7,11 +7,9 @@ Adapter off: the frozen teacher. Adapter on: the fake score, an online model of 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,37 +19,11 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.errors import UserError
-from lightning_modules.networks.calling import run_network
-from lightning_modules.networks.frozen import hide_from_state_dict
+from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.lora import LoraSettings, adapter_parameters, inject_adapter
+from lightning_modules.networks.weights import hide_from_state_dict
 
 ADAPTER = "fake_score"
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapter.
-
-    Attributes:
-        rank: rank r of the update B A.
-        alpha: the update is scaled by alpha / rank.
-        targets: names of the layers that get one (a name matches every layer that ends in it).
-        dropout: probability of dropping an input of the adapter, in training.
-    """
-
-    rank: int = 64
-    alpha: float = 108.0
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_v"])
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0 or not self.targets:
-            raise UserError(
-                f"LoRA settings rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, "
-                f"targets={self.targets} can't work: rank must be at least 1, alpha above 0, dropout in "
-                "[0, 1), targets not empty."
-            )
 
 
 class ScoreModels(nn.Module):
@@ -157,7 +129,7 @@ class ScoreModels(nn.Module):
         """Parameters of the fake score, whether or not they require a gradient at the moment."""
         if self.full_copy is not None:
             return list(self.full_copy.parameters())
-        return [p for layer in self._adapter_layers for p in _adapter_parameters(layer)]
+        return [p for layer in self._adapter_layers for p in adapter_parameters(layer)]
 
     def train(self, mode: bool = True) -> "ScoreModels":
         """Training mode reaches the fake score only: the teacher must not drop anything out."""
@@ -166,43 +138,6 @@ class ScoreModels(nn.Module):
         for layer in self._adapter_layers:
             layer.lora_dropout.train(mode)
         return self
-
-
-def adaptable_layers(network: nn.Module) -> list[str]:
-    """Short names of the layers that can get an adapter, each once, e.g. to_q, to_out.0, conv1."""
-    names = set()
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            words = name.split(".")
-            names.add(".".join(words[-2:]) if words[-1].isdigit() else words[-1])
-    return sorted(names)
-
-
-def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraModel:
-    """Put an adapter into the network itself (float32 weights, B = 0: it computes what it did before).
-
-    Names stay those of the network; the returned wrapper is needed for folding only.
-
-    Raises:
-        UserError: a LoRA target matches no layer.
-    """
-    layers = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
-    if unmatched:
-        raise UserError(
-            f"LoRA targets {unmatched} match no layer of the network. "
-            f"Set the targets to some of: {', '.join(adaptable_layers(network))}."
-        )
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
-    )
-    wrapper = LoraModel(network, config, name)
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            for parameter in _adapter_parameters(module):
-                # trained weights are float32 on half-precision bases too
-                parameter.data = parameter.data.float()
-    return wrapper
 
 
 def _caller(network: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
@@ -233,11 +168,6 @@ def _checkpoint_as_called(block: nn.Module, *inputs: Any) -> Any:
             return block(*inputs)
 
     return checkpoint(call, *inputs, use_reentrant=False)
-
-
-def _adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
-    """Parameters of the adapter in one layer (without the base layer's)."""
-    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
 
 
 def _is_foldable(layer: BaseTunerLayer) -> bool:

@@ -8,13 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.checkpoint_format import check_format
-from lightning_modules.consolidation import consolidated, is_sharded
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from lightning_modules.checkpoints import check_format, consolidated, is_sharded
 from lightning_modules.networks.backbones import BACKBONES
-from lightning_modules.networks.content_hash import content_hash
-from lightning_modules.networks.export import MARKER, is_own_export, one_step_scheduler
-from lightning_modules.networks.fitting import difference
 from lightning_modules.networks.loading import (
     TextToImageParts,
     asset_path,
@@ -22,8 +18,9 @@ from lightning_modules.networks.loading import (
     pipeline_folder,
     read_json,
 )
-from lightning_modules.networks.roles import LoraSettings
-from lightning_modules.networks.student_lora import StudentAdapter, StudentBase, fold
+from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, fold
+from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
+from lightning_modules.networks.weights import content_hash, difference
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
@@ -233,9 +230,7 @@ def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Mo
 
 def _adapter(facts: dict[str, Any], state: dict[str, Tensor]) -> StudentAdapter:
     """What the checkpoint of a LoRA student holds."""
-    return StudentAdapter(
-        StudentBase(**facts["student_base"]), LoraSettings(**facts["student_lora"]), state
-    )
+    return StudentAdapter(StudentBase(**facts["student_base"]), LoraSettings(**facts["student_lora"]), state)
 
 
 def _folded(adapter: StudentAdapter, path: Path) -> nn.Module:

@@ -6,13 +6,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.content_hash import content_hash
-from lightning_modules.networks.fitting import difference
+from common.errors import UserError
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
-from lightning_modules.networks.roles import LoraSettings
+from lightning_modules.networks.lora import LoraSettings, StudentBase, add_adapter
 from lightning_modules.networks.student import LoadedStudent, architecture, load_student
-from lightning_modules.networks.student_lora import StudentBase, add_adapter
+from lightning_modules.networks.weights import content_hash, difference
 
 # Settings of a UNet that change no formula: the default size of pictures, and an old remedy for float16.
 _HARMLESS = {"sample_size", "upcast_attention"}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from callbacks.hashing import to_uint8
+from common.hashing import to_uint8
 
 ALIVE = 24
 """Features of the Inception stand-in that are not zero everywhere."""

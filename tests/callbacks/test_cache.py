@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.cache import ResultCache
-from callbacks.hashing import hash_folder, hash_tensors, hash_texts
-from lightning_modules.user_cache import user_cache_dir
+from callbacks.metrics.result_cache import ResultCache
+from common.files import user_cache_dir
+from common.hashing import hash_folder, hash_tensors, hash_texts
 
 KEY = {"teacher": "abc", "steps": 25}
 

@@ -14,7 +14,7 @@ import callbacks.checkpoint_files as files
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.resume import differences, explain_mismatch
 from callbacks.run_folder import RunFolder, read_checkpoint
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.tiny_run import TinyData, TinyModule, TinyTwoRoles
 
 

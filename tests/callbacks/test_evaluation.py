@@ -8,20 +8,20 @@ import lightning as L
 import pytest
 import torch
 
-from callbacks import teacher as teacher_module
 from callbacks.evaluation import Evaluation
-from callbacks.hashing import hash_texts
 from callbacks.loggers import MetricsCSV
-from callbacks.measure import evaluate_model
+from callbacks.metrics import teacher as teacher_module
+from callbacks.metrics.binding import framed_reference
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import compute_reference
 from callbacks.metrics.reference_folder import ReferenceFolder
-from callbacks.references import framed_reference
-from callbacks.teacher import Teacher
+from callbacks.metrics.teacher import Teacher
+from common.errors import UserError
+from common.hashing import hash_texts
 from datamodules.picture_files import Frame
-from lightning_modules.errors import UserError
 from tests.callbacks.networks import pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 

@@ -27,9 +27,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from callbacks.loggers import MetricsCSV
 from callbacks.logging_media import Table, log_config, log_media, log_report
 from callbacks.report import RunReport
-from callbacks.report_files import Report, write_report
 from callbacks.run_folder import RunFolder
 from callbacks.samples import SampleGrid
+from reports.run_report import Report, write_report
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import own_cache, trainer  # noqa: F401 - a fixture
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from callbacks.hashing import to_uint8
-from callbacks.measure import evaluate_model, milliseconds_per_image
 from callbacks.metrics.clip_features import ClipExtractor, ClipPreprocessing
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance, frechet_distance
+from callbacks.metrics.measure import evaluate_model, milliseconds_per_image
 from callbacks.metrics.reference import FeatureSums, ReferenceStatistics, compute_reference
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from common.hashing import to_uint8
 
 PROMPTS = ["a red cat", "a dog on a hill", "the sun", "a very long prompt " * 9, "cup", "bee, key"]
 

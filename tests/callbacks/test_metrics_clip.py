@@ -18,7 +18,7 @@ from callbacks.metrics.hpsv2 import HPSv2
 from callbacks.metrics.hpsv2_features import FILES
 from callbacks.metrics.inception import InceptionNetwork
 from callbacks.metrics.open_clip_features import OpenClipNetwork, open_clip_parts
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.callbacks.networks import inception_file, open_clip_file, pictures, pil
 
 LONG = "a very long prompt about a dog " * 20

@@ -13,14 +13,14 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.binding import bind_metrics
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FID, FrechetDistance
 from callbacks.metrics.inception import InceptionExtractor, InceptionNetwork, find_inception
 from callbacks.metrics.precision_recall import Precision, Recall
 from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.metrics.reference_folder import ReferenceFolder, open_reference
-from callbacks.references import bind_metrics
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.callbacks.networks import inception_file, pictures, save
 
 

@@ -10,7 +10,7 @@ import callbacks.metrics.precision_recall as precision_recall
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.precision_recall import NeighbourMetric, Precision, Recall, covered, squared_radii
 from callbacks.metrics.reference_folder import ReferenceFolder
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.callbacks.networks import pictures, save
 
 

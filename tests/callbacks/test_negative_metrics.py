@@ -18,8 +18,8 @@ from callbacks.metrics.negative import (
     background_colours,
     read_cases,
 )
+from common.errors import UserError
 from datamodules.pictures import BACKGROUNDS
-from lightning_modules.errors import UserError
 
 PROMPTS, NEGATIVES = ["a red cat", "a dog", "the sun"], ["a dog", "a hill", "red"]
 

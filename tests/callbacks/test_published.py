@@ -9,14 +9,14 @@ import pytest
 
 import cli
 from callbacks.metrics import inception
-from callbacks.published import PROTOCOLS, deviations, label, open_questions, published_rows
-from callbacks.report_files import Report, measured_table, published_table, result_table
-from callbacks.report_html import render_html
-from callbacks.report_markdown import render_markdown
+from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from lightning_modules.errors import UserError
+from reports.html import render_html
+from reports.published import PROTOCOLS, deviations, label, open_questions, published_rows
+from reports.run_report import Report, measured_table, published_table, result_table
+from reports.text import render_markdown
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import CAPTIONS
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from callbacks import report as report_module
-from callbacks.curves import Series, grouped, line_plot, read_series
-from callbacks.environment import peak_memory_gib
 from callbacks.report import RunReport, StepTimer, sample_pictures
-from callbacks.report_files import Report, findings, format_value, write_report
-from callbacks.report_markdown import render_text_table
 from callbacks.samples import SampleGrid
 from callbacks.stage_report import StageReport
+from common.environment import peak_memory_gib
+from reports.plots import Series, grouped, line_plot, read_series
+from reports.run_report import Report, findings, format_value, write_report
+from reports.text import render_text_table
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import evaluation, own_cache, reference, trainer  # noqa: F401 - fixtures
 

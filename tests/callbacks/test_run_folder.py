@@ -15,7 +15,7 @@ from callbacks.run_folder import (
     run_dir,
     versions,
 )
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 
 def make(folder: Path, *names: str) -> Path:

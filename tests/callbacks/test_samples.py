@@ -9,10 +9,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.drawing import labelled_grid, to_pil
+from callbacks.metrics.teacher import Teacher
 from callbacks.samples import SampleGrid, ScoreViews
-from callbacks.teacher import Teacher
-from lightning_modules.errors import UserError
+from common.errors import UserError
+from reports.sheets import labelled_grid, to_pil
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 from tests.callbacks.test_evaluation import own_cache, trainer  # noqa: F401 - a fixture
 

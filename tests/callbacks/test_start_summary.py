@@ -10,7 +10,7 @@ import pytest
 
 from callbacks import start_summary
 from callbacks.start_summary import StartSummary, duration, effective_batch, estimated_time, memory_table
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.memory import EMA, GRADIENTS
 from tests.tiny_distillation import distillation, fit
 from tests.tiny_run import TinyData, TinyModule

@@ -17,7 +17,7 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.loggers import MetricsCSV, StepAxis
 from callbacks.run_folder import RunFolder
 from callbacks.time_limit import TimeLimit, parse_limit
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from tests.tiny_run import TinyData, TinyModule
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import throughput
 from callbacks.throughput import Throughput, matmul_rate
-from lightning_modules.errors import UserError
+from common.errors import UserError
 
 BATCH, WIDTH = 3, 5
 

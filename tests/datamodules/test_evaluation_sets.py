@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import CaptionFile, EvaluationSet, PromptPairs, few
 from datamodules.picture_files import Frame
@@ -22,7 +23,6 @@ from datamodules.published_sets import (
     PartiPrompts,
 )
 from datamodules.tables import read_column
-from lightning_modules.errors import UserError
 
 ROWS = [{"id": 7, "prompt": f'a "red" cat, number {i}', "negative_prompt": f"blur {i}"} for i in range(4)]
 PROMPTS = [row["prompt"] for row in ROWS]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
+from common.errors import UserError
 from datamodules.picture_files import (
     Frame,
     match_files,
@@ -17,7 +18,6 @@ from datamodules.picture_files import (
     to_picture,
     to_tensor,
 )
-from lightning_modules.errors import UserError
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from datamodules.pictures import (
     BACKGROUNDS,
     STYLES,
@@ -20,7 +21,6 @@ from datamodules.pictures import (
     PictureKey,
     caption,
 )
-from lightning_modules.errors import UserError
 from tests.fake_emoji import OBJECTS, make_artwork
 
 MANY = [

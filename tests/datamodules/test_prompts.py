@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import UserError
 from datamodules import readers
 from datamodules.order import ListedTexts, PromptDraws
 from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, read_prompts
-from lightning_modules.errors import UserError
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from datamodules import order, streams
 from datamodules.order import ListedTexts, PromptDraws, entries, epoch_shares, feistel, permutation
 from datamodules.prompts import PromptDataModule
 from datamodules.streams import PromptStream
-from lightning_modules.errors import UserError
 
 PINNED_LISTED = [3, 6, 5, 1, 7, 2, 4, 0]
 PINNED_COMPUTED = [6275309, 7285196, 3431358, 3411099]

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
+from common.errors import UserError
 from datamodules.readers import read_texts
-from lightning_modules.errors import UserError
 
 TEXTS = ["a café, at night", "", "日本の山", 'the words "Fly away"', "a ship"]
 

@@ -19,13 +19,13 @@ import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 
+from common.errors import UserError
+from common.files import user_cache_dir
 from datamodules import sources, store
 from datamodules.cleaning import Cleaner, Cleaning, _SeenTexts
 from datamodules.prompts import PromptDataModule
 from datamodules.sources import PromptPools, PromptSource
 from datamodules.store import PromptStore, open_store, stores_folder
-from lightning_modules.errors import UserError
-from lightning_modules.user_cache import user_cache_dir
 
 PROMPTS = [f"prompt {number}" for number in range(1000)]
 

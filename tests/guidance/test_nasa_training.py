@@ -15,7 +15,8 @@ from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.roles import LoraSettings, ScoreModels
+from lightning_modules.networks.lora import LoraSettings
+from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.objectives.base import StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.guidance import reference

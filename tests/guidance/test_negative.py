@@ -12,11 +12,11 @@ from diffusers import LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
-from lightning_modules.errors import UserError
 from lightning_modules.guidance import negative_attention, negative_prompting
 from lightning_modules.guidance.methods import Method, Nag, Nasa, make_method
-from lightning_modules.guidance.negative import pipeline_network
+from lightning_modules.guidance.prompting import pipeline_network
 from tests.guidance import reference
 from tests.guidance.conftest import draw, network_of, recorded
 
@@ -159,9 +159,7 @@ def test_few_step_sampler_and_keys_computed_once(pipelines: dict[str, Any]) -> N
         assert sorted(sizes) == [1, 1, 2, 2, 2, 2]
     handle.remove()
     for inputs, output in calls:
-        torch.testing.assert_close(
-            output, expected(pipe, inputs, ["dog"], Nasa(0.5)), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(output, expected(pipe, inputs, ["dog"], Nasa(0.5)), rtol=0, atol=1e-5)
 
 
 def condition(length: int, seed: int, count: int = 2) -> Condition:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from callbacks.metrics.clip_features import ClipExtractor
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.clip_networks import OpenClip, load_clip
 from lightning_modules.image_losses.hps import HpsLoss

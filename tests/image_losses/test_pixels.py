@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.image_losses.pixels import PixelProcessing, processing_of
 
 

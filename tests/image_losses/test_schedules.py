@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.image_losses.schedules import (
     ConstantWeight,
     CosineWeight,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.clip_features import ClipExtractor
+from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.errors import UserError
 from lightning_modules.image_losses.base import ImageLoss
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.schedules import LinearWeight

@@ -10,13 +10,13 @@ from diffusers import EulerDiscreteScheduler
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
-from lightning_modules.errors import UserError
 from lightning_modules.generator import make_generator
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks import loading
-from lightning_modules.networks.calling import run_network
+from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from tests.backbones import SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
@@ -61,10 +61,8 @@ def test_no_prompt_of_sdxl_is_zero_and_not_the_empty_prompt(backbone_folder: Fol
         assert not condition.null[key].any() and condition.tensors[key][1].abs().max() > 0.1
     other = private_copy(backbone_folder("sdxl"), tmp_path / "other")
     index = (other / "model_index.json").read_text()
-    (other / "model_index.json").write_text(index.replace("empty_prompt\": true", "empty_prompt\": false"))
-    assert torch.equal(
-        encode(other, [""]).null["text_embeds"], encode(other, [""]).tensors["text_embeds"]
-    )
+    (other / "model_index.json").write_text(index.replace('empty_prompt": true', 'empty_prompt": false'))
+    assert torch.equal(encode(other, [""]).null["text_embeds"], encode(other, [""]).tensors["text_embeds"])
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024"])
@@ -118,9 +116,7 @@ def test_negative_prompts_are_attended_to_with_their_mask(method: str, backbone_
     parts = load_parts(backbone_folder(method))
     encoder = parts.backbone.prompt_encoder(parts)
     condition, negative = encoder.encode(["a red cat"]), encoder.encode(["a blue mat"])
-    short = {
-        name: x[:, :8] if name.startswith("encoder") else x for name, x in negative.tensors.items()
-    }
+    short = {name: x[:, :8] if name.startswith("encoder") else x for name, x in negative.tensors.items()}
     cut = Condition(short, {name: x[:1] for name, x in short.items()})
     x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([625])
 
@@ -152,9 +148,7 @@ def test_vocab_and_merges_are_read(backbone_folder: Folder) -> None:
     assert first.convert_ids_to_tokens(padded) == ["<|endoftext|>", "!"]
 
 
-def test_a_sentencepiece_model_is_read(
-    backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sentencepiece_model_is_read(backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, without tokenizer.json; where the library is not installed, it is named."""
     folder = backbone_folder("pixart")
     assert not (folder / "tokenizer" / "tokenizer.json").exists()

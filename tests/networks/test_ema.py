@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.networks.ema import StudentEMA
 
 

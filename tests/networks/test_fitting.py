@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.fitting import check_fit, difference
+from common.errors import UserError
+from lightning_modules.networks.weights import check_fit, difference
 
 
 def test_first_difference_is_named_in_the_models_order() -> None:

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.networks import model_names
 from lightning_modules.networks.loading import asset_path, load_parts, noise_schedule
 

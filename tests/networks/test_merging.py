@@ -13,18 +13,18 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.export import export_student
-from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.merging import (
+from common.errors import UserError
+from lightning_modules.networks.interpolation import (
     check_mergeable,
     interpolate,
     merge_students,
     merged_weights,
     stored_dtype,
 )
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student import LoadedStudent, load_student, student_path
-from lightning_modules.networks.student_lora import StudentLoraSettings
 from tests.conftest import WIDTH
 from tests.test_generate_export import other_unet, write_checkpoint
 from tests.tiny_distillation import adam, distillation, fit

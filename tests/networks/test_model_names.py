@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.networks.backbones import BACKBONES
+from lightning_modules.networks.interpolation import stored_dtype
 from lightning_modules.networks.loading import load_parts, pipeline_folder
+from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase
 from lightning_modules.networks.lora_files import lora_card
-from lightning_modules.networks.merging import stored_dtype
 from lightning_modules.networks.model_names import ModelName, model_name
-from lightning_modules.networks.roles import LoraSettings
 from lightning_modules.networks.student import architecture, load_student
-from lightning_modules.networks.student_lora import StudentAdapter, StudentBase
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.output_folder import (
+from common.errors import UserError
+from common.files import (
     check_output_folder,
     check_writable_folder,
     filled_at_once,

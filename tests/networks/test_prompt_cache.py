@@ -10,10 +10,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks import prompt_cache_writer
-from lightning_modules.networks.prompt_cache import MASK, TOKENS, Layout, PromptCache, text_keys
-from lightning_modules.networks.prompt_cache_writer import cache_writer
+from common.errors import UserError
+from lightning_modules.networks.prompt_cache import writer as prompt_cache_writer
+from lightning_modules.networks.prompt_cache.cache import MASK, TOKENS, Layout, PromptCache, text_keys
+from lightning_modules.networks.prompt_cache.writer import cache_writer
 
 TEXTS = [f"prompt {number}" for number in range(20)]
 ENCODER = {"model": "some/model", "hash": "a" * 64}

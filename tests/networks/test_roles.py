@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
-from lightning_modules.errors import UserError
 from lightning_modules.networks.loading import load_parts, noise_schedule
-from lightning_modules.networks.roles import LoraSettings, ScoreModels
+from lightning_modules.networks.lora import LoraSettings
+from lightning_modules.networks.roles import ScoreModels
 
 TARGETS = ["to_q", "to_v"]
 

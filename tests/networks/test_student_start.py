@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.export import export_student
+from common.errors import UserError
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.roles import LoraSettings
+from lightning_modules.networks.lora import LoraSettings
+from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student_start import make_student
 
 

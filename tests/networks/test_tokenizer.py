@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-from lightning_modules.networks.tokenizer import END, START, train_tokenizer
+from lightning_modules.pretraining.tokenizer import END, START, train_tokenizer
 
 CAPTIONS = [
     "a red apple, noto style, on a blue background",
@@ -59,7 +59,7 @@ def test_ids_are_dense_and_training_is_deterministic(tokenizer: CLIPTokenizer) -
 def test_another_process_writes_the_same_files(tmp_path: Path) -> None:
     """Python's hashes, and with them the order of sets, differ from process to process."""
     code = (
-        "import sys; from lightning_modules.networks.tokenizer import train_tokenizer; "
+        "import sys; from lightning_modules.pretraining.tokenizer import train_tokenizer; "
         f"train_tokenizer({CAPTIONS!r} * 3, 700, 24).save_pretrained(sys.argv[1])"
     )
     contents = []

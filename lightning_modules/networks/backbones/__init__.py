@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.errors import UserError
+from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.pixart import PixArtAlpha
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from lightning_modules.errors import UserError
-from lightning_modules.networks.prompts import PromptEncoder
+from common.errors import UserError
+from lightning_modules.networks.backbones.prompts import PromptEncoder
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
-from lightning_modules.networks.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompts import PromptEncoder
 
 
 class StableDiffusion(Backbone):

@@ -1,1 +1,0 @@
-"""Commands that measure or draw reports; one module each."""

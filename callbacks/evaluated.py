@@ -1,0 +1,85 @@
+"""What the evaluating callbacks ask of the module they watch, and how they run it outside of the loops."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from common.errors import UserError
+
+
+class Generator(Protocol):
+    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt, from one seed for each."""
+
+    def images(self, prompts: list[str], seeds: list[int]) -> Tensor: ...
+
+
+class Parts(Protocol):
+    """The teacher's parts; ``path`` is the folder they were read from."""
+
+    @property
+    def path(self) -> str: ...
+
+
+class Student(Protocol):
+    """A distillation module, as the callbacks see it; ``score_views`` takes the evaluation weights itself."""
+
+    generator: Generator
+    parts: Parts
+    student_steps: int
+    start_timestep: int
+
+    def evaluation_weights(self) -> AbstractContextManager[str]: ...
+
+    def score_views(self, prompts: list[str], seeds: list[int]) -> dict[str, Tensor]: ...
+
+
+def as_student(module: LightningModule) -> Student:
+    """The module under the name of what it offers (no check, for type checkers only)."""
+    return cast(Student, module)
+
+
+@contextmanager
+def evaluating(trainer: Trainer, module: LightningModule, own_weights: bool = False) -> Iterator[str]:
+    """Evaluation mode, no gradients, the run's precision and, unless the module sees to them itself
+    (``own_weights``), the evaluation weights; yields "ema", "online" or, for own weights, "".
+
+    Moves the module to the run's device first: when ``on_fit_end`` comes, Lightning has moved it to the CPU.
+    """
+    module.to(trainer.strategy.root_device)
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        weights = nullcontext("") if own_weights else as_student(module).evaluation_weights()
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), weights as name:
+            yield name
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def evaluation_extras(trainer: Trainer) -> tuple[list[str] | None, list[str] | None]:
+    """The data module's group and negative prompt of each evaluation caption (``eval_groups``,
+    ``eval_negatives``); None where it has none.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "eval_groups", None), getattr(data, "eval_negatives", None)
+
+
+def evaluation_captions(trainer: Trainer) -> list[str]:
+    """All evaluation captions of the run's data module, of which validation uses the first ones.
+
+    Raises:
+        UserError: the run has no data module with ``eval_captions``.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    captions = getattr(data, "eval_captions", None)
+    if not isinstance(captions, list) or not captions:
+        raise UserError(
+            f"the run's data module ({type(data).__name__}) has no list `eval_captions` to evaluate on: "
+            "use datamodules.prompts.PromptDataModule, or give yours that attribute"
+        )
+    return captions

@@ -1,0 +1,114 @@
+"""Results that cost minutes and never change, kept by the hash of what they were computed from.
+
+Looked up first among those shipped with the project (``assets/cache``, read only), then in the user's cache
+folder (``$ONE_STEP_CACHE``, default ``~/.cache/one-step-distillation``), where new ones go. An entry is one
+safetensors file: its key and its JSON value in the header, tensors if there are any, and a hash over all of
+it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from common.files import user_cache_dir
+from common.hashing import hash_json, hash_tensors
+
+log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "cache"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored result: a JSON value and named tensors."""
+
+    value: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class ResultCache:
+    """Entries by (kind, key).
+
+    Args:
+        user_dir: where new entries go (default: ``user_cache_dir()``).
+        shipped_dir: looked up first, never written.
+    """
+
+    def __init__(self, user_dir: Path | None = None, shipped_dir: Path | None = SHIPPED) -> None:
+        self.user_dir = user_dir if user_dir is not None else user_cache_dir()
+        self.shipped_dir = shipped_dir
+
+    def file_name(self, kind: str, key: Mapping[str, Any]) -> str:
+        """``<kind>-<16 digits of the hash of the key>.safetensors``."""
+        return f"{kind}-{hash_json(key)[:16]}.safetensors"
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> Entry | None:
+        """The stored entry, or None. A damaged file is named in a warning and counts as absent."""
+        for folder in (self.shipped_dir, self.user_dir):
+            path = folder / self.file_name(kind, key) if folder is not None else None
+            if path is not None and path.is_file():
+                entry = _read(path, key)
+                if entry is not None:
+                    return entry
+        return None
+
+    def put(
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        value: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Path | None:
+        """Store an entry, whole or not at all; returns its file.
+
+        A cache folder that can't be written costs time, not the run: it is named in a warning and None
+        returned.
+        """
+        path = self.user_dir / self.file_name(kind, key)
+        # A file without any tensor is no valid safetensors file for every reader, so there is always one.
+        content = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
+        content = content or {"empty": torch.zeros(1)}
+        words = {
+            "key": json.dumps(dict(key), sort_keys=True),
+            "value": json.dumps(dict(value), sort_keys=True),
+        }
+        data = save(content, metadata=words | {"hash": _hash(words, content)})
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            log.warning(
+                "%s can't be written, so this result will be computed again next time: %s", path, error
+            )
+            return None
+        return path
+
+
+def _hash(words: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    return hash_json({"key": words["key"], "value": words["value"], "tensors": hash_tensors(tensors)})
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Entry | None:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            words = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        intact = words["hash"] == _hash(words, tensors)
+    except (SafetensorError, OSError, KeyError) as error:
+        log.warning("%s can't be read (%s); its result is computed again", path, error)
+        return None
+    if not intact or words["key"] != json.dumps(dict(key), sort_keys=True):
+        log.warning("%s does not match its hash or its key; its result is computed again", path)
+        return None
+    tensors.pop("empty", None)
+    return Entry(value=json.loads(words["value"]), tensors=tensors)

@@ -1,0 +1,158 @@
+"""The teacher's two rows in every report: many guided steps, and one step as the student takes it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.measure import Generate, evaluate_model
+from callbacks.metrics.result_cache import ResultCache
+from common.hashing import hash_folder, hash_texts
+from common.processes import from_rank_zero, rank_and_world_size
+from datamodules.picture_files import Frame
+from lightning_modules.generator import OneStepGenerator, make_generator, multistep_images
+from lightning_modules.networks.loading import TextToImageParts, load_parts, noise_schedule
+
+_PARTS = "parts"
+PROTOCOL = 1
+"""Raised when the way the teacher's pictures are drawn changes, so that cached rows are made again."""
+
+
+class Teacher:
+    """An untouched copy of the teacher, read from its folder when first needed and dropped by ``release``.
+
+    Args:
+        path: a diffusers folder.
+        device: where to run it.
+        steps: DDIM steps of the first row.
+        guidance_scale: of the first row.
+    """
+
+    def __init__(
+        self, path: str, device: torch.device | str = "cpu", steps: int = 25, guidance_scale: float = 4.5
+    ) -> None:
+        self.path, self.device, self.steps, self.guidance_scale = (
+            path,
+            torch.device(device),
+            steps,
+            guidance_scale,
+        )
+        self._parts: TextToImageParts | None = None
+        self._one_step: OneStepGenerator | None = None
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the folder's weights and settings."""
+        return hash_folder(self.path)
+
+    @property
+    def rows(self) -> dict[str, tuple[Generate, dict[str, Any]]]:
+        """Name of each row, how its pictures are drawn, and the settings that belong in cache keys."""
+        guided = {"sampler": "ddim", "steps": self.steps, "guidance_scale": self.guidance_scale}
+        single = {"sampler": "one_step", "steps": 1, "guidance_scale": 1.0, "start_timestep": "last"}
+        return {f"steps_{self.steps}": (self.multistep, guided), "steps_1": (self.one_step, single)}
+
+    def multistep(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Guided DDIM pictures [B, 3, H, W] in [0, 1]."""
+        return multistep_images(
+            self.parts, prompts, seeds, steps=self.steps, guidance_scale=self.guidance_scale
+        )
+
+    def one_step(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """One step from the last timestep without guidance, by the student's own conversion to x0."""
+        if self._one_step is None:
+            last = noise_schedule(self.parts.scheduler).num_timesteps - 1
+            self._one_step = make_generator(self.parts, last).to(self.device).eval()
+        return self._one_step.images(prompts, seeds)
+
+    @property
+    def parts(self) -> TextToImageParts:
+        """The networks, on the device."""
+        if self._parts is None:
+            self._parts = load_parts(self.path)
+            for network in self._parts.networks:
+                network.to(self.device).requires_grad_(False)
+        return self._parts
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._parts = self._one_step = None
+
+
+def teacher_metrics(
+    teacher: Teacher,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    metrics: Sequence[ImageMetric],
+    batch_size: int,
+    cache: ResultCache,
+    precision: str = "32-true",
+    show_progress: bool = True,
+    extras: tuple[Sequence[str] | None, Sequence[str] | None, Frame | None] = (None, None, None),
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, cached or measured now. Collective.
+
+    A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the
+    metric depends on are the same, by content. ``extras`` are groups, negative prompts and frame.
+    """
+    rank, _ = rank_and_world_size()
+    groups, negatives, frame = extras
+    told = {"groups": groups and hash_texts(groups), "negatives": negatives and hash_texts(negatives),
+            "frame": frame and frame.describe()}  # fmt: skip
+    rows = {}
+    for row, (generate, settings) in teacher.rows.items():
+        drawn = (
+            settings
+            | {
+                "teacher": teacher.content_hash,
+                "captions": hash_texts(captions),
+                "seeds": hash_texts([str(seed) for seed in seeds]),
+                "precision": precision,
+                "protocol": PROTOCOL,
+            }
+            | {name: value for name, value in told.items() if value is not None}
+        )
+        keys = {metric.name: drawn | metric.key() for metric in metrics}
+        # Rank zero decides what is cached: a process that saw other files would wait for the others for ever.
+        results = from_rank_zero(_cached(cache, row, keys) if rank == 0 else None)
+        missing = [metric for metric in metrics if metric.name not in results]
+        if missing:
+            label = "teacher, 1 step" if row == "steps_1" else f"teacher, {teacher.steps} steps"
+            fresh = evaluate_model(
+                generate, captions, missing, batch_size, seeds, label if show_progress else None, *extras
+            )
+            if rank == 0:
+                for metric in missing:
+                    own = {name: fresh[name] for name in fresh if name.partition("/")[0] == metric.name}
+                    cache.put(_kind(row, metric.name), keys[metric.name], _packed(metric.name, own))
+            results = results | fresh
+        rows[row] = {
+            name: results[name]
+            for metric in metrics
+            for name in results
+            if name.partition("/")[0] == metric.name
+        }
+    return rows
+
+
+def _cached(cache: ResultCache, row: str, keys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    entries = {name: cache.get(_kind(row, name), key) for name, key in keys.items()}
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if entry is not None:
+            result = dict(entry.value)
+            found |= {name: result, **result.pop(_PARTS, {})}
+    return found
+
+
+def _packed(name: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The results of one metric as one entry: its own, and in it those of its parts (``hpsv2/anime``)."""
+    parts = {part: result for part, result in results.items() if part != name}
+    return results[name] | ({_PARTS: parts} if parts else {})
+
+
+def _kind(row: str, name: str) -> str:
+    return f"teacher-{row}-{name.replace('/', '-')}"

@@ -1,0 +1,145 @@
+"""What an evaluation has measured so far, on disk, so that an interrupted one goes on where it stopped."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.metrics.base import ImageMetric
+from callbacks.run_folder import write_text_atomically
+from common.errors import UserError, first_line
+from common.hashing import hash_json
+from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
+
+KEY = "key.json"
+
+
+class Unfinished:
+    """The states of all metrics after a beginning of the list of captions, one file for each process.
+
+    A state is written beside the last one, which is removed when all processes have written: killed at any
+    moment, one complete state is left. What is done is a beginning of the list, and metrics add up, so the
+    number of processes may change.
+
+    Args:
+        folder: where; made when first needed.
+        key: all that the numbers depend on; a state of anything else is refused.
+        every: pictures between two states; 0 writes none.
+
+    Raises:
+        UserError: the folder holds an evaluation of something else (what differs is named).
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], every: int) -> None:
+        self.folder, self.key, self.every = folder, dict(key), every
+        self._last = 0
+        differing = from_rank_zero(self._differing() if rank_and_world_size()[0] == 0 else None)
+        if differing:
+            raise UserError(
+                f"{folder.parent} holds an interrupted evaluation with another {differing}: the two "
+                "can't be "
+                f"mixed. Give another --output, or delete {folder} to start again"
+            )
+
+    def _differing(self) -> str:
+        """Names of the settings in which an evaluation in the folder differs, or an empty text."""
+        file = self.folder / KEY
+        if not file.is_file():
+            return ""
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return "list of settings (which is damaged)"
+        if hash_json(stored) == hash_json(self.key):
+            return ""
+        ours = json.loads(json.dumps(self.key))
+        return ", ".join(name for name in {**ours, **stored} if ours.get(name) != stored.get(name))
+
+    def exists(self) -> bool:
+        """Whether there is something to continue from."""
+        return self._newest()[0] > 0
+
+    def begin(self) -> None:
+        """Make the folder, by which an evaluation that is killed before its first state is known as one.
+
+        Call it on rank zero.
+
+        Raises:
+            UserError: it can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be made: {error}; give another --output") from error
+
+    def is_due(self, done: int) -> bool:
+        """Whether it is time to write, ``done`` captions being measured."""
+        return self.every > 0 and done - self._last >= self.every
+
+    def load(self, metrics: Sequence[ImageMetric]) -> int:
+        """Restore the metrics, which have just been reset; returns how many captions are done. Collective."""
+        rank, world = rank_and_world_size()
+        done, names = from_rank_zero(self._newest() if rank == 0 else None)
+        for name in names[rank::world]:
+            path = self.folder / name
+            try:
+                states = torch.load(path, weights_only=True)
+            except Exception as error:  # each kind of damage raises another type
+                raise UserError(
+                    f"the interrupted evaluation {path} can't be read ({first_line(error)}); delete "
+                    f"{self.folder} "
+                    "to start again"
+                ) from error
+            for number, metric in enumerate(metrics):
+                metric.restore(states[f"{number}-{metric.name}"])
+        self._last = done
+        return int(done)
+
+    def _newest(self) -> tuple[int, list[str]]:
+        """The longest complete state: captions done, and its files by rank."""
+        found: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for path in self.folder.glob("done_*.pt"):
+            done, rank, world = (int(part) for part in path.stem.split("_")[1::2])
+            found.setdefault((done, world), []).append((rank, path.name))
+        complete = {key: files for key, files in found.items() if len(files) == key[1]}
+        if not complete:
+            return 0, []
+        newest = max(complete)
+        return newest[0], [name for _, name in sorted(complete[newest])]
+
+    def save(self, metrics: Sequence[ImageMetric], done: int) -> None:
+        """Write the states after ``done`` captions. Collective.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        rank, world = rank_and_world_size()
+        name = f"done_{done}_rank_{rank}_of_{world}.pt"
+        states = {f"{number}-{metric.name}": metric.snapshot() for number, metric in enumerate(metrics)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0 and not (self.folder / KEY).is_file():
+                write_text_atomically(self.folder / KEY, json.dumps(self.key, indent=1, ensure_ascii=False))
+            partial = self.folder / f".{name}.partial"
+            torch.save(states, partial)
+            partial.replace(self.folder / name)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} can't be written: {error}; make room, give another --output, or switch "
+                "the saving "
+                "of unfinished evaluations off with --save-every 0"
+            ) from error
+        from_every_rank(None)  # all have written
+        if rank == 0:
+            for path in self.folder.glob("done_*.pt"):
+                if not path.name.startswith(f"done_{done}_"):
+                    path.unlink()
+        self._last = done
+
+    def discard(self) -> None:
+        """Remove the folder, the evaluation being complete; call it on rank zero."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)

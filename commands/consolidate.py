@@ -1,0 +1,43 @@
+"""`consolidate`: the folder of a checkpoint in shards becomes one .ckpt file."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError, first_line
+from lightning_modules.checkpoints import check_format, consolidated, is_sharded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `consolidate`."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="folder that a sharded run wrote")
+    parser.add_argument("--output", required=True, type=Path, help="the .ckpt file to write; must not exist")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the file, which any number of processes can continue from, without shards too.
+
+    Raises:
+        UserError: the folder is no such checkpoint or cannot be read; the file exists or cannot be written.
+    """
+    folder, output = options.checkpoint, options.output
+    if not is_sharded(folder):
+        raise UserError(f"{folder} is not the folder of a checkpoint in shards (it has no meta.pt)")
+    if output.suffix != ".ckpt" or output.exists():
+        raise UserError(f"--output {output} must be a .ckpt file that does not exist yet")
+    try:
+        content = consolidated(folder)
+    except Exception as error:  # damage shows as errors of many types
+        raise UserError(f"{folder} cannot be read: {first_line(error)}; take another checkpoint") from error
+    check_format(content, folder)
+    temporary = output.with_suffix(".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+        temporary.replace(output)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{output} cannot be written: {first_line(error)}; give another --output") from error
+    print(f"Wrote {output} (step {content['global_step']})")

@@ -1,0 +1,315 @@
+"""Commands `fit`, `validate`, `test` and `predict`: LightningCLI plus run folders, resuming, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.loggers import StepAxis, run_loggers
+from callbacks.predictions import PredictionFiles
+from callbacks.progress import StepProgressBar
+from callbacks.report import RunReport
+from callbacks.resume import ConfigWins, explain_mismatch, print_differences
+from callbacks.run_folder import (
+    RunFolder,
+    check_writable,
+    find_checkpoint,
+    new_version,
+    read_checkpoint,
+)
+from callbacks.stage_report import StageReport
+from callbacks.start_summary import StartSummary
+from callbacks.throughput import Throughput
+from commands.config_errors import explain
+from commands.quiet import quieten
+from common.errors import UserError
+
+COMMANDS = ("fit", "validate", "test", "predict")
+PARTS = ("trainer", "data")
+# One step is one student update, and validation counts steps: no epochs anywhere.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs",
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,  # a metric of two batches means nothing
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the module prints its own, by role
+}
+
+
+def import_components() -> None:
+    """Import every module of the framework, so that YAML files may give class names without their module."""
+    for name in ("lightning_modules", "datamodules", "callbacks"):
+        package = importlib.import_module(name)
+        for module in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
+            importlib.import_module(module.name)
+
+
+def experiment_name(args: list[str]) -> str:
+    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
+
+    Files in folders called trainer or data are parts that go with any experiment: they name it only
+    where there is no other.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, _ = parser.parse_known_args(args)
+    whole = [name for name in known.config if Path(name).parent.name not in PARTS]
+    return Path([*known.config, *whole][-1]).stem if known.config else "experiment"
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI whose runs live in numbered folders and resume there.
+
+    Args:
+        args: Command line, first word the command.
+
+    Raises:
+        UserError: any mistake in the command line, the configuration, the data or the checkpoint.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        quieten()
+        import_components()
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        self.args = args
+        self.checkpoint_path: Path | None = None
+        self.run_folder: RunFolder | None = None
+        # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach
+        # interpolations.
+        parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
+        try:
+            super().__init__(
+                args=args, subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False,
+                save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
+                parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
+            )  # fmt: skip
+        except BaseException:
+            self._discard_folder()
+            raise
+        if self.settings.trainer.fast_dev_run:
+            self._discard_folder(even_if_used=True)  # a trial of the code is not a run
+
+    def _discard_folder(self, even_if_used: bool = False) -> None:
+        if self.run_folder is not None and (even_if_used or not self.run_folder.started):
+            self.run_folder.discard()
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say in the help what `--seed_everything` means here."""
+        super().add_default_arguments_to_parser(parser)
+        for action in parser._actions:
+            if action.dest == "seed_everything":
+                action.help = (
+                    f"{action.help} Also the seed of model and data, unless they are given their own."
+                )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--experiment`."""
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="Name of the run's folder under the root (default: stem of the last --config file)",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a mistake becomes a UserError with the nearest known name."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise UserError(explain(error, parser, self.args)) from error
+
+    @property
+    def settings(self) -> Any:
+        """The configuration of the command that runs."""
+        return self.config[self.config.subcommand]
+
+    def _parse_ckpt_path(self) -> None:
+        """Find the checkpoint; its hyper_parameters do not override the command line, as in Lightning."""
+        settings = self.settings
+        settings.experiment = settings.experiment or experiment_name(self.args)
+        which = settings.get("ckpt_path")
+        if not which:
+            return
+        self.checkpoint_path = find_checkpoint(
+            which, Path(settings.trainer.default_root_dir), settings.experiment
+        )
+        if self.checkpoint_path is None:
+            if self.config.subcommand != "fit":
+                raise UserError(
+                    f"no checkpoint of the experiment {settings.experiment!r} under "
+                    f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file"
+                )
+            _say(
+                f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
+                f"{settings.trainer.default_root_dir} yet; starting afresh"
+            )
+
+    def before_instantiate_classes(self) -> None:
+        """Hand on the seed; check what can be checked before anything is built."""
+        self._share_seed()
+        trainer = self.settings.trainer
+        limits = (trainer.max_steps, trainer.max_epochs)
+        endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
+        if self.subcommand == "fit" and endless and not trainer.fast_dev_run:
+            raise UserError(
+                "trainer.max_steps is not set, so training would never end; "
+                "give --trainer.max_steps N or set it in the config"
+            )
+
+    def _share_seed(self) -> None:
+        """Make `--seed_everything N` the seed of model and data where they take one and none is given.
+
+        Their noise and order are functions of those seeds alone; who gives another N means other numbers.
+        """
+        number = self.settings.seed_everything
+        if isinstance(number, bool):  # false: nothing is seeded
+            return
+        given = self.parser.parse_args(self.args, defaults=False)[self.config.subcommand]
+        for part in ("model", "data"):
+            takes = (self.settings.get(part) or {}).get("init_args") or {}
+            if "seed" in takes and "seed" not in ((given.get(part) or {}).get("init_args") or {}):
+                takes["seed"] = number
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and Trainer; errors of the parser are explained, UserErrors pass through."""
+        try:
+            super().instantiate_classes()
+        except argparse.ArgumentError as error:
+            raise UserError(explain(error, self.parser, self.args)) from error
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises in an error about types
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            if cause is None and "Given value" not in str(error):
+                raise
+            raise UserError(
+                explain(error, self.parser, self.args) if cause is None else str(cause)
+            ) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Choose the run folder, then build the Trainer with the loggers and callbacks every run has.
+
+        Raises:
+            UserError: settings the Trainer refuses, such as devices that are not there.
+        """
+        checkpoint = read_checkpoint(self.checkpoint_path) if self.checkpoint_path else None
+        folder, resume_step = self._claim_folder(checkpoint)
+        given = self._get(self.config_init, "trainer", default={})
+        if folder is not None:
+            kwargs["default_root_dir"] = str(folder)
+        place = folder or Path(given["default_root_dir"])
+        kwargs["logger"] = self._loggers(given.get("logger"), place, resume_step)
+        given["callbacks"] = self._callbacks(given)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        # values out of range, of a wrong type, and accelerators whose package is not installed
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise UserError(f"the Trainer refuses its settings: {error}") from error
+
+    def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
+        """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
+        settings, is_fit = self.settings, self.subcommand == "fit"
+        current = yaml.safe_load(self._resolved_config())
+        if checkpoint is not None and is_fit:
+            print_differences(checkpoint, current, self.checkpoint_path)
+        own_folder = self.checkpoint_path.parent.parent if self.checkpoint_path else None
+        continues = own_folder is not None and (not is_fit or settings.ckpt_path == "last")
+        if continues and not (own_folder and own_folder.name.startswith("version_")):
+            continues = False
+        folder: Path | None = None
+        made: list[Path] = []
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            if continues and own_folder is not None:
+                check_writable(own_folder)
+                folder = own_folder
+            else:
+                made = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+                folder = made[0]
+        config = self._resolved_config() if is_fit else None
+        self.run_folder = RunFolder(folder, config, made)
+        step = int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
+        return folder, step
+
+    def _resolved_config(self) -> str:
+        """Return the configuration as YAML that starts the same run (so without `last`)."""
+        settings = self.settings.clone()
+        if settings.get("ckpt_path") == "last":
+            settings.ckpt_path = None
+        return self._parser(self.subcommand).dump(settings, skip_none=False)
+
+    def _loggers(self, configured: Any, folder: Path, resume_step: int | None) -> list[Logger] | bool:
+        """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""
+        if configured is False:
+            return False
+        extra = (
+            [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
+        )
+        return [*run_loggers(folder, resume_step, self.subcommand or "fit"), *extra]
+
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        """Add to the configured callbacks those every run has, unless configured or switched off."""
+        configured = trainer.get("callbacks") or []
+        callbacks = list(configured) if isinstance(configured, list) else [configured]
+        if self.run_folder is not None:
+            callbacks.insert(0, self.run_folder)
+        callbacks += [StepAxis(), ConfigWins()]
+        if trainer.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(StepProgressBar())
+        if trainer.get("enable_checkpointing") is not False and not _has(callbacks, Checkpoint):
+            callbacks.append(RunCheckpoint())
+        if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
+            callbacks.append(PredictionFiles())
+        # of a distillation; all but the last speak in `fit` alone, but others read their checkpoints
+        kinds: dict[type[Callback], str] = {
+            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights",
+            StageReport: "evaluation_weights",
+        }  # fmt: skip
+        for kind, method in kinds.items():
+            if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):
+                callbacks.append(kind())
+        return callbacks
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Give the Trainer the path of the checkpoint in place of `last` or `best`."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = str(self.checkpoint_path) if self.checkpoint_path else None
+        if subcommand == "predict" and kwargs.get("return_predictions") is None:
+            kwargs["return_predictions"] = False  # they are saved; nobody takes what would fill the memory
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a checkpoint that does not fit the model is explained in one message."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException as error:
+            raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
+        except (RuntimeError, KeyError, ValueError) as error:
+            if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
+                raise UserError(message) from error
+            raise
+
+
+def _has(callbacks: list[Callback], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

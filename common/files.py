@@ -1,0 +1,111 @@
+"""Writes results at once: made beside their place and renamed, so no file is ever half-written."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from common.errors import UserError
+
+
+def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:
+    """Resolve `output` and make sure that a result may be written there; call it before any long work.
+
+    A folder that is not empty is replaced only if all it holds is a former result of the same kind.
+
+    Args:
+        output: the wanted folder; may exist or not.
+        own_names: names that a former result left in the folder (empty set: it is none).
+
+    Raises:
+        UserError: it is a file, can't be written, or holds something else.
+    """
+    target = check_writable_folder(output)
+    if target.is_dir():
+        foreign = sorted({entry.name for entry in target.iterdir()} - own_names(target))
+        if foreign:
+            raise UserError(
+                f"The output folder {output} holds other files ({', '.join(foreign[:3])}"
+                f"{' …' if len(foreign) > 3 else ''}), which would be lost. "
+                "Give an empty or new folder with --output."
+            )
+    return target
+
+
+def check_writable_folder(output: Path, option: str = "--output") -> Path:
+    """Resolve `output` and make sure that it is a folder that can be written, or that it can be made.
+
+    Raises:
+        UserError: it is a file, lies in one, or permission is missing; names the `option` to change.
+    """
+    target = output.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"The output {output} is a file. Give a folder with {option}.")
+    existing = target
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"The output {output} can't be made: {existing} is a file. Give another {option}.")
+    for folder in {existing, target.parent} if target.exists() else {existing}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"The output {output} can't be written: no permission in {folder}. Give another {option}."
+            )
+    return target
+
+
+@contextmanager
+def filled_at_once(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on success its files are moved into `target`, one rename for each.
+
+    Other files in `target` stay. Whenever the process is killed, every file in it is complete, and up to the
+    moment of moving it is an old one.
+
+    Raises:
+        UserError: files can't be written or moved (permissions, disk full).
+    """
+    fresh = target.with_name(f".{target.name}.new-{uuid4().hex[:8]}")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        for file in sorted(path for path in fresh.rglob("*") if path.is_file()):
+            place = target / file.relative_to(fresh)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    except OSError as error:
+        raise UserError(f"The output {target} can't be written: {error}.") from error
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh)
+
+
+@contextmanager
+def written_at_once(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on success it takes the place of `target`, otherwise it is removed.
+
+    Raises:
+        UserError: the folder can't be made or renamed (permissions, disk full).
+    """
+    token = uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{word}-{token}") for word in ("new", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except OSError as error:
+        raise UserError(f"The output {target} can't be written: {error}. Give another --output.") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (fresh, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def user_cache_dir() -> Path:
+    """``$ONE_STEP_CACHE``, or ``~/.cache/one-step-distillation``."""
+    return Path(os.environ.get("ONE_STEP_CACHE") or Path.home() / ".cache" / "one-step-distillation")

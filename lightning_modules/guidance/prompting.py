@@ -1,0 +1,228 @@
+"""Negative prompts for one- and few-step models, by attention instead of a second network call.
+
+``negative_prompting`` is for stock diffusers pipelines, ``negative_attention`` for a network alone, in
+training too. Both put attention processors into the network and take them out again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import Tensor, nn
+
+from common.errors import UserError
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.guidance.encoding import NegativePrompts, encoded_with_prompts
+from lightning_modules.guidance.methods import Method, make_method
+from lightning_modules.guidance.processors import (
+    NegativeCrossAttention,
+    NegativeJointFlux,
+    NegativeJointSD3,
+    NegativeText,
+)
+
+Processor = type[NegativeCrossAttention] | type[NegativeJointSD3] | type[NegativeJointFlux]
+
+
+@contextmanager
+def negative_prompting(
+    pipe: Any,
+    negative_prompt: str | None | Sequence[str | None],
+    method: str = "nasa",
+    scale: float | None = None,
+    *,
+    tau: float | None = None,
+    alpha: float | None = None,
+) -> Iterator[None]:
+    """Calls of the pipeline inside this context draw away from the negative prompt.
+
+        with negative_prompting(pipe, "blurry", method="nasa", scale=0.2):
+            pipe(prompt, num_inference_steps=1)
+
+    Works with pipelines whose network is a UNet2DConditionModel (Stable Diffusion 1, 2, XL), a PixArt, a
+    Stable Diffusion 3 or a FLUX transformer. The negative prompt is encoded as the pipeline encodes the
+    call's prompts; pooled embeddings stay the prompt's. The pipeline's own guidance is off inside (unless
+    there is nothing to do, and the stock pipeline is left as it is). Scheduler and number of steps do not
+    matter. Leaving restores network and pipeline, also after an exception; nesting is refused. With
+    cross-attention, keys and values of the negative text are computed once per call of the pipeline.
+
+    The cost: on cross-attention models one attention more in each such layer (no projections, no other
+    layers). With joint attention the negative text passes all blocks, and image tokens attend twice.
+
+    Args:
+        pipe: the pipeline.
+        negative_prompt: one for all images, or a list with one per image (or per prompt); None and "" are
+            none, and such images are as the stock pipeline draws them: bit for bit with cross-attention, up
+            to rounding beside images that have one with joint attention.
+        method: "nasa" (SNOOPI, arXiv 2412.02687) or "nag" (arXiv 2505.21179).
+        scale: α of NASA, ϕ of NAG; 0 is off, None the network's default (`guidance.methods`).
+        tau: τ of NAG, the largest growth of an attention output's norm.
+        alpha: α of NAG, the share of the steered output.
+
+    Raises:
+        UserError: the network has no layer to act on or has other processors than diffusers' default ones, a
+            value is out of range, the prompts' numbers do not fit, or the call asks for guidance.
+    """
+    network = pipeline_network(pipe)
+    kind, layers = attention_layers(network)
+    rule = make_method(method, network, scale, tau, alpha)
+    negatives = NegativePrompts(negative_prompt)
+    if rule.scale == 0 or negatives.empty:
+        yield
+        return
+    text = NegativeText(rule, _text_projection(network))
+    joint, positions = kind is not NegativeCrossAttention, kind is NegativeJointFlux
+    with (
+        _installed(kind, layers, text),
+        encoded_with_prompts(pipe, negatives, text, joint, positions),
+        _unguided(pipe, network),
+    ):
+        yield
+
+
+@contextmanager
+def negative_attention(
+    network: nn.Module, negative: Condition, method: Method, present: Tensor | None = None
+) -> Iterator[None]:
+    """Calls of a network with cross-attention inside this context draw away from encoded negative prompts.
+
+    With gradients on, keys and values of the negative text are computed at every call and carry gradients
+    (a network's projection of captions once per context); with gradients off they are computed once, so that
+    weights must not change inside. If the network recomputes
+    activations (gradient checkpointing), the backward pass must happen inside, too, or it raises.
+
+    Args:
+        network: takes `encoder_hidden_states`.
+        negative: negative prompts of B images, or one for all.
+        method: see `guidance.methods`; scale 0 changes nothing.
+        present: boolean [B], false for images without a negative prompt.
+
+    Raises:
+        UserError: as `negative_prompting`; also for a network with joint attention.
+    """
+    network = getattr(network, "_orig_mod", network)
+    kind, layers = attention_layers(network)
+    if kind is not NegativeCrossAttention:
+        raise UserError(
+            f"{type(network).__name__} has joint attention: use negative_prompting on its pipeline."
+        )
+    if method.scale == 0 or (present is not None and not present.any()):
+        yield
+        return
+    text = NegativeText(method, _text_projection(network))
+    embeddings = negative.tensors["encoder_hidden_states"].to(next(network.parameters()).dtype)
+    text.set(embeddings, negative.tensors.get("encoder_attention_mask"), present)
+    # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
+    text.hidden_states(embeddings)
+    with _installed(kind, layers, text):
+        yield
+
+
+def pipeline_network(pipe: Any) -> nn.Module:
+    """The pipeline's denoising network, without the wrapper of torch.compile.
+
+    Raises:
+        UserError: it has none.
+    """
+    for name in ("unet", "transformer"):
+        network = getattr(pipe, name, None)
+        if isinstance(network, nn.Module):
+            return getattr(network, "_orig_mod", network)
+    raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer for a negative prompt.")
+
+
+def attention_layers(network: nn.Module) -> tuple[Processor, list[Any]]:
+    """The layers in which image tokens attend to text, and the processor class that is to act there.
+
+    Raises:
+        UserError: there are none, their processors are not diffusers' default ones, or are ours already.
+    """
+    found: dict[Processor, list[Any]] = {}
+    for module in network.modules():
+        if isinstance(module, FluxAttention):
+            found.setdefault(NegativeJointFlux, []).append(module)
+        elif isinstance(module, Attention) and module.added_kv_proj_dim is not None:
+            found.setdefault(NegativeJointSD3, []).append(module)
+        elif isinstance(module, Attention) and module.is_cross_attention:
+            found.setdefault(NegativeCrossAttention, []).append(module)
+    if len(found) != 1:
+        raise UserError(
+            f"{type(network).__name__} has no cross-attention or joint attention to text in which a negative "
+            "prompt could act. Use a Stable Diffusion, PixArt or FLUX model."
+        )
+    kind, layers = next(iter(found.items()))
+    wanted: dict[Any, type] = {
+        NegativeCrossAttention: AttnProcessor2_0,
+        NegativeJointSD3: JointAttnProcessor2_0,
+        NegativeJointFlux: FluxAttnProcessor,
+    }
+    for layer in layers:
+        if isinstance(layer.processor, kind):
+            raise UserError("A negative prompt acts on this network already: leave that context first.")
+        if type(layer.processor) is not wanted[kind] or getattr(layer, "fused_projections", False):
+            raise UserError(
+                f"{type(network).__name__} attends with {type(layer.processor).__name__}, but negative "
+                f"prompts need {wanted[kind].__name__} without fused projections: undo attention slicing, "
+                "xformers, fusing or image adapters."
+            )
+    return kind, layers
+
+
+@contextmanager
+def _installed(kind: Processor, layers: list[Any], text: NegativeText) -> Iterator[None]:
+    """Our processors in these layers, and the former ones again at the end."""
+    former = [layer.processor for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.set_processor(kind(text, layer.processor, index))
+        yield
+    finally:
+        for layer, processor in zip(layers, former, strict=True):
+            layer.set_processor(processor)
+
+
+def _text_projection(network: nn.Module) -> Any:
+    """What the network does to text before its cross-attention layers; joint ones do it to all text alike."""
+    if (projection := getattr(network, "caption_projection", None)) is not None:
+        return projection
+    if getattr(network, "encoder_hid_proj", None) is None:
+        return None
+    if (kind := network.config.encoder_hid_dim_type) != "text_proj":  # type: ignore[union-attr]
+        raise UserError(f"Negative prompts do not work with this UNet's encoder_hid_dim_type {kind!r}.")
+    return network.encoder_hid_proj
+
+
+@contextmanager
+def _unguided(pipe: Any, network: nn.Module) -> Iterator[None]:
+    """Calls without `guidance_scale` get 1.0, which is off; a call that asks for guidance is an error.
+
+    Only where `guidance_scale` means classifier-free guidance: networks that take the number as an input
+    keep it. Python looks `__call__` up in the class, so the pipeline gets a subclass for the time.
+    """
+    kind = type(pipe)
+    signature = inspect.signature(kind.__call__)
+    embedded = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
+    guided = "do_classifier_free_guidance" in inspect.signature(kind.encode_prompt).parameters
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        name = "guidance_scale" if guided and not embedded else "true_cfg_scale"
+        if (value := given.get(name)) is not None and value > 1:
+            raise UserError(
+                f"{name} is {value}, but inside negative_prompting the pipeline's own guidance is off: "
+                "leave it out."
+            )
+        if name == "guidance_scale" and name in signature.parameters and value is None:
+            kwargs[name] = 1.0
+        return kind.__call__(self, *args, **kwargs)
+
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        pipe.__class__ = kind

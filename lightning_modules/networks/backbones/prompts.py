@@ -1,0 +1,103 @@
+"""Turns prompts into conditions; how a family does it is said in its file in `backbones/`."""
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.transfer import to_device
+from lightning_modules.networks.weights import hide_from_state_dict
+
+if TYPE_CHECKING:
+    from lightning_modules.networks.prompt_cache.lookup import CachedTexts
+
+
+class PromptEncoder(nn.Module, ABC):
+    """Frozen tokenizers and text encoders of one family; a subclass defines `embed_texts`.
+
+    Attributes:
+        truncated_prompts: how many prompts so far were longer than the text encoders take.
+    """
+
+    def __init__(self, tokenizers: list[Any], text_encoders: list[Any], max_length: int) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.text_encoders = nn.ModuleList(encoder.requires_grad_(False).eval() for encoder in text_encoders)
+        self.max_length = max_length
+        self.truncated_prompts = 0
+        self._null: dict[str, Tensor] | None = None
+        self._cached: CachedTexts | None = None
+        hide_from_state_dict(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoders are, or what a cache gives is wanted."""
+        return next(self.parameters()).device
+
+    def look_up_in(self, cached: "CachedTexts") -> None:
+        """Take prompts from a cache from now on, and let go of the text encoders."""
+        self._cached, self.text_encoders = cached, nn.ModuleList()
+        # moves and is cast as the text encoders would
+        self.in_their_place = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """Condition of B prompts, with what stands for no prompt as null."""
+        return Condition(tensors=self.embed(prompts), null=self.null())
+
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the network takes for B prompts, by its keywords, each [B, …]; as in the stock pipeline."""
+        if self._cached is None:
+            texts = self.embed_texts(prompts)
+        else:
+            texts = self._cached.embed(prompts, self.device, next(self.parameters()).dtype)
+        return {**texts, **self.picture_conditions(len(prompts))}
+
+    @abstractmethod
+    def embed_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The part of it that depends on the prompts, by the text encoders; a cache keeps it."""
+
+    def picture_conditions(self, count: int) -> dict[str, Tensor]:
+        """The part that says how large the picture is, for so many prompts; nothing in most families."""
+        return {}
+
+    def null(self) -> dict[str, Tensor]:
+        """The same for no prompt, each [1, …]; computed once per device and dtype."""
+        wanted = next(self.parameters())
+        held = None if self._null is None else self._null["encoder_hidden_states"]
+        if held is None or held.device != wanted.device or held.dtype != wanted.dtype:
+            self._null = self.embed_null()
+        assert self._null is not None
+        return self._null
+
+    def embed_null(self) -> dict[str, Tensor]:
+        """What stands for no prompt: the empty one, unless a family says otherwise."""
+        return self.embed([""])
+
+    def train(self, mode: bool = True) -> "PromptEncoder":
+        """Stay in evaluation mode: text encoders are never trained."""
+        return super().train(False)
+
+    def tokens(self, prompts: list[str], place: int = 0) -> tuple[Tensor, Tensor]:
+        """Token numbers and attention mask, both [B, L], of one tokenizer, padded to the full length."""
+        tokenizer = self.tokenizers[place]
+        if place == 0:
+            self._count_truncated(prompts)
+        inputs = tokenizer(
+            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        return to_device(inputs.input_ids, self.device), to_device(inputs.attention_mask, self.device)
+
+    def _count_truncated(self, prompts: list[str]) -> None:
+        """Count prompts that lose words, and warn about the first."""
+        lengths = [len(ids) for ids in self.tokenizers[0](prompts, verbose=False).input_ids]
+        long = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.max_length]
+        if long and not self.truncated_prompts:
+            warnings.warn(
+                f"A prompt has more than {self.max_length} tokens and is cut to them (told once): "
+                f"{long[0]!r}",
+                stacklevel=4,
+            )
+        self.truncated_prompts += len(long)

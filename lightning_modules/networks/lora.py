@@ -1,0 +1,176 @@
+"""Low-rank adapters (arXiv 2106.09685): put into a network, trained as a student, folded in.
+
+A LoRA student (SwiftBrush v2, arXiv 2408.14176) is an adapter on frozen weights.
+Checkpoints hold the adapter alone, a few per cent of the network. The base is named by its path, together
+with a hash of its weights: a base that has changed since is refused rather than used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from common.errors import UserError
+from lightning_modules.networks.weights import difference, hide_from_state_dict
+
+ADAPTER = "student"
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapter.
+
+    Attributes:
+        rank: rank r of the update B A.
+        alpha: the update is scaled by alpha / rank.
+        targets: names of the layers that get one (a name matches every layer that ends in it).
+        dropout: probability of dropping an input of the adapter, in training.
+    """
+
+    rank: int = 64
+    alpha: float = 108.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_v"])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0 or not self.targets:
+            raise UserError(
+                f"LoRA settings rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, "
+                f"targets={self.targets} can't work: rank must be at least 1, alpha above 0, dropout in "
+                "[0, 1), targets not empty."
+            )
+
+
+@dataclass
+class StudentLoraSettings(LoraSettings):
+    """Low-rank adapter of the student, in the size of SwiftBrush v2.
+
+    The paper doesn't name the layers; these are all projections of the attentions.
+    """
+
+    rank: int = 256
+    alpha: float = 512.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass(frozen=True)
+class StudentBase:
+    """The frozen weights under a LoRA student.
+
+    Attributes:
+        path: what ``load_student`` reads them from.
+        hash: ``content_hash`` of the network.
+    """
+
+    path: str
+    hash: str
+
+    def check(self, hash_now: str, owner: str) -> None:
+        """Make sure that these are the weights the adapter was trained on.
+
+        Raises:
+            UserError: they are not.
+        """
+        if hash_now != self.hash:
+            raise UserError(
+                f"{owner} holds a LoRA adapter trained on the weights of {self.path}, which are others now "
+                f"(hash {hash_now[:12]}, then {self.hash[:12]}): put the former model back there"
+            )
+
+
+@dataclass(frozen=True)
+class StudentAdapter:
+    """The adapter of a LoRA student by itself.
+
+    Attributes:
+        base: the weights it belongs on.
+        settings: its size and place.
+        weights: by the names that they have in the network.
+    """
+
+    base: StudentBase
+    settings: LoraSettings
+    weights: Mapping[str, Tensor]
+
+
+def adaptable_layers(network: nn.Module) -> list[str]:
+    """Short names of the layers that can get an adapter, each once, e.g. to_q, to_out.0, conv1."""
+    names = set()
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            words = name.split(".")
+            names.add(".".join(words[-2:]) if words[-1].isdigit() else words[-1])
+    return sorted(names)
+
+
+def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraModel:
+    """Put an adapter into the network itself (float32 weights, B = 0: it computes what it did before).
+
+    Names stay those of the network; the returned wrapper is needed for folding only.
+
+    Raises:
+        UserError: a LoRA target matches no layer.
+    """
+    layers = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
+    if unmatched:
+        raise UserError(
+            f"LoRA targets {unmatched} match no layer of the network. "
+            f"Set the targets to some of: {', '.join(adaptable_layers(network))}."
+        )
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
+    )
+    wrapper = LoraModel(network, config, name)
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            for parameter in adapter_parameters(module):
+                # trained weights are float32 on half-precision bases too
+                parameter.data = parameter.data.float()
+    return wrapper
+
+
+def adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """Parameters of the adapter in one layer (without the base layer's)."""
+    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+
+
+def add_adapter(network: nn.Module, lora: LoraSettings) -> None:
+    """Freeze the network and put a trained adapter into it; at the start it computes what it did before.
+
+    Only the adapter stays in state dicts.
+
+    Raises:
+        UserError: a LoRA target matches no layer.
+    """
+    network.requires_grad_(False)
+    inject_adapter(network, lora, ADAPTER)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    hide_from_state_dict(network, lambda name: name not in trained)
+
+
+@torch.no_grad()
+def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], owner: str) -> None:
+    """Add an adapter's update alpha / rank * B A to the weights of a plain network, in place.
+
+    Args:
+        network: the base, without adapters; stays a plain network.
+        lora: settings of the adapter.
+        weights: of the adapter, by the names they have in the network.
+        owner: where they are from, for messages.
+
+    Raises:
+        UserError: the weights are not those of such an adapter on this network.
+    """
+    wrapper = inject_adapter(network, lora, ADAPTER)
+    adapter = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if found := difference(weights, adapter):
+        raise UserError(f"The adapter in {owner} does not fit its base: {found}. Give another checkpoint.")
+    for name, parameter in adapter.items():
+        parameter.copy_(weights[name])
+    wrapper.merge_and_unload()
+    network.requires_grad_(False)

@@ -1,0 +1,200 @@
+"""Writes a one-step student as a complete diffusers pipeline folder.
+
+Stock diffusers reproduces it: one DDIM step (arXiv 2010.02502, eq. 12) from the last timestep of the exported
+schedule to alpha = 1 returns the predicted x0, which is all that a one-step generator computes.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from common.errors import UserError
+from common.files import check_output_folder, written_at_once
+from lightning_modules.networks.backbones.calling import embedded_guidance
+from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
+from lightning_modules.networks.lora import StudentAdapter
+from lightning_modules.networks.lora_files import lora_card, write_lora
+
+MARKER, LORA = "one_step.json", "lora"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FOLDER_NAMES = {
+    MARKER, LORA, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
+    "tokenizer_2", "transformer", "unet", "vae",
+    "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
+}  # fmt: skip
+
+
+def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> DDIMScheduler:
+    """DDIM scheduler whose single trailing step starts at `start_timestep` and ends at x0.
+
+    Its betas are the first `start_timestep` + 1 of the given scheduler's, so every alpha stays what it was.
+    The start noise is unit normal whatever the timestep, as in training.
+
+    Raises:
+        UserError: the start timestep is not one of the schedule's.
+    """
+    steps = len(scheduler.betas)
+    if not 0 <= start_timestep < steps:
+        raise UserError(
+            f"start_timestep {start_timestep} is not one of the teacher's timesteps 0 to {steps - 1}."
+        )
+    return DDIMScheduler(
+        num_train_timesteps=start_timestep + 1,
+        trained_betas=scheduler.betas[: start_timestep + 1].tolist(),
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # no effect in trailing spacing, but StableDiffusionPipeline warns about any other
+    )
+
+
+def is_own_export(folder: Path) -> bool:
+    """Whether the folder was written by `export_student`."""
+    return (folder / MARKER).is_file()
+
+
+def export_student(
+    denoiser: nn.Module,
+    parts: TextToImageParts,
+    start_timestep: int,
+    output: str | Path,
+    dtype: torch.dtype = torch.float32,
+    card: dict[str, Any] | None = None,
+    adapter: StudentAdapter | None = None,
+    sections: str = "",
+) -> Path:
+    """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
+
+    Args:
+        denoiser: the student; not changed.
+        parts: the teacher's parts (its `denoiser` is not used); its scheduler gives the schedule.
+        start_timestep: where the student starts.
+        output: folder to write; a former export is replaced, anything else in it is refused.
+        dtype: of the written weights.
+        card: facts for the model card and for one_step.json, name to value (plain data).
+        adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
+        sections: what else the model card says, Markdown.
+
+    Raises:
+        UserError: the output can't be written or holds other files, or the start timestep is unknown.
+    """
+    scheduler = one_step_scheduler(parts.scheduler, start_timestep)
+    target = check_output_folder(
+        Path(output), lambda folder: FOLDER_NAMES if is_own_export(folder) else set()
+    )
+    facts = {name: without_place(value) for name, value in (card or {}).items()}
+    facts |= {"start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
+    with written_at_once(target) as folder:
+        save_pipeline(_pipeline(denoiser, parts, scheduler, dtype), folder)
+        (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        text = model_card(Path(output), facts, one_step_call(parts))
+        if adapter is not None:
+            write_lora(adapter, parts.backbone, folder / LORA, dtype)
+            text += lora_card(adapter, parts.backbone, shown_name(Path(output)), one_step_call(parts))
+        (folder / "README.md").write_text(text + sections, encoding="utf-8")
+    return target
+
+
+def without_place(value: Any) -> Any:
+    """The value, but an absolute path without its folders: exports are passed on, and they tell of a machine.
+
+    Relative paths (`assets/...`) and hub names stay as they are.
+    """
+    if isinstance(value, (str, Path)) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline so that stock `from_pretrained(folder)` without a dtype gives one dtype, float32.
+
+    transformers 5 loads a model in the dtype its config.json names (that of the file, as saved), diffusers in
+    float32: a half-precision folder would come out mixed and fail. An explicit dtype still wins.
+    """
+    with no_progress_bars():
+        pipeline.save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):
+        with _edited(path) as config:
+            config["dtype"] = "float32"
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        with _edited(path) as config:  # both libraries note where a part was read from
+            for name in {"_name_or_path", "name_or_path"} & config.keys():
+                config[name] = without_place(config[name])
+
+
+def shown_name(output: Path) -> str:
+    """What the card calls its own folder: no place on a machine."""
+    return output.name if output.is_absolute() else output.as_posix()
+
+
+def model_card(output: Path, facts: dict[str, Any], call: str) -> str:
+    """Markdown text: the snippet that draws a picture, then the facts as a table."""
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    return f"""```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
+image = pipe("a red apple", {call}).images[0]
+image.save("apple.png")
+```
+
+# {output.name}: a one-step text-to-image model
+
+A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
+always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
+folder, which holds the timestep the student starts from.
+
+| | |
+|---|---|
+{rows}
+
+The licence is that of the teacher it was distilled from.
+"""
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file, written back afterwards if it was changed."""
+    text = path.read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    yield content
+    if content != json.loads(text):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _pipeline(
+    denoiser: nn.Module, parts: TextToImageParts, scheduler: SchedulerMixin, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """Stock pipeline of the student and the teacher's other parts, in `dtype`."""
+    parts = dataclasses.replace(
+        parts,
+        denoiser=_cast(denoiser, dtype),
+        vae=_cast(parts.vae, dtype),
+        text_encoders=[_cast(encoder, dtype) for encoder in parts.text_encoders],
+    )
+    return parts.backbone.pipeline(parts, scheduler)
+
+
+def one_step_call(parts: TextToImageParts) -> str:
+    """Arguments of the stock pipeline's call that draws one picture, as Python text."""
+    call = f"num_inference_steps=1, guidance_scale={embedded_guidance(parts.denoiser) or 1.0}"
+    if parts.backbone.denoiser[0] == "transformer":
+        # the folder's own size, whichever it is; prompts as the student was trained on, not rewritten
+        call += ", use_resolution_binning=False, clean_caption=False"
+    return call
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
+    """The module itself if it has the dtype already, else a converted copy."""
+    if all(p.dtype == dtype for p in module.parameters()):
+        return module
+    return nn.Module.to(copy.deepcopy(module), dtype)  # diffusers' own `to` warns about nothing

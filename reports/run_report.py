@@ -1,0 +1,190 @@
+"""A report on disk: report.json, report.md, report.html and the manifest that stands beside them.
+
+Used at the end of a run, and by anything else that has measured something.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from callbacks.run_folder import write_text_atomically
+
+_LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
+_HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
+ARROWS = dict.fromkeys(_LOWER, "↓") | dict.fromkeys(_HIGHER, "↑")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says and shows.
+
+    Attributes:
+        content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing,
+            environment, config_path``.
+        manifest: what a comparable measurement must share with this one.
+        pictures: titles to PNG files, shown in this order, the first one large, the others folded.
+        curves: a metrics.csv, or None.
+        row: what was measured, for the table.
+        published: (metric, model, value, source) of publications that measured the same way.
+    """
+
+    content: dict[str, Any]
+    manifest: dict[str, Any]
+    pictures: dict[str, Path] = field(default_factory=dict)
+    curves: Path | None = None
+    row: str = "Student, 1 step"
+    published: tuple[tuple[str, str, float, str], ...] = ()
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write manifest.json, report.json, report.md and report.html, each whole; returns the last."""
+    from reports.html import render_html
+    from reports.text import render_markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / "manifest.json", _json(report.manifest))
+    write_text_atomically(folder / "report.json", _json(report.content))
+    write_text_atomically(folder / "report.md", render_markdown(report, folder))
+    write_text_atomically(folder / "report.html", render_html(report))
+    return folder / "report.html"
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def headline(report: Report) -> str:
+    """Title of the report: what, and after how many student updates where that is known."""
+    step = report.content["step"]
+    return str(report.content["experiment"]) + ("" if step is None else f", step {step:,}")
+
+
+def row_title(row: str, report: Report) -> str:
+    """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
+    steps = row.removeprefix("steps_")
+    guidance = (report.manifest.get("guidance") or {}).get(row)
+    return f"Teacher, {steps} step{'' if steps == '1' else 's'}" + (
+        f", guidance {guidance:g}" if guidance else ""
+    )
+
+
+def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of the table: the teacher's, the longest first, and what was measured."""
+    teacher = report.content["teacher_metrics"]
+    ordered = sorted(teacher, key=lambda row: -int(row.removeprefix("steps_")))
+    rows = [(row_title(row, report), teacher[row]) for row in ordered]
+    return [*rows, (report.row, report.content["metrics"])]
+
+
+def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of results; a missing value is an en dash.
+
+    The picture counts stand beside the values: in a column of their own where all values of a row share one
+    count.
+    """
+    rows = result_rows(report)
+    names = list(dict.fromkeys(name for _, results in rows for name in results))
+    names.sort(key=lambda name: name == "milliseconds_per_image")
+    measured = report.content["metrics"]
+    header = ["", *(_column(name, measured.get(name)) for name in names), "images measured"]
+    cells = []
+    for title, results in rows:
+        values = [format_value(results[name]["value"]) if name in results else "–" for name in names]
+        counts = {r["num_images"] for name, r in results.items() if name != "milliseconds_per_image"}
+        cells.append([title, *values, ", ".join(f"{count:,}" for count in sorted(counts)) or "–"])
+    return header, cells
+
+
+def _column(name: str, result: Mapping[str, Any] | None) -> str:
+    """Name of a metric, as FID-5k where that is told, and which way is better."""
+    label = name if result is None else result["details"].get("label", name)
+    return f"{label} {ARROWS.get(name.partition('/')[0], '')}".strip()
+
+
+def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """How each number was measured and how that differs from the publication; None if nobody has said."""
+    header = ["", "value", "images", "network", "reference", "seeds", "differs from the published protocol"]
+    cells = []
+    for name, result in report.content["metrics"].items():
+        details = result["details"]
+        if "differs_from_published" not in details:
+            continue
+        differs = details["differs_from_published"]
+        cells.append([
+            str(details.get("label", name)), format_value(result["value"]), f"{result['num_images']:,}",
+            *(str(details.get(key, "–")) for key in ("extractor", "reference", "seeds")),
+            "no published protocol" if differs is None else "; ".join(differs) or "in nothing known",
+        ])  # fmt: skip
+    return (header, cells) if cells else None
+
+
+def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """Published values beside ours, where the protocol is the same; None if there are none."""
+    if not report.published:
+        return None
+    metrics = report.content["metrics"]
+    cells = [
+        [
+            _column(name, metrics[name]),
+            format_value(metrics[name]["value"]),
+            format_value(value),
+            model,
+            source,
+        ]
+        for name, model, value, source in report.published
+    ]
+    return ["", "here", "published", "model", "source"], cells
+
+
+def format_value(value: float) -> str:
+    """Four significant digits, no exponent for everyday sizes."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.3e}"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know to read the numbers: notes of the metrics, captions of another set."""
+    found = [
+        f"{name}: {result['details']['note']}"
+        for _, results in result_rows(report)
+        for name, result in results.items()
+        if "note" in result["details"]
+    ]
+    reference = report.manifest.get("reference") or {}
+    if reference.get("captions_are_those_of_the_evaluation") is False:
+        found.append(
+            "frechet_distance: the captions are not those of the reference pictures, so it is not comparable."
+        )
+    return list(dict.fromkeys(found))
+
+
+def findings(report: Report) -> list[str]:
+    """The result in sentences, as far as teacher and student were measured."""
+    teacher, student = report.content["teacher_metrics"], report.content["metrics"]
+    several = next((row for row in teacher if row != "steps_1"), None)
+    if several is None or "steps_1" not in teacher:
+        return []
+    many, single = teacher[several], teacher["steps_1"]
+    said = []
+    if "milliseconds_per_image" in many and "milliseconds_per_image" in student:
+        slow, fast = many["milliseconds_per_image"]["value"], student["milliseconds_per_image"]["value"]
+        said.append(
+            f"{slow / fast:.3g} times as fast as the teacher in {several.removeprefix('steps_')} steps"
+        )
+    if "frechet_distance" in student and "frechet_distance" in single:
+        ratio = student["frechet_distance"]["value"] / max(single["frechet_distance"]["value"], 1e-12)
+        said.append(f"Fréchet distance {100 * ratio:.0f} % of the teacher's in one step")
+    if "clip_score" in student and "clip_score" in many and "clip_score" in single:
+        gap = many["clip_score"]["value"] - single["clip_score"]["value"]
+        if gap > 0:
+            closed = (student["clip_score"]["value"] - single["clip_score"]["value"]) / gap
+            said.append(
+                f"{100 * closed:.0f} % of the teacher's CLIP-score gap between one and many steps closed"
+            )
+    return said

@@ -1,0 +1,86 @@
+"""Labelled grids of pictures, by Pillow alone."""
+
+import io
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from common.hashing import to_uint8
+
+_MARGIN, _GAP, _FONT_SIZE, _LINE = 14, 4, 13, 17
+_PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as a Pillow image."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def labelled_grid(
+    views: Mapping[str, Tensor], prompts: Sequence[str], columns: int = 4, least_size: int = 128
+) -> Image.Image:
+    """Cards, one for each prompt: the views side by side, their names above them and the prompt above all.
+
+    Args:
+        views: name of a view to pictures [B, 3, H, W] in [0, 1], the same B and size for all.
+        prompts: B prompts.
+        columns: cards in a row.
+        least_size: smaller pictures are enlarged by a whole factor, without smoothing.
+
+    Raises:
+        ValueError: no view, or numbers of pictures and prompts differ.
+    """
+    if not views or any(len(images) != len(prompts) for images in views.values()):
+        raise ValueError(
+            f"{ {name: len(images) for name, images in views.items()} } pictures for {len(prompts)} prompts"
+        )
+    height, width = next(iter(views.values())).shape[-2:]
+    factor = max(1, -(-least_size // max(height, width)))
+    height, width = height * factor, width * factor
+    card_width = len(views) * width + (len(views) - 1) * _GAP
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    labels = [_wrapped(prompt, font, card_width) for prompt in prompts]
+    label_height = _LINE * max(len(lines) for lines in labels)
+    card_height = label_height + _LINE + height
+    columns = min(columns, len(prompts))
+    rows = -(-len(prompts) // columns)
+    size = (columns * (card_width + _MARGIN) + _MARGIN, rows * (card_height + _MARGIN) + _MARGIN)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, lines in enumerate(labels):
+        left = _MARGIN + (i % columns) * (card_width + _MARGIN)
+        top = _MARGIN + (i // columns) * (card_height + _MARGIN)
+        for k, line in enumerate(lines):
+            draw.text((left, top + k * _LINE), line, _INK, font=font)
+        for k, (name, images) in enumerate(views.items()):
+            x = left + k * (width + _GAP)
+            draw.text((x, top + label_height), name, _FAINT, font=font)
+            picture = to_pil(images[i]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, top + label_height + _LINE))
+    return sheet
+
+
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3
+) -> list[str]:
+    """At most ``most`` lines no wider than ``width`` pixels, the last one marked where text is left out."""
+    letters = max(8, int(width / max(1.0, font.getlength("n"))))
+    lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]
+    while max(font.getlength(line) for line in lines) > width and letters > 8:
+        letters -= 1
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]
+    return lines
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(stream.getvalue())
+    partial.replace(path)
