@@ -1,4 +1,4 @@
-"""Prompts: all the data that most methods of distillation need, and the batches that processes take of them.
+"""Prompts: all the data that distillation needs, but for methods that want real pictures, too.
 
 The order of training is a pure function of the seed (see `datamodules.order`); a run continues from one
 stored number, the position in the stream, with any number of processes.
@@ -6,20 +6,19 @@ stored number, the position in the stream, with any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
 from datamodules.sources import PromptPools, as_sources, listed_prompts
+from datamodules.streams import EvaluationPrompts, PromptStream
 from datamodules.tables import read_texts
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -46,78 +45,6 @@ def as_prompts(given: str | list[str] | None, default: Path, key: str) -> list[s
         UserError: as `read_prompts`; also if the list is empty or holds an empty prompt.
     """
     return listed_prompts(given, key) if isinstance(given, list) else read_prompts(given or default)
-
-
-class PromptStream(IterableDataset[dict[str, Any]]):
-    """The endless stream of training batches: each item is one process's share of one student update.
-
-    Args:
-        draws: What stands at each place of the stream.
-        batch_size: Prompts per student update over all processes.
-        position: Prompts already used by the run.
-        rank: Number of this process.
-        world_size: Number of processes; divides `batch_size`.
-        negatives: Negative prompts, drawn at the same places.
-    """
-
-    def __init__(self, draws: PromptDraws, batch_size: int, position: int = 0, rank: int = 0,
-                 world_size: int = 1, negatives: PromptDraws | None = None) -> None:  # fmt: skip
-        self.draws, self.negatives, self.batch_size, self.position = draws, negatives, batch_size, position
-        share = batch_size // world_size
-        self.first, self.last = rank * share, (rank + 1) * share
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        start = self.position + number * self.batch_size  # loaders take from their workers in turn
-        while True:
-            places = np.arange(start + self.first, start + self.last)
-            batch = {"prompts": self.draws.at(places), "indices": torch.arange(self.first, self.last)}
-            if self.negatives is not None:
-                batch["negative_prompts"] = self.negatives.at(places)
-            yield batch
-            start += count * self.batch_size
-
-
-class EvaluationPrompts(IterableDataset[dict[str, Any]]):
-    """A process's batches of the evaluation prompts; over all processes each prompt is counted exactly once.
-
-    All processes get the same number of batches of the same size. Where that leaves a place over, it holds a
-    prompt again, marked as padding: generated, as every process must take part in a forward pass, and not
-    counted.
-
-    Args:
-        prompts: The evaluation prompts.
-        batch_size: Prompts per process and batch.
-        rank: Number of this process.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, prompts: list[str], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
-
-    def __len__(self) -> int:
-        return -(-len(self.prompts) // (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for step in range(number, len(self), count):
-            yield self._batch(step)
-
-    def _batch(self, step: int) -> dict[str, Any]:
-        size = len(self.prompts)
-        start = step * self.batch_size * self.world_size
-        # the last batches are made equally short on all processes
-        share = min(self.batch_size, -(-(size - start) // self.world_size))
-        places = torch.arange(start + self.rank * share, start + (self.rank + 1) * share)
-        is_padding = places >= size
-        indices = torch.where(is_padding, places % size, places)
-        return {
-            "prompts": [self.prompts[i] for i in indices.tolist()],
-            "indices": indices,
-            "is_padding": is_padding,
-        }
 
 
 class PromptDataModule(LightningDataModule):
@@ -149,7 +76,7 @@ class PromptDataModule(LightningDataModule):
         min_length: Training prompts with fewer characters are dropped.
         max_length: Training prompts with more characters are dropped.
         deduplicate: Training prompts that have come before are dropped.
-        real: Pictures with captions, for methods that learn from them, too. None: the training is image-free.
+        real: Given pictures with captions, for methods that need them; the training is not image-free then.
 
     Raises:
         UserError: a source cannot be used (see `read_texts`), there are fewer prompts than one batch, or the
@@ -180,7 +107,8 @@ class PromptDataModule(LightningDataModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
-        self.batch_size, self.seed, self.real = batch_size, seed, real
+        self.batch_size = batch_size
+        self.seed, self.real = seed, real
         cleaning = Cleaning(min_length, max_length, deduplicate)
         self._prompts = PromptPools(
             str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
@@ -199,7 +127,8 @@ class PromptDataModule(LightningDataModule):
         self.eval_captions = captions
         self.eval_prompts = captions[:eval_size]
         self._micro_batch_size = micro_batch_size
-        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
         # prompts used by the updates begun so far; a multiple of nothing if batch_size changed
         self.position = 0
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from datamodules import order, prompts
+from datamodules import order, streams
 from datamodules.order import ListedTexts, PromptDraws, entries, epoch_shares, feistel, permutation
-from datamodules.prompts import PromptDataModule, PromptStream
+from datamodules.prompts import PromptDataModule
+from datamodules.streams import PromptStream
 
 PINNED_LISTED = [3, 6, 5, 1, 7, 2, 4, 0]
 PINNED_COMPUTED = [6275309, 7285196, 3431358, 3411099]
@@ -129,7 +130,7 @@ def shard(draws: PromptDraws, batch_size: int, rank: int, world_size: int, worke
     iterators = []
     for number in range(workers):
         info = SimpleNamespace(id=number, num_workers=workers)
-        monkeypatch.setattr(prompts, "get_worker_info", lambda info=info: info)
+        monkeypatch.setattr(streams, "get_worker_info", lambda info=info: info)
         stream = iter(PromptStream(draws, batch_size, 0, rank, world_size))
         iterators.append([batch["prompts"] for batch in islice(stream, -(-steps // workers))])
     return [iterators[step % workers][step // workers] for step in range(steps)]
@@ -162,8 +163,8 @@ def test_processes_and_workers_together_draw_each_prompt_once_an_epoch(
 
 
 def module_of(rank: int, world_size: int, **settings: object) -> PromptDataModule:
-    texts = [f"p{number}" for number in range(25)]
-    module = PromptDataModule(texts, batch_size=6, eval_captions=texts, eval_size=None, seed=4,
+    prompts = [f"p{number}" for number in range(25)]
+    module = PromptDataModule(prompts, batch_size=6, eval_captions=prompts, eval_size=None, seed=4,
                               negative_prompts=["blurry", "grey", "text", "hands"], **settings)  # type: ignore[arg-type]  # fmt: skip
     module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, training=True)  # type: ignore[assignment]
     return module
