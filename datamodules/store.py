@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -124,7 +124,7 @@ def file_hash(path: Path) -> str:
             return note.read_text(encoding="utf-8")
         digest = _digest(path)
         note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}.partial")
+        partial = note.with_suffix(f".{uuid4().hex}.partial")
         partial.write_text(digest, encoding="utf-8")
         partial.replace(note)
     except OSError as error:
