@@ -109,6 +109,7 @@ class PromptDataModule(LightningDataModule):
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         self.batch_size = batch_size
         self.seed, self.real = seed, real
+        self.batches_per_step = 1  # an objective may ask for more
         cleaning = Cleaning(min_length, max_length, deduplicate)
         self._prompts = PromptPools(
             str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
@@ -213,7 +214,8 @@ class PromptDataModule(LightningDataModule):
         """The endless training stream, from the position reached so far."""
         _ = self.local_batch_size
         draws, negatives = self._draws()
-        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives)
+        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives,
+                              self.batches_per_step)  # fmt: skip
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -235,7 +237,7 @@ class PromptDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count a training batch when it is used (loaders fetch ahead, so fetching is not using)."""
         if self.trainer is not None and self.trainer.training and "is_padding" not in batch:
-            self.position += self.batch_size
+            self.position += self.batch_size * self.batches_per_step
         return batch
 
     def transfer_batch_to_device(

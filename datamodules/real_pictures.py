@@ -49,19 +49,20 @@ class RealPictures:
         names = read_column(self.captions, self.file_column) if self.file_column else None
         return match_files(self.folder, len(captions), names), captions
 
-    def places(self, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Places in the global batch of pictures of one process, long [batch_size / world_size].
+    def places(self, rank: int = 0, world_size: int = 1, at: int = 0, passes: int = 1) -> Tensor:
+        """Places in the global batch of the pictures of one process, or of one of its passes, long [b].
 
         Raises:
-            UserError: the processes can't share the batch out equally.
+            UserError: the passes of all processes can't share the batch out equally.
         """
-        if self.batch_size % world_size:
+        share, rest = divmod(self.batch_size, world_size * passes)
+        if rest:
             raise UserError(
                 f"data.real.batch_size is {self.batch_size}: it must be a multiple of the {world_size} "
-                "processes"
+                f"processes{f' times {passes} micro-batches' if passes > 1 else ''}"
             )
-        share = self.batch_size // world_size
-        return torch.arange(rank * share, (rank + 1) * share)
+        first = (rank * passes + at) * share
+        return torch.arange(first, first + share)
 
 
 class RealPictureSource:

@@ -211,7 +211,7 @@ class OneStepDistillation(L.LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return None
         if needed == (settings is not None):
-            return RealPictureSource(settings, self.parts.picture_size[1]) if needed else None
+            return data.real_pictures(self.parts.picture_size[1]) if needed else None
         if needed:
             raise UserError("real pictures are needed (by the objective or pair_regression): set data.real")
         raise UserError(
@@ -416,17 +416,10 @@ class OneStepDistillation(L.LightningModule):
         """The sample with the part's given pictures as latents, if the run has some."""
         if self.real_pictures is None:
             return sample
-        passes, size = self.trainer.world_size * part.passes, self.real_pictures.settings.batch_size
-        if size % passes:
-            raise UserError(
-                f"data.real.batch_size is {size}: it must be a multiple of the {passes} passes of a turn "
-                f"({self.trainer.world_size} processes, {part.passes} micro-batches each)"
-            )
-        share = size // passes
-        first = (self.global_rank * part.passes + part.place) * share
-        random = StepRandom(
-            self.seed, self.student_steps, torch.arange(first, first + share), self.device, part.number
+        places = self.real_pictures.settings.places(
+            self.global_rank, self.trainer.world_size, part.place, part.passes
         )
+        random = StepRandom(self.seed, self.student_steps, places, self.device, part.number)
         images, captions = self.real_pictures.take(random.uniform("image_pair").cpu())
         latents = self.generator.decoder.encode(images.to(self.device))
         return replace(sample, real=Real(latents, self.generator.prompt_encoder.encode(captions)))
