@@ -32,8 +32,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, shared_extractor
-from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
-from callbacks.metrics.reference_folder import open_reference
+from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics, open_reference
 from common.errors import UserError
 
 
@@ -177,8 +176,7 @@ class ImageMetric(Metric):
         broken = [i for i in keep if not finite[i]]
         if broken:
             raise UserError(
-                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or "
-                "infinity, "
+                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or infinity, "
                 f"the first one that of the prompt {prompts[broken[0]]!r}; look for the step where the "
                 "generator's output stops being finite (in half precision: try bf16 or fp32)"
             )
@@ -262,3 +260,38 @@ class ImageMetric(Metric):
     @abstractmethod
     def _value(self) -> Tensor:
         """The value, from the states summed over all processes."""
+
+
+def bind_metrics(
+    metrics: Sequence[ImageMetric],
+    extractor: FeatureExtractor | None,
+    reference: ReferenceSource | None,
+    device: torch.device,
+) -> None:
+    """Give all metrics network and reference; a folder goes through each network once. Collective.
+
+    Args:
+        metrics: what to measure.
+        extractor, reference, device: as for ``ImageMetric.bind``.
+
+    Raises:
+        UserError: there is no network or no reference where one is needed, or none that serves.
+    """
+    # statistics with the features of single pictures serve the metrics that need none of those
+    for metric in sorted(metrics, key=lambda metric: not metric.needs_reference_features):
+        metric.bind(extractor, reference, device)
+
+
+def place_metrics(metrics: Sequence[ImageMetric], device: torch.device) -> None:
+    """Move networks and sums of bound metrics to where this process draws."""
+    for metric in metrics:
+        metric.extractor.to(device)
+        # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
+        metric.to(device if device.type == "cuda" else "cpu")
+
+
+def refuse_repeated(metrics: Sequence[ImageMetric]) -> None:
+    """Raise a UserError if two of the metrics have one name."""
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise UserError(f"metrics holds the same metric twice: {', '.join(names)}; evaluate twice instead")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.extractors import FeatureExtractor, TextImageExtractor
-from callbacks.metrics.open_clip_features import clip_network
+from callbacks.metrics.clip_features import TextImageExtractor, clip_network
+from callbacks.metrics.extractors import FeatureExtractor
 from common.errors import UserError
 
 
@@ -69,7 +69,7 @@ class ClipScore(ImageMetric):
         if (preset := PRESETS.get(model or "")) is not None:
             model, pretrained = preset.model, pretrained or preset.pretrained
             prefix = preset.prefix if prefix is None else prefix
-        super().__init__(None if model is None else clip_network(model, pretrained))
+        super().__init__(clip_network(model, pretrained))
         self.prefix, self.scale = prefix or "", float(scale)
         self.num_truncated = 0
 

@@ -81,21 +81,6 @@ class FeatureExtractor(ABC):
         """Features [B, D], fp32, of pictures [B, 3, H, W] in [0, 1], under ``no_grad`` and in fp32."""
 
 
-class TextImageExtractor(FeatureExtractor):
-    """A network with features of texts too, in the space of its image features: a CLIP."""
-
-    max_length: int
-    """Longest text in tokens, with the start and end tokens."""
-
-    @abstractmethod
-    def text_features(self, texts: list[str]) -> Tensor:
-        """Features [B, D], fp32, not normalised. Longer texts are cut and keep their end token."""
-
-    @abstractmethod
-    def count_truncated(self, texts: list[str]) -> int:
-        """How many of the texts are longer than ``max_length`` tokens."""
-
-
 class ExtractorSpec(Protocol):
     """What to load: a frozen dataclass, so that equal ones are one network."""
 

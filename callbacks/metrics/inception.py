@@ -23,7 +23,7 @@ from common.errors import UserError, first_line
 from common.files import user_cache_dir
 from common.hashing import to_uint8
 from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
-from lightning_modules.networks.loading import asset_path
+from lightning_modules.networks.model_names import asset_path
 
 log = logging.getLogger(__name__)
 FILE = "inception-2015-12-05.pt"

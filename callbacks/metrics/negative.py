@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.clip_score import ClipScore, cosines, text_extractor
-from callbacks.metrics.open_clip_features import clip_network
 from common.errors import UserError
 from common.hashing import hash_json
 from datamodules.pictures import BACKGROUNDS
 from datamodules.tables import read_column
-from lightning_modules.networks.loading import asset_path
+from lightning_modules.networks.model_names import asset_path
 
 REMOVAL_CASES = "assets/removal_cases.jsonl"
 CORNER = 4  # pixels
@@ -162,7 +162,7 @@ class NegativeRemovalRate(_WithNegatives):
     def __init__(
         self, cases: str | None = None, model: str | None = None, pretrained: str | None = None
     ) -> None:
-        super().__init__(None if model is None else clip_network(model, pretrained))
+        super().__init__(clip_network(model, pretrained))
         self.cases = read_cases(cases or REMOVAL_CASES)
         self.rates: dict[str, float] = {}
         self._pairs = [(case.prompt, case.negative_prompt) for case in self.cases]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.inception import inception_network
-from callbacks.metrics.open_clip_features import clip_network
 from common.errors import UserError
 from common.processes import from_every_rank
 

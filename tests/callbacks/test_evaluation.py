@@ -11,13 +11,11 @@ import torch
 from callbacks.evaluation import Evaluation
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
-from callbacks.metrics.binding import framed_reference
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
-from callbacks.metrics.reference import compute_reference
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference import ReferenceFolder, compute_reference, framed_reference
 from callbacks.metrics.teacher import Teacher
 from common.errors import UserError
 from common.hashing import hash_texts
