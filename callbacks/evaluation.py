@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_extras
 from callbacks.loggers import MetricsCSV
-from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics
+from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
@@ -78,9 +78,7 @@ class Evaluation(Callback):
                 raise UserError(f"Evaluation.{name} is {value}: it must be at least {least}")
         if metrics is None:
             metrics = [FrechetDistance(), ClipScore()] if reference is not None else [ClipScore()]
-        names = [metric.name for metric in metrics]
-        if len(set(names)) < len(names):
-            raise UserError(f"Evaluation.metrics holds the same metric twice: {names}")
+        refuse_repeated(metrics, "Evaluation.metrics")
         self.scoring_clip, self.reference_path, self.metrics = scoring_clip, reference, metrics
         self.final_size, self.batch_size, self.seed = final_size, batch_size, seed
         self.teacher_rows, self.teacher_steps = teacher_rows, teacher_steps

@@ -17,11 +17,10 @@ from callbacks.metrics.extractors import (
     ExtractorSpec,
     FeatureExtractor,
     Preprocessing,
-    file_hash,
     in_threads,
 )
 from common.errors import UserError
-from common.hashing import hash_folder, to_uint8
+from common.hashing import hash_file, hash_folder, to_uint8
 from lightning_modules.networks.clip_models import SCHEMES, Clip, OpenClip, TransformersClip
 from lightning_modules.networks.model_names import asset_path
 
@@ -164,7 +163,7 @@ class OpenClipNetwork:
         if self.model.startswith(SCHEMES[0]):
             weights = hash_folder(self.model.removeprefix(SCHEMES[0]))
         elif path.is_file():
-            weights = f"{self.model} {file_hash(path)}"
+            weights = f"{self.model} {hash_file(path)}"
         else:  # a tag names weights that never change
             weights = f"{self.model} {self.pretrained}"
         content = hashlib.sha256(f"open_clip {weights}".encode()).hexdigest()

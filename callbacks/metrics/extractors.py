@@ -4,7 +4,6 @@ A metric names its extractor by a specification (a small frozen dataclass). Metr
 share one loaded network, and several metrics on one network cost one pass for each batch.
 """
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -103,12 +102,6 @@ def shared_extractor(spec: ExtractorSpec) -> FeatureExtractor:
     if extractor is None:
         extractor = _LOADED[spec] = spec.load()
     return extractor
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -52,15 +52,13 @@ class GaussianDistance(ImageMetric):
 
     total: Tensor
     outer: Tensor
-    count: Tensor
 
     def setup_states(self, width: int) -> None:
-        """Sum and sum of outer products of the features, in float64, and their number."""
-        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        """Sum and sum of outer products of the features, in float64."""
+        self.add_sum("total", width)
+        self.add_sum("outer", width, width)
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         rows = features.to(self.total.device).double()
         self.total += rows.sum(0)
         self.outer += rows.T @ rows
@@ -82,12 +80,8 @@ class GaussianDistance(ImageMetric):
 
     def details(self) -> dict[str, Any]:
         """The extractor and the reference, and a note when there are too few pictures for a fair one."""
-        width, reference = self.extractor.width, self._reference
-        details = super().details() | {
-            "feature_width": width,
-            "reference_num_images": reference.num_images,
-            "reference_hash": reference.content_hash,
-        }
+        width = self.extractor.width
+        details = super().details() | {"feature_width": width}
         if self.num_images < COMFORTABLE_RATIO * width:
             details["note"] = (
                 f"{self.num_images} pictures are fewer than {COMFORTABLE_RATIO} x {width} features: "

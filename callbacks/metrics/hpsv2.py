@@ -20,10 +20,9 @@ from torchvision.transforms.v2 import functional as TF
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import TextImageExtractor
 from callbacks.metrics.clip_score import cosines, text_extractor
-from callbacks.metrics.extractors import file_hash
 from common.errors import UserError
-from common.hashing import to_uint8
-from lightning_modules.networks.clip_models import HPS_FILES, HPS_REPOSITORY, OpenClip, import_open_clip
+from common.hashing import hash_file, to_uint8
+from lightning_modules.networks.clip_models import HPS_FILES, HPS_REPOSITORY, OpenClip
 from lightning_modules.networks.model_names import asset_path
 
 TENTHS = 10
@@ -56,7 +55,6 @@ class LongestSidePreprocessing:
         return (values - self.mean.to(values.device)) / self.std.to(values.device)
 
     def describe(self) -> str:
-        """One line for manifests."""
         return f"8-bit in memory (no JPEG), longest side to {self.size} by antialiased bicubic, padded"
 
 
@@ -87,17 +85,12 @@ class HPSNetwork:
         Raises:
             UserError: open_clip is not installed, the checkpoint is missing or no such checkpoint.
         """
-        constants = import_open_clip().constants
         file = find_checkpoint(self.version, self.checkpoint)
         clip = OpenClip(self.architecture, str(file))
-        size = clip.model.visual.image_size
-        preprocessing = LongestSidePreprocessing(
-            int(size[0] if isinstance(size, tuple | list) else size),
-            constants.OPENAI_DATASET_MEAN,
-            constants.OPENAI_DATASET_STD,
-        )
+        size, mean, std = (clip.settings[name] for name in ("size", "mean", "std"))
+        preprocessing = LongestSidePreprocessing(size if isinstance(size, int) else size[0], mean, std)
         name = f"HPS{self.version} (open_clip {self.architecture})"
-        content = hashlib.sha256(f"hps {self.architecture} {file_hash(file)}".encode()).hexdigest()
+        content = hashlib.sha256(f"hps {self.architecture} {hash_file(file)}".encode()).hexdigest()
         return TextImageExtractor(clip, preprocessing, name, file, content)
 
 
@@ -147,7 +140,6 @@ class HPSv2(ImageMetric):
     totals: Tensor
     counts: Tensor
     truncated: Tensor
-    count: Tensor
 
     def __init__(self, version: str, checkpoint: str | None = None, architecture: str = "ViT-H-14") -> None:
         path = None if checkpoint is None else asset_path(checkpoint)
@@ -186,20 +178,12 @@ class HPSv2(ImageMetric):
 
     def setup_states(self, width: int) -> None:
         """Sums and numbers of cosines by style and tenth, and how many prompts were cut."""
-        shape = (max(1, len(self.styles)), TENTHS)
-        for name, size, dtype in [
-            ("totals", shape, torch.float64),
-            ("counts", shape, torch.long),
-            ("truncated", (), torch.long),
-            ("count", (), torch.long),
-        ]:
-            zeros = torch.zeros(size, dtype=dtype, device=self.device)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        shape = max(1, len(self.styles)), TENTHS
+        self.add_sum("totals", *shape)
+        self.add_sum("counts", *shape, dtype=torch.long)
+        self.add_sum("truncated", dtype=torch.long)
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
-        self._add_at(features, prompts, None)
-
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         if self._cells and positions is None:
             raise ValueError("hpsv2 was told the styles of the prompts: update() needs their positions")
         extractor = text_extractor(self.extractor, self.name)

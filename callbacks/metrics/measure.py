@@ -76,30 +76,19 @@ def evaluate_model(
     negatives: Sequence[str] | None = None,
     frame: Frame | None = None,
 ) -> Results:
-    """Draw one picture for each caption and measure them; all processes must call it, each draws its share.
+    """``measure_pictures`` of what is drawn from captions and seeds; it takes its other arguments, too.
 
     Args:
         generate: prompts and seeds to pictures.
-        captions: what to draw.
-        metrics: bound metrics; they are reset before and after.
-        batch_size: pictures per pass and process.
-        seeds: one for each caption (default 0, 1, 2, ...).
-        progress: label of the progress bar; None shows none.
-        groups, negatives, frame: as for ``measure_pictures``.
-
-    Returns:
-        ``{name: {"value", "num_images", "details"}}``, the same on every process.
+        captions: what to draw. ``seeds``: one for each (default 0, 1, 2, ...).
 
     Raises:
         ValueError: no captions, or numbers of captions and seeds differ.
-        UserError: a picture holds NaN or infinity.
-        RuntimeError: a metric did not count every caption exactly once.
     """
     numbers = list(range(len(captions))) if seeds is None else list(seeds)
     if not captions or len(numbers) != len(captions):
         raise ValueError(
-            f"{len(captions)} captions and {len(numbers)} seeds: need one seed for each of at least one "
-            "caption"
+            f"{len(captions)} captions and {len(numbers)} seeds: need one caption, and one seed for each"
         )
 
     def draw(places: list[int]) -> Tensor:

@@ -85,8 +85,8 @@ class ClipScoreNegative(_WithNegatives, ClipScore):
             columns = (read_column(pairs, name) for name in ("prompt", "negative_prompt"))
             self._pairs = list(zip(*columns, strict=True))
 
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
-        self._add(features, self._negatives(prompts, positions))
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+        super()._add(features, self._negatives(prompts, positions), positions)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,6 @@ class NegativeRemovalRate(_WithNegatives):
 
     removed: Tensor
     seen: Tensor
-    count: Tensor
 
     def __init__(
         self, cases: str | None = None, model: str | None = None, pretrained: str | None = None
@@ -170,9 +169,7 @@ class NegativeRemovalRate(_WithNegatives):
     def setup_states(self, width: int) -> None:
         """Pictures without the feature and pictures seen, for each case."""
         for name in ("removed", "seen"):
-            state = torch.zeros(len(self.cases), dtype=torch.long)
-            self.add_state(name, state, dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum(name, len(self.cases), dtype=torch.long)
 
     def update(
         self,
@@ -186,7 +183,7 @@ class NegativeRemovalRate(_WithNegatives):
         self.__dict__["_backgrounds"] = background_colours(counted)
         super().update(images, prompts, is_padding, positions)
 
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         pairs = list(zip(prompts, self._negatives(prompts, positions), strict=True))
         for pair in dict.fromkeys(pairs):
             if pair not in self._pairs:
@@ -206,9 +203,6 @@ class NegativeRemovalRate(_WithNegatives):
         texts = extractor.text_features([case.unwanted, *case.alternatives])
         scores = [cosines(features, text.expand_as(features)) for text in texts]
         return torch.stack(scores).argmax(0) == 0
-
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
-        self._add_at(features, prompts, None)
 
     def _value(self) -> Tensor:
         self.rates = {

@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
+from callbacks.metrics.extractors import FeatureExtractor, in_threads
 from common.errors import UserError, first_line
 from common.files import user_cache_dir, written_whole
-from common.hashing import hash_json, hash_tensors, hash_texts, to_uint8
+from common.hashing import hash_file, hash_json, hash_tensors, hash_texts, to_uint8
 from common.processes import from_every_rank, rank_and_world_size
 from datamodules.picture_files import Frame
 from lightning_modules.networks.model_names import asset_path
@@ -262,7 +262,7 @@ class ReferenceFolder:
             own = [
                 (place, digest)
                 for places in self._batches("hashing the reference")
-                for place, digest in zip(places, in_threads(file_hash, [self.files[i] for i in places]))
+                for place, digest in zip(places, in_threads(hash_file, [self.files[i] for i in places]))
             ]
             digests = sorted(pair for share in from_every_rank(own) for pair in share)
             self._content_hash = hash_texts([digest for _, digest in digests])

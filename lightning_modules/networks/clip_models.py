@@ -122,13 +122,11 @@ class TransformersClip(Clip):
         self.processor = processor
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Features [B, D] of prepared pixels [B, 3, h, w]."""
         features: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
         return features
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Features [B, D], without gradient. Longer texts are cut and keep their end token."""
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
@@ -138,7 +136,6 @@ class TransformersClip(Clip):
         return features
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Number of tokens of each text, start and end included, before any cut."""
         return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
 
 
@@ -202,18 +199,15 @@ class OpenClip(Clip):
         )
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Features [B, D] of prepared pixels [B, 3, h, w]."""
         features: Tensor = self.model.encode_image(pixels)
         return features
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Features [B, D], without gradient. Longer texts are cut and keep their end token."""
         features: Tensor = self.model.encode_text(self.tokenizer(texts).to(self.device))
         return features
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Number of tokens of each text, start and end included, before any cut."""
         if hasattr(self.tokenizer, "encode"):  # open_clip's own tokenizer: without the start and end tokens
             return [len(self.tokenizer.encode(text)) + 2 for text in texts]
         # a transformers tokenizer in open_clip's wrapping

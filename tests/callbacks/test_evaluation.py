@@ -212,10 +212,10 @@ class Two(ClipScore):
     def prepare(self, captions: Any, groups: Any = None, negatives: Any = None) -> None:
         self.captions, self.groups, self.places = list(captions), groups, []
 
-    def _add_at(self, features: torch.Tensor, prompts: list[str], positions: Any) -> None:
+    def _add(self, features: torch.Tensor, prompts: list[str], positions: Any) -> None:
         assert [self.captions[place] for place in positions] == prompts
         self.places += positions
-        super()._add_at(features, prompts, positions)
+        super()._add(features, prompts, positions)
 
     def results(self) -> dict[str, Any]:
         whole = self.result()

@@ -154,7 +154,7 @@ def test_clip_score_against_transformers(tiny_clip: Path, extractor: ClipExtract
     assert -1 <= expected <= 1 and abs(expected) > 1e-3
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (33, 20), (12, 40), (64, 64)])
+@pytest.mark.parametrize("height, width", [(16, 16), (33, 20), (12, 40), (16, 33), (64, 64)])
 @pytest.mark.parametrize("size", [{"shortest_edge": 16}, {"height": 16, "width": 16}])
 def test_preprocessing_is_the_image_processors(
     height: int, width: int, size: dict[str, int], tiny_clip: Path
