@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from callbacks.metrics.binding import framed_reference  # noqa: E402
 from callbacks.metrics.clip_features import ClipExtractor  # noqa: E402
 from callbacks.metrics.measure import Stopwatch, measure_pictures  # noqa: E402
+from callbacks.metrics.reference import framed_reference  # noqa: E402
 from commands.evaluate import parse  # noqa: E402
 from common.environment import environment, peak_memory_gib  # noqa: E402
 from lightning_modules.drawing import Recipe, model_drawer  # noqa: E402
