@@ -57,6 +57,34 @@ def check_writable_folder(output: Path, option: str = "--output") -> Path:
 
 
 @contextmanager
+def file_at_once(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; on success that file takes the place of `path`.
+
+    A reader sees the old or the new content, never a part of it, also after a loss of power. After an error
+    nothing of the new file stays. Names of unfinished files are those of `unfinished`.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The files that a killed process left behind in `file_at_once`."""
+    return sorted(folder.glob(".*.partial"))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file at once, see `file_at_once`; its folder must exist."""
+    with file_at_once(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def filled_at_once(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; on success its files are moved into `target`, one rename for each.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from lightning_modules.networks.backbones import TextToImageParts, backbone_of
 from lightning_modules.networks.backbones.calling import run_network
-from lightning_modules.networks.loading import noise_schedule, pipeline_folder, read_json
+from lightning_modules.networks.loading import find_model, noise_schedule, read_json, weight_files
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.networks.student import LoadedStudent, architecture, is_checkpoint
 
@@ -277,22 +277,16 @@ def stored_dtype(path: str) -> torch.dtype:
     """
     if is_checkpoint(path):
         return torch.float32  # trained weights are
-    folder = pipeline_folder(path)
+    model = find_model(path)
+    folder = Path(model.name)
     name = backbone_of(read_json(folder / "model_index.json"), folder).denoiser[0]
-    files = sorted((folder / name).iterdir())
-    names = set()
-    for file in files:
-        # diffusers' name, in one piece or in several; other names are variants that are not loaded
-        if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name):
-            with safe_open(str(file), framework="pt") as content:
-                names |= {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
-    if names:
-        return _HALVES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
-    return _pickled_dtype([file for file in files if file.suffix == ".bin"])
-
-
-def _pickled_dtype(files: list[Path]) -> torch.dtype:
-    """The same for folders in the older .bin format."""
-    contents = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-    dtypes = {tensor.dtype for content in contents for tensor in content.values()}
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(_HALVES.values()) else torch.float32
+    dtypes: set[Any] = set()
+    for file in weight_files(folder / name, model.variant):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as content:
+                dtypes |= {_HALVES.get(content.get_slice(key).get_dtype()) for key in content.keys()}  # noqa: SIM118
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            dtypes |= {tensor.dtype for tensor in weights.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype in _HALVES.values() else torch.float32
