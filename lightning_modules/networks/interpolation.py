@@ -5,7 +5,6 @@
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError
-from lightning_modules.networks.backbones import TextToImageParts, backbone_of
-from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.backbones import backbone_of
 from lightning_modules.networks.loading import find_model, noise_schedule, read_json, weight_files
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
-from lightning_modules.networks.student import LoadedStudent, architecture, is_checkpoint
+from lightning_modules.networks.student import LoadedStudent, is_checkpoint
+from lightning_modules.networks.student_start import other_setting
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _HALF_ROUNDING = 2.0**-8  # of bfloat16, the coarser one: copies of one network differ by that at most
@@ -167,13 +166,10 @@ def _start_timestep(first: LoadedStudent, second: LoadedStudent) -> int:
 def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     networks = [side.parts.denoiser for side in (first, second)]
     shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
-    configs = [architecture(network) for network in networks]
-    sizes = [config.pop("sample_size") for config in configs]
+    sizes = [network.config.sample_size for network in networks]
     odd = _first_difference(*shapes)
-    if odd is None and (setting := _first_difference(*configs)) is not None:
-        # Some settings only say the same in other words (false for null, 8 for [8, 8, 8, 8]), others change
-        # what equal weights compute (number of heads, activation): so look at what they compute.
-        odd = None if _compute_the_same(first.parts, second.parts) else setting
+    if odd is None and (found := other_setting(*networks, harmless={"sample_size", "upcast_attention"})):
+        odd = f"{found.name} is {found.own} in the first and {found.wanted} in the second"
     if odd is not None:
         raise UserError(
             f"The two networks are of different architectures: {odd}. "
@@ -246,18 +242,6 @@ def _first_unequal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
         if not torch.allclose(tensor, second[name], rtol=_HALF_ROUNDING, atol=1e-6):
             return f"{name} differs by up to {(tensor - second[name]).abs().max():.2g}"
     return None
-
-
-@torch.no_grad()
-def _compute_the_same(first: TextToImageParts, second: TextToImageParts) -> bool:
-    """Whether the first one's architecture with the second one's weights computes what the second does."""
-    stand_in = copy.deepcopy(first.denoiser)
-    stand_in.load_state_dict(second.denoiser.state_dict())
-    channels, height, width = first.latent_shape
-    latents = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-    text, timestep = first.backbone.prompt_encoder(first).encode(["a red apple"]), torch.tensor([500])
-    found, wanted = (run_network(net, latents, timestep, text) for net in (stand_in, second.denoiser))
-    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:

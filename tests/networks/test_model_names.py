@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from commands.generate import load_any_pipeline
 from common.errors import UserError
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.interpolation import stored_dtype
@@ -21,8 +22,7 @@ from lightning_modules.networks.student import architecture, load_student
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache and the hub's, both empty; nothing is asked of the hub."""
-    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "user"))
+    """The hub's cache, empty; nothing is asked of the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def offline(name: str, **options: Any) -> str:
@@ -93,6 +93,13 @@ def test_variants(own_sd: Path) -> None:
     shutil.rmtree(own_sd / "unet")
     with pytest.raises(UserError, match=r"no weights of the variant 'fp16'. Leave #fp16 behind"):
         load_parts(named)
+
+
+def test_a_stock_pipeline_takes_the_variant(own_sd: Path) -> None:
+    """A class that is not drawn with here goes through diffusers' own loader."""
+    moved(own_sd, 0.5).save_pretrained(own_sd / "unet", variant="half")
+    found = [weights(load_any_pipeline(name).unet) for name in (str(own_sd), f"{own_sd}#half")]
+    torch.testing.assert_close(found[1], found[0] + 0.5)
 
 
 def put_into_cache(cache: Path, model: Path, revision: str, commit: str) -> Path:

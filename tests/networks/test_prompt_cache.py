@@ -12,9 +12,16 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from common.errors import UserError
 import lightning_modules.networks.prompt_cache.cache as prompt_cache
-from lightning_modules.networks.prompt_cache.cache import MASK, TOKENS, Layout, PromptCache, cache_writer, text_keys
+from common.errors import UserError
+from lightning_modules.networks.prompt_cache.cache import (
+    MASK,
+    TOKENS,
+    Layout,
+    PromptCache,
+    cache_writer,
+    text_keys,
+)
 
 TEXTS = [f"prompt {number}" for number in range(20)]
 ENCODER = {"model": "some/model", "hash": "a" * 64}
@@ -249,7 +256,7 @@ def test_caches_of_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     for folder in (former, tmp_path / "later"):
         for use in (PromptCache, lambda folder: write(folder, TEXTS)):
-            with pytest.raises(UserError, match=f"{folder} was written by another version; delete it and run"):
+            with pytest.raises(UserError, match=f"{folder} was written by another version; delete it"):
                 use(folder)
 
 

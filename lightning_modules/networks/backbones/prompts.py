@@ -16,7 +16,7 @@ class TextLookup(Protocol):
     """What takes the place of text encoders: `prompt_cache.lookup.CachedTexts`."""
 
     def embed(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `PromptEncoder.embed_texts` gives [B, …], on this device, numbers with a point in this type."""
+        """What `PromptEncoder.embed_texts` gives [B, …], on this device, real numbers in this type."""
 
 
 class PromptEncoder(nn.Module, ABC):

@@ -1,9 +1,9 @@
 """Text embeddings on disk: written once by `encode-prompts`, memory-mapped from then on.
 
-A cache folder holds Arrow files, `shard-00000.arrow` and so on, with a row for each text: `key` (a hash of the
-text), `check` (a check sum of the row), and each of the encoder's tensors as bytes. Shapes and types of these,
-and what is known of the encoder, are JSON in the metadata of each file. Where the encoder gives a mask of
-tokens, only the unmasked ones are kept.
+A cache folder holds Arrow files, `shard-00000.arrow` and so on, with a row for each text: `key` (a hash of
+the text), `check` (a check sum of the row), and each of the encoder's tensors as bytes. Shapes and types of
+these, and what is known of the encoder, are JSON in the metadata of each file. Where the encoder gives a mask
+of tokens, only the unmasked ones are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import check_output_folder, file_at_once, unfinished
+from common.files import check_output_folder, unfinished, written_whole
 
 FORMAT = 2
 """Raised when caches of an older version of this file must not be used."""
@@ -364,7 +364,7 @@ class PromptCacheWriter:
         table = pa.table(self._pending, schema=self.layout.schema(self.encoder))
         try:
             with (
-                file_at_once(self.folder / f"shard-{self._next:05d}.arrow") as partial,
+                written_whole(self.folder / f"shard-{self._next:05d}.arrow") as partial,
                 pa.OSFile(str(partial), "wb") as file,
                 pa.ipc.new_file(file, table.schema) as shard,
             ):

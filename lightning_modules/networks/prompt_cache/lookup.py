@@ -1,4 +1,4 @@
-"""Prompts looked up in a cache while training, in the place of text encoders that are known to have made it."""
+"""Prompts looked up in a cache while training, in the place of the text encoders that made it."""
 
 from __future__ import annotations
 
