@@ -168,7 +168,7 @@ def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
     sizes = [network.config.sample_size for network in networks]
     odd = _first_difference(*shapes)
-    if odd is None and (found := other_setting(*networks, harmless={"sample_size", "upcast_attention"})):
+    if odd is None and (found := other_setting(*networks, {"sample_size", "upcast_attention"})):
         odd = f"{found.name} is {found.own} in the first and {found.wanted} in the second"
     if odd is not None:
         raise UserError(
@@ -264,7 +264,7 @@ def stored_dtype(path: str) -> torch.dtype:
     model = find_model(path)
     folder = Path(model.name)
     name = backbone_of(read_json(folder / "model_index.json"), folder).denoiser[0]
-    dtypes: set[Any] = set()
+    dtypes: set[torch.dtype | None] = set()
     for file in weight_files(folder / name, model.variant):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
@@ -272,5 +272,4 @@ def stored_dtype(path: str) -> torch.dtype:
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             dtypes |= {tensor.dtype for tensor in weights.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return dtype if dtype in _HALVES.values() else torch.float32
+    return next((half for half in _HALVES.values() if dtypes == {half}), torch.float32)

@@ -296,7 +296,7 @@ def _need_sentencepiece(part: Path) -> None:
 def _network(model: ModelName, name: str, kind: Any) -> Any:
     """A network of the folder in float32, whatever its files hold, and in evaluation mode."""
     # transformers keeps the dtype of the files unless told otherwise, under another keyword than diffusers
-    options = {"dtype" if name.startswith("text_encoder") else "torch_dtype": torch.float32}
+    options: dict[str, Any] = {"dtype" if name.startswith("text_encoder") else "torch_dtype": torch.float32}
     if _marked(Path(model.name) / name, model.variant):
         options["variant"] = model.variant
     module, info = _load(
