@@ -168,7 +168,9 @@ def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
     sizes = [network.config.sample_size for network in networks]
     odd = _first_difference(*shapes)
-    if odd is None and (found := other_setting(*networks, {"sample_size", "upcast_attention"})):
+    if odd is None and (
+        found := other_setting(networks[0], networks[1], {"sample_size", "upcast_attention"})
+    ):
         odd = f"{found.name} is {found.own} in the first and {found.wanted} in the second"
     if odd is not None:
         raise UserError(
