@@ -19,10 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.prompts import CAPTIONS, read_prompts
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.prompt_cache.cache import Layout, PromptCache, text_keys
-from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
-from lightning_modules.networks.prompt_cache.text_identity import text_identity
-from lightning_modules.networks.prompt_cache.writer import cache_writer
+from lightning_modules.networks.prompt_cache.cache import Layout, PromptCache, cache_writer, text_keys
+from lightning_modules.networks.prompt_cache.lookup import text_identity, use_prompt_cache
 
 BATCH = 64
 

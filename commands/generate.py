@@ -22,7 +22,7 @@ from lightning_modules.generator import make_generator, pipeline_images, stock_p
 from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.prompting import attention_layers, negative_prompting, pipeline_network
 from lightning_modules.networks.backbones import is_own_class
-from lightning_modules.networks.loading import pipeline_folder, read_json
+from lightning_modules.networks.loading import find_model, pipeline_folder, read_json
 from lightning_modules.networks.student import is_checkpoint, load_student, student_path
 
 DEFAULT_MODEL = "assets/emoji-sd-swiftbrush"
@@ -296,7 +296,8 @@ def load_any_pipeline(model: str) -> DiffusionPipeline:
     """A stock pipeline of any other class, in float32, as all models here."""
     try:
         # cast here: transformers keeps the dtype of the files, diffusers does not
-        pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(model)).to(torch.float32)
+        found = find_model(model)
+        pipeline = DiffusionPipeline.from_pretrained(found.name, variant=found.variant).to(torch.float32)
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; the cause stays attached

@@ -1,6 +1,5 @@
 """What an evaluation looks at: pictures drawn by a checkpoint or a pipeline folder, or given ones."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,12 @@ from torch import Tensor
 from callbacks.metrics.measure import Draw
 from commands.generate import has_few_step_sampler, is_own_family, load_any_pipeline
 from common.errors import UserError
-from common.hashing import hash_folder, hash_texts
+from common.hashing import hash_file, hash_texts
 from datamodules.picture_files import Frame, read_pictures
 from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import METHODS, make_method
-from lightning_modules.networks.loading import asset_path, pipeline_folder
+from lightning_modules.networks.loading import asset_path, model_hash
 from lightning_modules.networks.student import Weights, is_checkpoint, load_student
 
 GenerateWithNegatives = Callable[[list[str], list[int], list[str] | None], Tensor]
@@ -217,6 +216,5 @@ def _any_pipeline(recipe: Recipe) -> DiffusionPipeline:
 def _content_hash(model: str) -> str:
     """Of a checkpoint file or a model folder."""
     if is_checkpoint(model):
-        with asset_path(model).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return hash_folder(pipeline_folder(model))
+        return hash_file(asset_path(model))
+    return model_hash(model)

@@ -10,11 +10,11 @@ from torch import Tensor
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.measure import Generate, Results, evaluate_model, results_of
 from callbacks.metrics.result_cache import ResultCache
-from common.hashing import hash_folder, hash_texts
+from common.hashing import hash_texts
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.picture_files import Frame
 from lightning_modules.generator import OneStepGenerator, make_generator, multistep_images
-from lightning_modules.networks.loading import TextToImageParts, load_parts, noise_schedule
+from lightning_modules.networks.loading import TextToImageParts, load_parts, model_hash, noise_schedule
 
 _PARTS = "parts"
 PROTOCOL = 1
@@ -41,8 +41,8 @@ class Teacher:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the folder's weights and settings."""
-        return hash_folder(self.path)
+        """SHA-256 of the folder's weights and settings, and of the variant."""
+        return model_hash(self.path)
 
     @property
     def rows(self) -> dict[str, tuple[Generate, dict[str, Any]]]:

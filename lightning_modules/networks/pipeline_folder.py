@@ -20,8 +20,7 @@ from common.errors import UserError
 from common.files import check_output_folder, written_at_once
 from lightning_modules.networks.backbones.calling import embedded_guidance
 from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
-from lightning_modules.networks.lora import StudentAdapter
-from lightning_modules.networks.lora_files import lora_card, write_lora
+from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
 
 MARKER, LORA = "one_step.json", "lora"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
