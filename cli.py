@@ -70,7 +70,7 @@ def run_command(args: list[str]) -> None:
     elif hasattr(module, "parse"):
         options = module.parse(args[1:], **settings)
     else:
-        parser = argparse.ArgumentParser(**settings)
+        parser = argparse.ArgumentParser(prog=settings["prog"], description=description)
         module.add_arguments(parser)
         options = parser.parse_args(args[1:])
     module.run(options)

@@ -1,7 +1,5 @@
 """`export`: a training checkpoint, or a network that others trained, becomes a complete diffusers folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -61,7 +59,7 @@ def run(options: Options) -> None:
         print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")
 
 
-def _student(options: Options) -> tuple[LoadedStudent, RunNotes]:
+def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
     """What is to be exported, and what the card says of the run that trained it."""
     from lightning_modules.networks.cards import RunNotes, run_notes
     from lightning_modules.networks.student import (

@@ -1,7 +1,5 @@
 """`generate`: one-step pictures from a checkpoint, an exported folder or any one- or few-step pipeline."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -95,7 +93,7 @@ def read_prompts(options: Options) -> list[str]:
     return prompts
 
 
-def read_guidance(options: Options) -> Guidance:
+def read_guidance(options: Options) -> "Guidance":
     """Guidance that the options ask for.
 
     Raises:
@@ -135,7 +133,7 @@ def own_names(folder: Path) -> set[str]:
 
 
 def write_pictures(
-    model: Model, prompts: list[str], seed: int, guidance: Guidance, negative: str | None, folder: Path
+    model: "Model", prompts: list[str], seed: int, guidance: "Guidance", negative: str | None, folder: Path
 ) -> None:
     """Draw one picture per prompt, picture i with seed + i, and write the whole result into `folder`."""
     import torch

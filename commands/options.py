@@ -1,6 +1,8 @@
 """The options of a command: a dataclass with typed fields, which jsonargparse reads from the command line.
 
 A field `num_images` is written `--num-images` (underscores do, too); its help is its line in the docstring.
+A module with options does without `from __future__ import annotations`: jsonargparse would then import what
+stands under TYPE_CHECKING, and `--help` would take the seconds that torch needs.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import argparse
 import math
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_type_hints
 
 import jsonargparse
 from jsonargparse.typing import restricted_number_type
@@ -18,7 +20,8 @@ from commands.config_errors import explain
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    Scale, Port = float, int
+    Scale: TypeAlias = float
+    Port: TypeAlias = int
 else:
     Scale = restricted_number_type("Scale", float, [(">=", 0), ("<", math.inf)])
     Port = restricted_number_type("Port", int, [(">=", 1), ("<=", 65535)])

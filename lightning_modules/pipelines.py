@@ -96,7 +96,7 @@ def pipeline_images(
     guidance_scale: float,
     batch_size: int | None = None,
     progress: bool = False,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
 
@@ -112,7 +112,7 @@ def pipeline_images(
         if isinstance(negative_prompt, str):
             options["negative_prompt"] = [negative_prompt] * len(prompts[part])
         elif negative_prompt is not None:
-            options["negative_prompt"] = list(negative_prompt[part])
+            options["negative_prompt"] = [text or "" for text in negative_prompt[part]]
         output = pipeline(
             prompt=prompts[part],
             num_inference_steps=steps,

@@ -94,7 +94,7 @@ def _licence(card: Path) -> str | None:
     if not card.is_file():
         return None
     try:
-        licence = ModelCard(card.read_text(encoding="utf-8")).data.license
+        licence = ModelCard(card.read_text(encoding="utf-8")).data.get("license")
     except (ValueError, yaml.YAMLError):  # others wrote it; nothing else depends on it
         return None
     return licence if isinstance(licence, str) else None

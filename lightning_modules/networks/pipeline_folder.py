@@ -102,8 +102,8 @@ def export_student(
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
             own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call)
             notes = notes._replace(markdown=own + notes.markdown)
-        card = model_card(Path(output), facts, call, Path(parts.path), notes)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        text = model_card(Path(output), facts, call, Path(parts.path), notes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
 
