@@ -12,9 +12,8 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
-from lightning_modules.guidance.prompting import negative_attention
+from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
 from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
@@ -97,7 +96,6 @@ class OneStepGenerator(nn.Module):
         prompts: list[str],
         seeds: Sequence[int],
         batch_size: int | None = None,
-        progress: bool = False,
         guidance_scale: float = 1.0,
         negative_prompt: str | None | Sequence[str | None] = None,
         negative_method: Method | None = None,
@@ -111,6 +109,7 @@ class OneStepGenerator(nn.Module):
             ValueError: as many seeds as prompts are needed, at least one.
             UserError: the negative prompts are of another number.
         """
+        batches = in_batches(prompts, seeds, batch_size)
         negatives = NegativePrompts(negative_prompt)
         texts = negatives.per_image(len(prompts), 1)
         # one negative prompt for all is encoded, and put into attention, once for all batches
@@ -118,7 +117,7 @@ class OneStepGenerator(nn.Module):
         differ = not shared and not negatives.empty
         pictures = []
         with self._away_from(shared, negative_method) as common:
-            for part in in_batches(prompts, seeds, batch_size, progress):
+            for part in batches:
                 condition, noise = self.prompt_encoder.encode(prompts[part]), self.noise(seeds[part])
                 with self._away_from(texts[part] if differ else [], negative_method) as own:
                     latents = self.latents(noise, condition, guidance_scale, own if differ else common)

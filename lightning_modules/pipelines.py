@@ -1,13 +1,12 @@
 """Pictures of stock diffusers pipelines: a multi-step teacher, a few-step model, any other class."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from lightning_modules.networks.backbones import is_own_class
@@ -72,19 +71,14 @@ def multistep_images(
     seeds: Sequence[int],
     steps: int = 25,
     guidance_scale: float = 4.5,
-    batch_size: int | None = None,
-    progress: bool = False,
-    negative_prompt: str | None = None,
-    scheduler: SchedulerMixin | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Pictures [B, 3, H, W], float32 in [0, 1], of the stock diffusers pipeline from our seeded noise.
+    """Pictures of the stock pipeline by DDIM (arXiv 2010.02502) with the model's constants.
 
-    `scheduler` None is DDIM (arXiv 2010.02502) with the model's constants.
+    `options` are those of `pipeline_images`.
     """
-    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler) if scheduler is None else scheduler)
-    return pipeline_images(
-        pipeline, prompts, seeds, steps, guidance_scale, batch_size, progress, negative_prompt
-    )
+    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler))
+    return pipeline_images(pipeline, prompts, seeds, steps, guidance_scale, **options)
 
 
 @torch.no_grad()
@@ -95,7 +89,6 @@ def pipeline_images(
     steps: int,
     guidance_scale: float,
     batch_size: int | None = None,
-    progress: bool = False,
     negative_prompt: str | Sequence[str | None] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
@@ -107,7 +100,7 @@ def pipeline_images(
     if guidance_scale == 1:
         guidance_scale = embedded_guidance(getattr(pipeline, "unet", None)) or guidance_scale
     pictures = []
-    for part in in_batches(prompts, seeds, batch_size, progress):
+    for part in in_batches(prompts, seeds, batch_size):
         options: dict[str, Any] = call_options(pipeline)
         if isinstance(negative_prompt, str):
             options["negative_prompt"] = [negative_prompt] * len(prompts[part])
@@ -125,10 +118,8 @@ def pipeline_images(
     return torch.cat(pictures)
 
 
-def in_batches(
-    prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None = None, progress: bool = False
-) -> Iterator[slice]:
-    """Slices of at most `batch_size` that cover all prompts, with a bar that counts pictures if wanted.
+def in_batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None = None) -> list[slice]:
+    """Slices of at most `batch_size` that cover all prompts.
 
     Raises:
         ValueError: as many seeds as prompts are needed, at least one.
@@ -139,7 +130,4 @@ def in_batches(
             f"{count} prompts and {len(seeds)} seeds; one seed per prompt and at least one is needed"
         )
     size = batch_size or count
-    with tqdm(total=count, unit="image", disable=not progress) as bar:
-        for start in range(0, count, size):
-            yield slice(start, start + size)
-            bar.update(min(size, count - start))
+    return [slice(start, start + size) for start in range(0, count, size)]

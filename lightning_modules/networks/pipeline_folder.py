@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import check_output_folder, written_at_once
 from lightning_modules.networks.backbones.calling import embedded_guidance
 from lightning_modules.networks.cards import RunNotes, model_card, shown_name, without_place
-from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
+from lightning_modules.networks.loading import TextToImageParts, no_progress_bars, pipeline_folder
 from lightning_modules.networks.lora import StudentAdapter
 from lightning_modules.networks.lora_files import lora_card, write_lora
 
@@ -102,7 +102,7 @@ def export_student(
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
             own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call)
             notes = notes._replace(markdown=own + notes.markdown)
-        text = model_card(Path(output), facts, call, Path(parts.path), notes)
+        text = model_card(Path(output), facts, call, pipeline_folder(parts.path), notes)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
