@@ -139,7 +139,7 @@ def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStude
 
 
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
-    """A checkpoint by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
+    """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
 
     Runs of other modules (pretraining) are passed over; a damaged file is not, so that no older one is taken
     in its place unnoticed.
@@ -148,7 +148,10 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
         UserError: there is no such checkpoint.
     """
     if name not in ("best", "last"):
-        return asset_path(name)
+        path = asset_path(name)
+        if not (path.is_file() or is_sharded(path)):
+            raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
+        return path
     # Two files can carry the same time on coarse clocks; the higher version is the later run then.
     files = sorted(
         Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
