@@ -18,12 +18,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.negative_guidance import SD21
-from lightning_modules.generator import OneStepGenerator, ddim_scheduler, make_generator, stock_pipeline
+from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.networks.backbones import TextToImageParts
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import asset_path
 from lightning_modules.networks.student import load_student, student_path
+from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
 
 SIZES = ("emoji", "sd21")
 

@@ -137,23 +137,3 @@ def written_at_once(target: Path) -> Iterator[Path]:
 def user_cache_dir() -> Path:
     """``$ONE_STEP_CACHE``, or ``~/.cache/one-step-distillation``."""
     return Path(os.environ.get("ONE_STEP_CACHE") or Path.home() / ".cache" / "one-step-distillation")
-
-
-@contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """Yield a new name beside `file` to write to; on success it takes the place of `file`, else it goes.
-
-    Whenever the process is killed, `file` is the old one or the new one, never half of it.
-    """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
-    with written_whole(file) as partial:
-        partial.write_text(text, encoding="utf-8")

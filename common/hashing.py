@@ -40,12 +40,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def hash_folder(folder: str | Path) -> str:
     """SHA-256 of a model folder: names and contents of all but cards, pictures and hidden files.
 

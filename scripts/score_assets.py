@@ -28,8 +28,9 @@ from torchvision.utils import save_image
 
 from callbacks.metrics.clip_features import ClipExtractor
 from datamodules.pictures import BACKGROUNDS, STYLES, EvaluationPictures, PictureKey
-from lightning_modules.generator import load_generator, multistep_images
+from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.pipelines import multistep_images
 
 GROUP = 64
 Draw = Callable[[list[str], list[int]], Tensor]

@@ -154,7 +154,7 @@ def test_a_layer_that_is_not_there(tiny_sd: Path) -> None:
 
 
 def check_resume(teacher: Path, folder: Path, objective: Callable[[], Objective], **further: Any) -> set[str]:
-    """A run of three steps, and one continued after the second: the same to the last bit; names of weights."""
+    """A run of three steps, and one continued after the second: the same bits; names of weights."""
 
     def run(name: str, steps: int, ckpt: Path | None = None) -> dict[str, Any]:
         train(

@@ -13,8 +13,9 @@ from callbacks.metrics.result_cache import ResultCache
 from common.hashing import hash_texts
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.picture_files import Frame
-from lightning_modules.generator import OneStepGenerator, make_generator, multistep_images
+from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.networks.loading import TextToImageParts, load_parts, model_hash, noise_schedule
+from lightning_modules.pipelines import multistep_images
 
 _PARTS = "parts"
 PROTOCOL = 1

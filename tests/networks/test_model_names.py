@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from commands.generate import load_any_pipeline
 from common.errors import UserError
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.interpolation import stored_dtype
@@ -18,6 +17,7 @@ from lightning_modules.networks.loading import load_parts, model_hash, pipeline_
 from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, lora_card
 from lightning_modules.networks.model_names import ModelName, model_name
 from lightning_modules.networks.student import architecture, load_student
+from lightning_modules.pipelines import load_any_pipeline
 
 
 @pytest.fixture(autouse=True)
