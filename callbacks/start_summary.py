@@ -44,7 +44,9 @@ class StartSummary(Callback):
         """Print the table and the effective batch."""
         self._seconds, self._started = [], None
         parts: dict[str, Part] = pl_module.memory_parts()  # type: ignore[operator]
-        _print("\n".join([memory_table(parts), *effective_batch(trainer)]))
+        _print(
+            "\n".join([memory_table(parts), *effective_batch(trainer), f"Precision: {trainer.precision}"])
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

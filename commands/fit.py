@@ -37,6 +37,7 @@ from callbacks.throughput import Throughput
 from commands.config_errors import explain
 from commands.quiet import quieten
 from common.errors import UserError
+from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
 PARTS = ("trainer", "data")
@@ -161,8 +162,9 @@ class TrainerCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Hand on the seed; check what can be checked before anything is built."""
+        """Hand on the seed, choose the precision, check what can be checked before anything is built."""
         self._share_seed()
+        self._choose_precision()
         trainer = self.settings.trainer
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
@@ -170,6 +172,21 @@ class TrainerCLI(LightningCLI):
             raise UserError(
                 "trainer.max_steps is not set, so training would never end; "
                 "give --trainer.max_steps N or set it in the config"
+            )
+
+    def _choose_precision(self) -> None:
+        """bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
+
+        The choice becomes part of the run's configuration.
+        """
+        trainer = self.settings.trainer
+        is_slow = is_slow_in_bf16(str(trainer.accelerator))
+        if trainer.precision is None and not trainer.plugins:  # a plugin may be the precision
+            trainer.precision = "32-true" if is_slow else "bf16-mixed"
+        elif is_slow and "bf16" in str(trainer.precision):
+            _say(
+                f"trainer.precision is {trainer.precision}, but this processor has no bf16 units: that takes "
+                "about 40 times as long as float32; --trainer.precision=32-true (or none at all) is fast"
             )
 
     def _share_seed(self) -> None:

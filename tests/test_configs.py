@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from callbacks.time_limit import parse_limit
+from commands import fit
 from commands.fit import TrainerCLI
+from lightning_modules.trainer_settings import is_slow_in_bf16
 
 ROOT = Path(__file__).parent.parent
 # no configurations of fit: tests/test_sweep_command.py and tests/test_evaluate.py read them
@@ -91,6 +95,43 @@ def test_trainer_parts_go_with_any_experiment(
         assert settings.trainer[name] == said[name], name
     assert settings.trainer.max_steps == alone.trainer.max_steps
     assert settings.experiment == alone.experiment == Path(experiment).stem
+
+
+@pytest.mark.parametrize(
+    ("is_slow", "given", "chosen", "is_told"),
+    [(True, [], "32-true", False), (False, [], "bf16-mixed", False),
+     (True, ["--trainer.precision=bf16-mixed"], "bf16-mixed", True),
+     (False, ["--trainer.precision=32-true"], "32-true", False)],
+)  # fmt: skip
+def test_precision_is_chosen_where_none_is_given(
+    is_slow: bool, given: list[str], chosen: str, is_told: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The choice is part of the configuration that is saved; an own choice stays, and a slow one is told."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(fit, "is_slow_in_bf16", lambda accelerator: is_slow)
+
+    class Checked(ParseOnly):
+        def instantiate_classes(self) -> None:
+            self.before_instantiate_classes()
+
+    parsed = Checked(["fit", "--config", "configs/quickstart.yaml", *given])
+    assert yaml.safe_load(parsed._resolved_config())["trainer"]["precision"] == chosen
+    printed = capsys.readouterr().out
+    assert ("no bf16 units" in printed and "32-true" in printed) == is_told
+
+
+@pytest.mark.parametrize(("units", "gpu", "accelerator", "slow"), [
+    (False, False, "auto", True), (True, False, "auto", False), (False, True, "auto", False),
+    (False, True, "cpu", True), (False, False, "gpu", False),
+])  # fmt: skip
+def test_where_bf16_is_slow(
+    units: bool, gpu: bool, accelerator: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch is asked for the processor's units, Lightning for what "auto" is."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: gpu)
+    assert is_slow_in_bf16(accelerator) is slow
 
 
 def test_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
