@@ -23,7 +23,7 @@ from common.files import user_cache_dir
 from common.hashing import hash_json, hash_tensors
 
 log = logging.getLogger(__name__)
-SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "cache"
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "cache"
 
 
 @dataclass(frozen=True)
