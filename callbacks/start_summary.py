@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import statistics
 import time
 from datetime import datetime, timedelta
 from typing import Any
@@ -14,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluated import as_student, evaluating
 from callbacks.samples import Pictures
-from callbacks.throughput import WARM_UP, Throughput, matmul_rate
+from callbacks.throughput import Throughput, matmul_rate
 from common.errors import UserError
 from lightning_modules.memory import NOT_WEIGHTS, Part
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 _MIB = 2**20
+_WARM_UP = 1
+"""Updates that are not timed: the first counts operations."""
 _SLOW = 5.0
 """So many times as long as its operations at the speed of a matrix product: more than networks cost."""
 _LONG = 600.0
@@ -37,7 +40,7 @@ class StartSummary(Callback):
     is reached depends on the networks' size, so nothing is said there.)
 
     Args:
-        timed_updates: student updates that are timed for the estimate, after two to warm up.
+        timed_updates: student updates that are timed for the estimate, after one to warm up.
 
     Raises:
         UserError: ``timed_updates`` is below 1, or the module doesn't know its parts.
@@ -70,9 +73,9 @@ class StartSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
-        is_measuring = len(self._seconds) < WARM_UP + self.timed_updates
+        is_measuring = len(self._seconds) < _WARM_UP + self.timed_updates
         self._started = time.perf_counter() if is_measuring else None
-        if len(self._seconds) == WARM_UP:
+        if len(self._seconds) == _WARM_UP:
             self._pages = _pages_from_disk()
 
     def on_train_batch_end(
@@ -82,33 +85,34 @@ class StartSummary(Callback):
         if self._started is None:
             return
         self._seconds.append(time.perf_counter() - self._started)  # an update waits for its gradients' norm
-        if len(self._seconds) < WARM_UP + self.timed_updates or trainer.max_steps <= 0:
+        if len(self._seconds) < _WARM_UP + self.timed_updates or trainer.max_steps <= 0:
             return
         swapped = (_pages_from_disk() - self._pages) / self.timed_updates > _PAGES_OF_SWAPPING
-        seconds = sum(self._seconds[WARM_UP:]) / self.timed_updates
-        left = seconds * (trainer.max_steps - trainer.global_step)
-        if pictures := self._pictures_to_come(trainer):
-            left += pictures * self._seconds_per_picture(trainer, pl_module, batch["prompts"])
-        pl_module.print(estimated_time(seconds, trainer.max_steps, left))
+        seconds = statistics.median(self._seconds[_WARM_UP:])
+        total, left = (seconds * (trainer.max_steps - step) for step in (0, trainer.global_step))
+        if pictures := self._pictures(trainer, after=0):
+            each = self._seconds_per_picture(trainer, pl_module, batch["prompts"])
+            total, left = total + each * pictures, left + each * self._pictures(trainer, trainer.global_step)
+        pl_module.print(estimated_time(seconds, trainer.max_steps, total, left))
         expected = self._expected_seconds(trainer)
         if expected is not None and seconds > _SLOW * expected and left > _LONG:
             cause = likely_cause(str(trainer.precision), trainer.num_devices, swapped)
             pl_module.print(slowness(seconds, expected, left, cause))
 
-    def _pictures_to_come(self, trainer: Trainer) -> int:
-        """Pictures that this process still draws to evaluate and to look at, the teacher's apart."""
-        done, end, every = trainer.global_step, trainer.max_steps, trainer.val_check_batch
+    def _pictures(self, trainer: Trainer, after: int) -> int:
+        """Pictures that this process draws after a step, to evaluate and to look at, the teacher's apart."""
+        end, every = trainer.max_steps, trainer.val_check_batch
         is_counted = isinstance(every, int) and every > 0 and trainer.enable_validation
-        validations = end // every - done // every if is_counted else 0
+        validations = end // every - after // every if is_counted else 0
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        captions, all_captions = (len(getattr(data, name, ())) for name in ("eval_prompts", "eval_captions"))
-        drawn = min(captions // trainer.world_size, int(sum(trainer.num_val_batches)) * getattr(data, "eval_batch_size", 0))
-        pictures = validations * drawn
+        some, every_caption = (len(getattr(data, name, ())) for name in ("eval_prompts", "eval_captions"))
+        most = int(sum(trainer.num_val_batches)) * getattr(data, "eval_batch_size", 0)
+        pictures = validations * min(some // trainer.world_size, most)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Pictures):
                 rhythm = callback.every_n_steps
-                pictures += callback.num_images * ((end - done) // rhythm if rhythm else validations)
-            pictures += min(getattr(callback, "final_size", 0), all_captions) // trainer.world_size
+                pictures += callback.num_images * ((end - after) // rhythm if rhythm else validations)
+            pictures += min(getattr(callback, "final_size", 0), every_caption) // trainer.world_size
         return pictures
 
     def _seconds_per_picture(self, trainer: Trainer, module: LightningModule, prompts: list[str]) -> float:
@@ -121,7 +125,7 @@ class StartSummary(Callback):
         return (time.perf_counter() - start) / len(few)
 
     def _expected_seconds(self, trainer: Trainer) -> float | None:
-        """What an update's operations take at the speed of a product; None on accelerators or if not counted."""
+        """What an update's operations take as a matrix product; None on accelerators or if not counted."""
         device = trainer.strategy.root_device
         counts = [one.flops for one in trainer.callbacks if isinstance(one, Throughput)]  # type: ignore[attr-defined]
         if device.type != "cpu" or not counts or not counts[0]:
@@ -152,11 +156,11 @@ def effective_batch(trainer: Trainer) -> list[str]:
     return [f"Prompts per student update: {shared} x accumulation {passes} = {data.batch_size}"]
 
 
-def estimated_time(seconds: float, max_steps: int, left: float) -> str:
-    """The speed, and the time in seconds that is left of the run."""
+def estimated_time(seconds: float, max_steps: int, total: float, left: float) -> str:
+    """The speed, the time that the whole run takes, and what is left of it, all in seconds."""
     return (
-        f"{seconds:.3g} s per student update: about {duration(left)} to go until step {max_steps}, validations "
-        "and the final evaluation included (a teacher that was not measured before is extra)"
+        f"{seconds:.3g} s per student update: {max_steps} take about {duration(total)}, {duration(left)} to "
+        "go; validations and the final evaluation are included (but for a teacher not measured before)"
     )
 
 

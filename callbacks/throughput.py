@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.environment import peak_memory_gib
 from common.errors import UserError
 
-WARM_UP = 2
+_WARM_UP = 2
 """Updates of a session that are not timed: the first counts operations, the second fills caches."""
 
 
@@ -85,7 +85,7 @@ class Throughput(Callback):
         images = len(batch["prompts"]) * trainer.world_size
         self.images_seen += images
         self._updates += 1
-        if self._started is not None and self._updates > WARM_UP:
+        if self._started is not None and self._updates > _WARM_UP:
             self._seconds.append(time.perf_counter() - self._started)
         values = {"memory/peak_gib": peak_memory_gib()}
         if self._seconds:

@@ -22,7 +22,6 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.loggers import StepAxis, run_loggers
 from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
-from callbacks.report import RunReport
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import (
     RunFolder,
@@ -31,16 +30,13 @@ from callbacks.run_folder import (
     new_version,
     read_checkpoint,
 )
-from callbacks.stage_report import StageReport
-from callbacks.start_summary import StartSummary
-from callbacks.throughput import Throughput
 from commands.config_errors import explain
+from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
 from common.errors import UserError
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
-PARTS = ("trainer", "data")
 # One step is one student update, and validation counts steps: no epochs anywhere.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -61,19 +57,6 @@ def import_components() -> None:
             importlib.import_module(module.name)
 
 
-def experiment_name(args: list[str]) -> str:
-    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
-
-    Files in folders called trainer or data are parts that go with any experiment: they name it only
-    where there is no other.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    known, _ = parser.parse_known_args(args)
-    whole = [name for name in known.config if Path(name).parent.name not in PARTS]
-    return Path([*known.config, *whole][-1]).stem if known.config else "experiment"
-
-
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
 
@@ -88,7 +71,8 @@ class TrainerCLI(LightningCLI):
         quieten()
         import_components()
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        self.args = args
+        self.name = experiment_name(args)
+        self.args = expand(args)
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
         # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach
@@ -96,8 +80,9 @@ class TrainerCLI(LightningCLI):
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
             super().__init__(
-                args=args, subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False,
-                save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
+                args=self.args, subclass_mode_model=True, subclass_mode_data=True,
+                auto_configure_optimizers=False, save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
                 parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
             )  # fmt: skip
         except BaseException:
@@ -143,7 +128,7 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint; its hyper_parameters do not override the command line, as in Lightning."""
         settings = self.settings
-        settings.experiment = settings.experiment or experiment_name(self.args)
+        settings.experiment = settings.experiment or self.name
         which = settings.get("ckpt_path")
         if not which:
             return
@@ -243,26 +228,20 @@ class TrainerCLI(LightningCLI):
     def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
         """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
         settings, is_fit = self.settings, self.subcommand == "fit"
-        current = yaml.safe_load(self._resolved_config())
+        config = self._resolved_config()
         if checkpoint is not None and is_fit:
-            print_differences(checkpoint, current, self.checkpoint_path)
-        own_folder = self.checkpoint_path.parent.parent if self.checkpoint_path else None
-        continues = own_folder is not None and (not is_fit or settings.ckpt_path == "last")
-        if continues and not (own_folder and own_folder.name.startswith("version_")):
-            continues = False
+            print_differences(checkpoint, yaml.safe_load(config), self.checkpoint_path)
+        own = self.checkpoint_path.parent.parent if self.checkpoint_path else Path()
+        continues = own.name.startswith("version_") and (not is_fit or settings.ckpt_path == "last")
         folder: Path | None = None
-        made: list[Path] = []
         if getattr(rank_zero_only, "rank", 0) == 0:
-            if continues and own_folder is not None:
-                check_writable(own_folder)
-                folder = own_folder
+            if continues:
+                check_writable(own)
+                folder = own
             else:
-                made = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
-                folder = made[0]
-        config = self._resolved_config() if is_fit else None
-        self.run_folder = RunFolder(folder, config, made)
-        step = int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
-        return folder, step
+                folder = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+        self.run_folder = RunFolder(folder, config if is_fit else None, is_new=not continues)
+        return folder, int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
 
     def _resolved_config(self) -> str:
         """Return the configuration as YAML that starts the same run (so without `last`)."""
@@ -275,9 +254,8 @@ class TrainerCLI(LightningCLI):
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""
         if configured is False:
             return False
-        extra = (
-            [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
-        )
+        extra = configured if isinstance(configured, list) else [configured]
+        extra = [logger for logger in extra if logger is not None and logger is not True]
         return [*run_loggers(folder, resume_step, self.subcommand or "fit"), *extra]
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
@@ -293,13 +271,9 @@ class TrainerCLI(LightningCLI):
             callbacks.append(RunCheckpoint())
         if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
             callbacks.append(PredictionFiles())
-        # of a distillation; all but the last speak in `fit` alone, but others read their checkpoints
-        kinds: dict[type[Callback], str] = {
-            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights",
-            StageReport: "evaluation_weights",
-        }  # fmt: skip
-        for kind, method in kinds.items():
-            if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):
+        for path in getattr(self.model, "default_callbacks", ()):  # the model says what its runs bring
+            kind = pkgutil.resolve_name(path)
+            if not _has(callbacks, kind):
                 callbacks.append(kind())
         return callbacks
 

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 
-from callbacks.loggers import MetricsCSV
 from callbacks.logging_media import Table, log_media
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.binding import describe_reference
@@ -132,8 +131,7 @@ def send(report: Report, loggers: Sequence[Logger], table: tuple[list[str], list
     step = report.content["step"] or 0
     images = {title: Image.open(path) for title, path in report.pictures.items()}
     for logger in loggers:
-        if not (isinstance(logger, MetricsCSV) and logger.amend(values, step)):
-            logger.log_metrics(values, step=step)
+        logger.log_metrics(values, step=step)
         log_media(logger, "results", Table(*table), step)
         for title, image in images.items():
             log_media(logger, title, image, step)
