@@ -53,7 +53,8 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     for name in ("last.ckpt", f"last{REPLACED}"):
         if (last := folder / name).exists():
             return last
-    return (_numbered(folder, _STEP) or [None])[-1]
+    steps = _numbered(folder, _STEP)
+    return steps[-1] if steps else None
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

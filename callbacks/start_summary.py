@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluated import as_student, evaluating
 from callbacks.samples import Pictures
 from callbacks.throughput import Throughput, matmul_rate
 from common.errors import UserError
+from common.processes import say
 from lightning_modules.memory import NOT_WEIGHTS, Part
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
@@ -67,7 +67,7 @@ class StartSummary(Callback):
         self._seconds, self._started = [], None
         parts: dict[str, Part] = pl_module.memory_parts()  # type: ignore[operator]
         lines = [memory_table(parts), *effective_batch(trainer), f"Precision: {trainer.precision}"]
-        _print("\n".join(lines))
+        say("\n".join(lines))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -101,13 +101,13 @@ class StartSummary(Callback):
 
     def _pictures(self, trainer: Trainer, after: int) -> int:
         """Pictures that this process draws after a step, to evaluate and to look at, the teacher's apart."""
-        end, every = trainer.max_steps, trainer.val_check_batch
-        is_counted = isinstance(every, int) and every > 0 and trainer.enable_validation
-        validations = end // every - after // every if is_counted else 0
+        end, every, validations = trainer.max_steps, trainer.val_check_batch, 0
+        if isinstance(every, int) and every > 0 and trainer.enable_validation:
+            validations = end // every - after // every
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         some, every_caption = (len(getattr(data, name, ())) for name in ("eval_prompts", "eval_captions"))
-        most = int(sum(trainer.num_val_batches)) * getattr(data, "eval_batch_size", 0)
-        pictures = validations * min(some // trainer.world_size, most)
+        most = sum(trainer.num_val_batches) * getattr(data, "eval_batch_size", 0)
+        pictures = validations * int(min(some // trainer.world_size, most))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Pictures):
                 rhythm = callback.every_n_steps
@@ -205,8 +205,3 @@ def duration(seconds: float) -> str:
 
 def _pages_from_disk() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-
-
-@rank_zero_only
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -9,9 +9,7 @@ import re
 
 import jsonargparse
 
-_UNKNOWN = re.compile(
-    r"unrecognized arguments: (--[\w.+-]+)|(?:does not accept option|Option|Key) '([^']+)'"
-)
+_UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.+-]+)|(?:does not accept option|Option|Key) '([^']+)'")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _PACKAGE = re.compile(r"No module named '(bitsandbytes|torchao)'.*class_path='([^']+)'", re.DOTALL)
 # lines that frame the innermost cause

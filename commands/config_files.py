@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import UserError
+from common.processes import say
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("trainer", "data")
@@ -97,11 +97,6 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 def _renamed(text: str, where: str) -> str:
     for old, new in MOVED.items():
         if old in text:
-            _say(f"{where}: {old} is now {new}")
+            say(f"{where}: {old} is now {new}")
             text = text.replace(old, new)
     return text
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

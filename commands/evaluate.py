@@ -40,6 +40,7 @@ from callbacks.metrics.reference import ReferenceSource
 from callbacks.metrics.unfinished import Unfinished
 from callbacks.run_folder import write_text_atomically
 from commands.config_errors import explain
+from commands.config_files import expand
 from commands.kept_pictures import KeptPictures
 from commands.quiet import quieten
 from common.errors import UserError
@@ -84,6 +85,7 @@ def parse(args: Sequence[str], **description: Any) -> Any:
     given = list(args)
     if not any(word == "--config" or word.startswith("--config=") for word in given):
         given = ["--config", str(DEFAULT_CONFIG), *given]
+    given = expand(given)
     try:
         settings = parser.parse_args(given)
     except argparse.ArgumentError as error:

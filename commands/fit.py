@@ -34,6 +34,7 @@ from commands.config_errors import explain
 from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
 from common.errors import UserError
+from common.processes import say
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -141,7 +142,7 @@ class TrainerCLI(LightningCLI):
                     f"no checkpoint of the experiment {settings.experiment!r} under "
                     f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file"
                 )
-            _say(
+            say(
                 f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
                 f"{settings.trainer.default_root_dir} yet; starting afresh"
             )
@@ -169,7 +170,7 @@ class TrainerCLI(LightningCLI):
         if trainer.precision is None and not trainer.plugins:  # a plugin may be the precision
             trainer.precision = "32-true" if is_slow else "bf16-mixed"
         elif is_slow and "bf16" in str(trainer.precision):
-            _say(
+            say(
                 f"trainer.precision is {trainer.precision}, but this processor has no bf16 units: that takes "
                 "about 40 times as long as float32; --trainer.precision=32-true (or none at all) is fast"
             )
@@ -299,8 +300,3 @@ class TrainerCLI(LightningCLI):
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
