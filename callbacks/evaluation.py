@@ -246,12 +246,7 @@ class Evaluation(Callback):
         measured = {k: v for k, v in self.final.metrics.items() if k != "milliseconds_per_image"}
         values = {f"test/{name}": result["value"] for name, result in measured.items()}
         step = self.final.step
-        tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
-        # A finished run that is completed again is measured again: the values are in the loggers already.
-        amended = [table.amend(values, step) for table in tables if values]
-        if any(amended):
-            return
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        for table in tables:
-            table.flush()
+            if isinstance(logger, MetricsCSV):
+                logger.flush()

@@ -32,6 +32,7 @@ from callbacks.metrics.measure import Results, Stopwatch, measure_pictures
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.unfinished import Unfinished
 from commands.config_errors import explain
+from commands.config_files import expand
 from commands.kept_pictures import KeptPictures
 from commands.quiet import quieten
 from common.environment import peak_memory_gib
@@ -70,6 +71,7 @@ def parse(args: Sequence[str], **description: Any) -> Any:
     given = list(args)
     if not any(word == "--config" or word.startswith("--config=") for word in given):
         given = ["--config", str(DEFAULT_CONFIG), *given]
+    given = expand(given)
     try:
         settings = parser.parse_args(given)
     except argparse.ArgumentError as error:
@@ -295,8 +297,7 @@ def _send(report: Report, logger: Logger) -> None:
     """Scalars ``test/NAME``, the table and the pictures, if the logger takes them."""
     values = {f"test/{name}": result["value"] for name, result in report.content["metrics"].items()}
     step = report.content["step"] or 0
-    if not (isinstance(logger, MetricsCSV) and logger.amend(values, step)):
-        logger.log_metrics(values, step=step)
+    logger.log_metrics(values, step=step)
     log_media(logger, "results", Table(*result_table(report)), step)
     for title, path in report.pictures.items():
         log_media(logger, title, Image.open(path), step)

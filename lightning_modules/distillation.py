@@ -83,6 +83,14 @@ class OneStepDistillation(L.LightningModule):
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
 
+    default_callbacks: tuple[str, ...] = (
+        "callbacks.start_summary.StartSummary",
+        "callbacks.throughput.Throughput",
+        "callbacks.report.RunReport",
+        "callbacks.stage_report.StageReport",
+    )
+    """Callbacks that every run of it has, unless it names its own; others read their checkpoints, too."""
+
     def __init__(
         self,
         objective: Objective,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from callbacks import report as report_module
+from callbacks.loggers import MetricsCSV
 from callbacks.report import RunReport, StepTimer, sample_pictures
 from callbacks.samples import SampleGrid
 from callbacks.stage_report import StageReport
@@ -161,7 +162,8 @@ def test_completing_a_finished_run_keeps_its_timing_and_its_rows(
     (folder / "report.json").unlink()
     module = StandIn(tiny_sd)
     module.student_steps = 2  # a distillation takes it from the checkpoint
-    again = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2)
+    logger = MetricsCSV(folder, resume_step=2)
+    again = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2, logger=logger)
     again.fit(module, StandInData(), ckpt_path=tmp_path / "last.ckpt")
     after = json.loads((folder / "report.json").read_text())
     for name in ("seconds_per_step", "images_per_second"):
