@@ -19,8 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.prompts import CAPTIONS, read_prompts
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.prompt_cache.cache import Layout, PromptCache, cache_writer, text_keys
-from lightning_modules.networks.prompt_cache.lookup import text_identity, use_prompt_cache
+from lightning_modules.networks.prompt_cache import (
+    Layout,
+    PromptCache,
+    cache_writer,
+    text_identity,
+    text_keys,
+    use_prompt_cache,
+)
 
 BATCH = 64
 
@@ -43,7 +49,7 @@ def main() -> None:
     parts = load_parts("assets/emoji-sd", without=("denoiser", "vae"))
     encoder = parts.backbone.prompt_encoder(parts)
     with tempfile.TemporaryDirectory() as folder:
-        layout = Layout.of(encoder.embed_texts([""]), torch.float16)
+        layout = Layout.of(encoder.embed_texts([""]), "float16")
 
         def write() -> None:
             with cache_writer(Path(folder, "emoji"), text_identity(parts, encoder), layout) as writer:
@@ -61,7 +67,7 @@ def main() -> None:
 
         def write_large() -> None:
             made_by = {"model": "random", "hash": ""}
-            with cache_writer(sd21, made_by, Layout.of(large, torch.float16)) as writer:
+            with cache_writer(sd21, made_by, Layout.of(large, "float16")) as writer:
                 for start in range(0, len(keys), BATCH):
                     writer.add(keys[start : start + BATCH], large)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import tempfile
 import time
@@ -58,11 +57,9 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def write_prompt_cache(folder: Path, cache: Path) -> str:
     """What `encode-prompts` makes of the configuration's prompts, in float32."""
-    parser = argparse.ArgumentParser()
-    encode_prompts.add_arguments(parser)
     files = [str(ROOT / "assets" / name) for name in ("captions.txt", "eval_captions.txt")]
-    given = ["--model", str(folder), "--output", str(cache), "--dtype", "float32", "--prompts", *files]
-    encode_prompts.run(parser.parse_args(given))
+    options = encode_prompts.Options(model=str(folder), prompts=files, output=cache, dtype="float32")
+    encode_prompts.run(options)
     return str(cache)
 
 

@@ -165,21 +165,10 @@ def test_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
-    [
-        ("0:1", "not a grid of three numbers"),
-        ("", "not a grid of three numbers"),
-        ("a:b:c", "Give START:STOP:STEP"),
-        ("0:1:0.3", "does not arrive at 1 in steps of 0.3"),
-        ("0:1:0", "STEP above 0"),
-        ("1:0:0.5", "START <= STOP"),
-        ("0:inf:1", "finite numbers"),
-        ("0:nan:1", "finite numbers"),
-        ("0:1:0.001", "more than 101 points"),
-    ],
+    "grid", ["0:1", "", "a:b:c", "0:1:0.3", "0:1:0", "1:0:0.5", "0:inf:1", "0:nan:1", "0:1:0.001"]
 )
-def test_grid_mistakes(grid: str, message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_grid_mistakes(grid: str) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(repr(grid))} is no grid. Give START:STOP:STEP"):
         merge.parse_grid(grid, 0.5)
 
 
@@ -197,14 +186,14 @@ def test_mistakes_are_told_before_any_work(
     for words, message in [
         (["--first", a, "--second", run, "--output", foreign], "holds other files"),
         (["--first", a, "--second", run, "--output", a], "would be replaced"),
-        ([*both, "--weight", "nan"], "must be a finite number"),
+        ([*both, "--weight", "nan"], "--weight: Expected a"),
         (["--first", a, "--second", tmp_path / "none", "--output", out], "does not exist"),
         (["--first", a, "--second", inputs / "runs/b", "--output", out], "holds the runs version_0"),
         (["--first", a, "--second", tiny_clip, "--output", out], "model_index.json is missing"),
         (["--first", a, "--second", tiny_sd, "--output", out, "--weights", "ema"], "both models are folders"),
         ([*evaluate, *judge, "--num-images", 9], "has 8 captions"),
-        ([*evaluate, *judge, "--num-images", 1], "at least 2"),
-        ([*evaluate, *judge, "--seed", -1], "not be negative"),
+        ([*evaluate, *judge, "--num-images", 1], "at least 2 pictures"),
+        ([*evaluate, *judge, "--seed", -1], "--seed -1: must be"),
         ([*evaluate, *judge[:4], "--reference",
           inputs / "captions.txt"], "holds no reference statistics"),
         ([*evaluate, *judge[2:], "--captions",

@@ -6,23 +6,23 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.hashing import hash_json
 from lightning_modules.networks.backbones import backbone_of
-from lightning_modules.networks.loading import find_model, noise_schedule, read_json, weight_files
+from lightning_modules.networks.loading import find_model, read_json, read_weights, weight_files
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.networks.student import LoadedStudent, is_checkpoint
-from lightning_modules.networks.student_start import other_setting
+from lightning_modules.networks.student_start import mismatch
+from lightning_modules.networks.weights import difference, other_value
 
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_WORDS = ("first", "second")
 _HALF_ROUNDING = 2.0**-8  # of bfloat16, the coarser one: copies of one network differ by that at most
 
 
@@ -44,7 +44,8 @@ def merge_students(
         UserError: the weight is not finite, the models do not fit together (see `check_mergeable`), or a
             merged weight is not finite.
     """
-    check_weight(weight)
+    if not math.isfinite(weight):
+        raise UserError(f"The merging weight is {weight}; it must be a finite number, as a rule from 0 to 1.")
     if not 0 <= weight <= 1:
         warnings.warn(
             f"The merging weight {weight:g} lies outside [0, 1]: that extrapolates beyond both models.",
@@ -59,9 +60,10 @@ def merge_students(
         "weights": "merged",
         "merged": f"{weight:g} * first + {1 - weight:g} * second",
         "merge_weight": weight,
-        **_origin("first", first),
-        **_origin("second", second),
     }
+    for word, side in zip(_WORDS, (first, second), strict=True):
+        known = {"weights": side.weights, "student_steps": side.facts.get("student_steps")}
+        facts |= {f"{word}_{name}": value for name, value in known.items() if value is not None}
     parts = replace(first.parts, denoiser=student, scheduler=scheduler)
     return LoadedStudent(parts, start, "merged", facts)
 
@@ -101,19 +103,6 @@ def interpolate(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return torch.where(first == second, first.double(), mixed)
 
 
-def check_weight(weight: float) -> None:
-    """Refuse a lambda that is not finite.
-
-    Raises:
-        UserError: it is NaN or infinite.
-    """
-    if not math.isfinite(weight):
-        raise UserError(f"The merging weight is {weight}; it must be a finite number, as a rule from 0 to 1.")
-
-
-# --- what fits together -------------------------------------------------------------------------------
-
-
 def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
     """The start timestep of the merged student, if the two can be merged at all.
 
@@ -124,135 +113,84 @@ def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
         UserError: architecture (names the first weight or setting), prediction type, start timestep, noise
             schedule, text encoder, tokenizer or scale of the latents differ.
     """
-    _check_architecture(first, second)
-    kinds = [side.parts.scheduler.config.get("prediction_type", "epsilon") for side in (first, second)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"The first model predicts {kinds[0]}, the second {kinds[1]} (prediction_type in scheduler/"
-            "scheduler_config.json), so a mixture of their weights means nothing. Merge models of one kind."
-        )
     start = _start_timestep(first, second)
-    tables = [noise_schedule(side.parts.scheduler).alphas_cumprod[: start + 1] for side in (first, second)]
-    if len(tables[0]) != len(tables[1]) or not torch.allclose(tables[0], tables[1], 1e-4, 0.0):
+    odd = mismatch(first.parts, second.parts, start, _WORDS)
+    odd = odd or _other_text(first, second) or _other_latents(first, second)
+    if odd is not None:
         raise UserError(
-            f"The two models have different noise schedules up to timestep {start}: alphas_cumprod ends in "
-            f"{tables[0][-1]:.4g} for the first and {tables[1][-1]:.4g} for the second. "
-            "Merge models that were trained with one schedule."
+            f"The two models can't be merged: {odd}. A mixture of their weights means something only if all "
+            "but the weights of the network is the same."
         )
-    _check_text(first, second)
-    _check_autoencoder(first, second)
+    sizes = [side.parts.denoiser.config.sample_size for side in (first, second)]
+    if sizes[0] != sizes[1]:
+        _warn(
+            f"The models are for latents of {sizes[0]} (first) and {sizes[1]} (second) per side; "
+            "the merged one is for the first's."
+        )
+    if found := _other_weights(first.parts.vae, second.parts.vae):
+        _warn(f"The two models have different autoencoders (vae): {found}. The merged one keeps the first's.")
     return start
 
 
 def _start_timestep(first: LoadedStudent, second: LoadedStudent) -> int:
     """Where both start; a plain multi-step folder (no facts) starts wherever the other does."""
-    students = [side for side in (first, second) if side.facts] or [first, second]
-    starts = [side.start_timestep for side in students]
+    starts = [side.start_timestep for side in (first, second) if side.facts]
+    starts = starts or [first.start_timestep, second.start_timestep]
     if len(set(starts)) > 1:
         raise UserError(
             f"The first model starts at timestep {starts[0]}, the second at {starts[1]}: their weights "
             "answer different questions. Merge students that were trained with one start_timestep."
         )
-    for word, side in (("first", first), ("second", second)):
+    for word, side in zip(_WORDS, (first, second), strict=True):
         if side.start_timestep != starts[0]:
-            warnings.warn(
+            _warn(
                 f"The {word} model is a multi-step model without a start timestep of its own; "
-                f"it is started at {starts[0]}, as the other one.",
-                stacklevel=4,
+                f"it is started at {starts[0]}, as the other one."
             )
     return starts[0]
 
 
-def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
-    networks = [side.parts.denoiser for side in (first, second)]
-    shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
-    sizes = [network.config.sample_size for network in networks]
-    odd = _first_difference(*shapes)
-    if odd is None and (
-        found := other_setting(networks[0], networks[1], {"sample_size", "upcast_attention"})
-    ):
-        odd = f"{found.name} is {found.own} in the first and {found.wanted} in the second"
-    if odd is not None:
-        raise UserError(
-            f"The two networks are of different architectures: {odd}. "
-            "Only models of one architecture can be merged."
-        )
-    if sizes[0] != sizes[1]:
-        warnings.warn(
-            f"The models are for latents of {sizes[0]} (first) and {sizes[1]} (second) per side; "
-            "the merged one is for the first's.",
-            stacklevel=4,
-        )
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)  # where the merging was asked for
 
 
-def _check_text(first: LoadedStudent, second: LoadedStudent) -> None:
-    """Raise if prompts reach the two networks in different ways."""
+def _other_text(first: LoadedStudent, second: LoadedStudent) -> str | None:
+    """The first thing that makes prompts reach the two networks in different ways."""
     encoders = zip(first.parts.text_encoders, second.parts.text_encoders, strict=True)
     tokenizers = zip(first.parts.tokenizers, second.parts.tokenizers, strict=True)
     for texts, words in zip(encoders, tokenizers, strict=True):
-        odd = _first_difference(*map(_text_settings, texts, words))
-        odd = odd or _first_unequal(*(encoder.state_dict() for encoder in texts))
-        if odd is None and words[0].get_vocab() != words[1].get_vocab():
-            odd = "the tokenizers have different vocabularies"
-        if odd is not None:
-            raise UserError(
-                f"The two models have different text encoders: {odd}. "
-                "Merge students that were distilled with one text encoder."
-            )
+        settings = map(_text_settings, texts, words)
+        if odd := other_value(*settings, _WORDS) or _other_weights(*texts):
+            return f"they have different text encoders, where {odd}"
+    return None
 
 
 def _text_settings(encoder: Any, tokenizer: Any) -> dict[str, Any]:
-    """What else than weights and vocabulary decides how text is encoded."""
+    """What else than weights decides how text is encoded."""
     config = encoder.config
     return {
         "model_max_length (tokenizer)": tokenizer.model_max_length,
+        "the hash of the vocabulary": hash_json(tokenizer.get_vocab())[:12],
         "hidden_act": getattr(config, "hidden_act", None) or getattr(config, "feed_forward_proj", None),
         "use_attention_mask": bool(getattr(config, "use_attention_mask", False)),
     }
 
 
-def _check_autoencoder(first: LoadedStudent, second: LoadedStudent) -> None:
-    vaes = [side.parts.vae for side in (first, second)]
+def _other_latents(first: LoadedStudent, second: LoadedStudent) -> str | None:
     names = ("latent_channels", "scaling_factor", "shift_factor")
-    if odd := _first_difference(*({name: vae.config.get(name) for name in names} for vae in vaes)):
-        raise UserError(
-            f"The autoencoders (vae) of the two models have different latents: {odd}. "
-            "Merge models with one autoencoder."
-        )
-    if odd := _first_unequal(*(vae.state_dict() for vae in vaes)):
-        warnings.warn(
-            f"The two models have different autoencoders (vae): {odd}. The merged one keeps the first's.",
-            stacklevel=4,
-        )
+    odd = other_value(*({n: side.parts.vae.config.get(n) for n in names} for side in (first, second)), _WORDS)
+    return odd and f"their autoencoders (vae) have different latents, where {odd}"
 
 
-def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """The first name, in the first one's order, with another value in the second, as part of a sentence."""
-    for name in dict.fromkeys([*first, *second]):
-        values = [side.get(name, "missing") for side in (first, second)]
-        if values[0] != values[1]:
-            return f"{name} is {values[0]} in the first and {values[1]} in the second"
-    return None
-
-
-def _first_unequal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str | None:
-    """As `_first_difference`, for weights, which may differ by a rounding to half precision."""
-    shapes = [{name: list(tensor.shape) for name, tensor in side.items()} for side in (first, second)]
-    if odd := _first_difference(*shapes):
+def _other_weights(first: nn.Module, second: nn.Module) -> str | None:
+    """The first weight that differs by more than a rounding to half precision."""
+    weights = [side.state_dict() for side in (first, second)]
+    if odd := difference(*weights, _WORDS):
         return odd
-    for name, tensor in first.items():
-        if not torch.allclose(tensor, second[name], rtol=_HALF_ROUNDING, atol=1e-6):
-            return f"{name} differs by up to {(tensor - second[name]).abs().max():.2g}"
+    for name, tensor in weights[0].items():
+        if not torch.allclose(tensor, weights[1][name], rtol=_HALF_ROUNDING, atol=1e-6):
+            return f"{name} differs by up to {(tensor - weights[1][name]).abs().max():.2g}"
     return None
-
-
-def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:
-    """What is known about one of the two, for the model card."""
-    known = {"weights": student.weights, "student_steps": student.facts.get("student_steps")}
-    return {f"{word}_{name}": value for name, value in known.items() if value is not None}
-
-
-# --- what the user names ------------------------------------------------------------------------------
 
 
 def stored_dtype(path: str) -> torch.dtype:
@@ -266,12 +204,6 @@ def stored_dtype(path: str) -> torch.dtype:
     model = find_model(path)
     folder = Path(model.name)
     name = backbone_of(read_json(folder / "model_index.json"), folder).denoiser[0]
-    dtypes: set[torch.dtype | None] = set()
-    for file in weight_files(folder / name, model.variant):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
-                dtypes |= {_HALVES.get(content.get_slice(key).get_dtype()) for key in content.keys()}  # noqa: SIM118
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            dtypes |= {tensor.dtype for tensor in weights.values()}
-    return next((half for half in _HALVES.values() if dtypes == {half}), torch.float32)
+    files = weight_files(folder / name, model.variant)
+    dtypes = {tensor.dtype for file in files for tensor in read_weights(file).values()}
+    return next((half for half in (torch.float16, torch.bfloat16) if dtypes == {half}), torch.float32)

@@ -15,19 +15,20 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
 from common.hashing import hash_folder, hash_texts
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
+from lightning_modules.networks.backbones import TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
 from lightning_modules.networks.model_names import asset_path as asset_path
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # no picture is drawn by them
 
 
@@ -40,8 +41,6 @@ def find_model(given: str | Path) -> ModelName:
     wanted = model_name(given)
     folder = asset_path(wanted.name)
     if not folder.exists():
-        if not may_be_hub_name(wanted.name):
-            raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
         folder = _hub_folder(wanted)
     elif not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
@@ -76,12 +75,16 @@ def model_hash(path: str | Path) -> str:
 
 def _hub_folder(wanted: ModelName) -> Path:
     """A hub model's snapshot: the cached one if nothing is missing there, else what the hub gives."""
+    if not may_be_hub_name(wanted.name):
+        raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
     cached = try_to_load_from_cache(wanted.name, "model_index.json", revision=wanted.revision)
     missing = "it is not in the local Hugging Face cache"
     if isinstance(cached, str):
         folder = Path(cached).parent
         try:
-            _check_files(find_model(str(ModelName(str(folder), variant=wanted.variant))))
+            model = find_model(str(ModelName(str(folder), variant=wanted.variant)))
+            index = read_json(folder / "model_index.json")
+            _check_files(model, [name for name in index if _is_part(index[name]) and name not in OPTIONAL])
             return folder
         except UserError as error:
             missing = f"the local Hugging Face cache has a part of it only: {error}"
@@ -115,12 +118,8 @@ def load_parts(
     folder = Path(model.name)
     index = read_json(folder / "model_index.json")
     backbone = backbone_of(index, folder)
-    _check_complete(model, index, backbone, denoiser is None)
-    scheduler_class = getattr(diffusers, index["scheduler"][1], None)
-    if scheduler_class is None:
-        raise UserError(
-            f"The scheduler {index['scheduler'][1]!r} named in {folder}/model_index.json is unknown."
-        )
+    own = [backbone.denoiser[0]] if denoiser is None else []
+    _check_files(model, ["vae", *backbone.text_encoders, *own, *backbone.tokenizers, "scheduler"])
     load = {part: _empty if part in without else _network for part in ("denoiser", "vae", "text_encoders")}
     parts = TextToImageParts(
         backbone=backbone,
@@ -129,7 +128,9 @@ def load_parts(
         text_encoders=[load["text_encoders"](model, *named) for named in backbone.text_encoders.items()],
         tokenizers=[_tokenizer(folder, name, kind) for name, kind in backbone.tokenizers.items()],
         scheduler=_load(
-            folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
+            folder,
+            "scheduler",
+            lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler"),
         ),
         index=index,
         path=str(model),
@@ -212,24 +213,12 @@ def _marked(part: Path, variant: str | None) -> list[Path]:
     return [path for path in sorted(part.glob("*.*.*")) if variant and mark.fullmatch(path.name)]
 
 
-def _check_files(model: ModelName) -> None:
-    """Raise unless all parts of a pipeline of any class are there, apart from checkers of pictures."""
-    folder = Path(model.name)
-    for name, entry in read_json(folder / "model_index.json").items():
-        if name not in OPTIONAL and _is_part(entry):
-            # other classes than ours have vocabularies of other kinds
-            _check_part(model, name, has_weights=(folder / name / "config.json").is_file(), has_words=False)
-
-
-def _check_complete(model: ModelName, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:
-    """Raise unless every part is named in model_index.json and its folder is there, with its weights."""
-    networks = ["vae", *backbone.text_encoders, *([backbone.denoiser[0]] if with_denoiser else [])]
-    for name in (*networks, *backbone.tokenizers, "scheduler"):
-        if not _is_part(index.get(name)):
-            raise UserError(
-                f"The part {name!r} is missing in {model.name}/model_index.json; a pipeline needs it."
-            )
-        _check_part(model, name, has_weights=name in networks, has_words=name in backbone.tokenizers)
+def read_weights(file: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors or .bin file by name, on the CPU; runs no code from the file."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return content
 
 
 def _is_part(entry: Any) -> bool:
@@ -237,60 +226,58 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
 
 
-def _check_part(model: ModelName, name: str, has_weights: bool, has_words: bool) -> None:
-    part = Path(model.name) / name
-    if not part.is_dir() or not any(part.iterdir()):
-        raise UserError(
-            f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
-        )
-    if has_words and not any(all((part / file).is_file() for file in files) for files in VOCABULARIES):
-        raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
-    if not has_weights:
-        return
-    weights = weight_files(part, model.variant)
+def _check_files(model: ModelName, names: Collection[str]) -> None:
+    """Raise unless these parts of a pipeline are there, of networks with all their weights."""
+    index = read_json(Path(model.name) / "model_index.json")
+    for name in names:
+        part = Path(model.name) / name
+        if not _is_part(index.get(name)) or not part.is_dir() or not any(part.iterdir()):
+            raise UserError(
+                f"The part {name!r} is missing in {model.name}: its folder, or its line in model_index.json. "
+                "Export or download it again."
+            )
+        if (part / "config.json").is_file():
+            _check_weights(part, model.variant)
+
+
+def _check_weights(part: Path, variant: str | None) -> None:
+    """Raise unless a network's weights are there; its loader would only warn about absent ones."""
+    weights = weight_files(part, variant)
+    others = [path.name for path in sorted(part.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+    if not others:
+        raise UserError(f"The part {part.name!r} is missing its weights: no .safetensors file in {part}.")
     if not weights:
-        others = [path for path in sorted(part.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
-        if not others:
-            raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
         raise UserError(
-            f"The part {name!r} has weights of a variant only, {others[0].name} in {part}. "
-            f"Name the variant behind the model: NAME#{others[0].name.split('.')[1].split('-')[0]}"
+            f"The part {part.name!r} has weights of a variant only, {others[0]} in {part}. "
+            f"Name the variant behind the model: NAME#{others[0].split('.')[1].split('-')[0]}"
         )
-    if absent := _absent_shards(weights):
+    shards = [re.fullmatch(r"(.+-)(\d+)(-of-(\d+)\.\w+)", path.name) for path in weights]
+    if shards[0] is None or None in shards:  # a file with all of them is there
+        return
+    start, number, end, count = shards[0].groups()
+    wanted = [f"{start}{i:0{len(number)}}{end}" for i in range(1, int(count) + 1)]
+    if absent := [name for name in wanted if not (part / name).is_file()]:
         raise UserError(
-            f"The part {name!r} is missing {len(absent)} of its files of weights, {absent[0]} first, in "
+            f"The part {part.name!r} is missing {len(absent)} of its files of weights, {absent[0]} first, in "
             f"{part}. Export or download it again."
         )
-
-
-def _absent_shards(weights: list[Path]) -> list[str]:
-    """Files beside these that their index names and that are not there, as after a broken download."""
-    shards = [re.fullmatch(r"(.+?)(\.[^.]+)?-\d+-of-\d+(\.\w+)", path.name) for path in weights]
-    if None in shards:  # a file with all of them is there
-        return []
-    name, mark, suffix = shards[0].groups()  # type: ignore[union-attr]
-    index = weights[0].with_name(f"{name}{suffix}.index{mark or ''}.json")
-    named = read_json(index).get("weight_map") if index.is_file() else None
-    wanted = set(named.values()) if isinstance(named, dict) else set()
-    return sorted(file for file in wanted if not weights[0].with_name(file).is_file())
 
 
 # --- the parts --------------------------------------------------------------------------------------------
 
 
 def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
-    if not (folder / name / "tokenizer.json").is_file() and (folder / name / "spiece.model").is_file():
-        _need_sentencepiece(folder / name)
-    return _load(folder, name, lambda: kind.from_pretrained(folder / name))
-
-
-def _need_sentencepiece(part: Path) -> None:
-    """Without the library transformers would take the file for something else, with a riddle of a message."""
-    if find_spec("sentencepiece") is None:
+    part = folder / name
+    found = [file for file in VOCABULARIES if (part / file).is_file()]
+    if not found:
+        raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
+    # without the library transformers would take the file for something else, with a riddle of a message
+    if found == ["spiece.model"] and find_spec("sentencepiece") is None:
         raise UserError(
             f"{part} has its vocabulary in spiece.model, which takes the library sentencepiece to read. "
             'Install it: pip install -e ".[pixart]"'
         )
+    return _load(folder, name, lambda: kind.from_pretrained(part))
 
 
 def _network(model: ModelName, name: str, kind: Any) -> Any:

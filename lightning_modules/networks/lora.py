@@ -5,6 +5,7 @@ Checkpoints hold the adapter alone, a few per cent of the network. The base is n
 with a hash of its weights: a base that has changed since is refused rather than used.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,18 +74,6 @@ class StudentBase:
     path: str
     hash: str
 
-    def check(self, hash_now: str, owner: str) -> None:
-        """Make sure that these are the weights the adapter was trained on.
-
-        Raises:
-            UserError: they are not.
-        """
-        if hash_now != self.hash:
-            raise UserError(
-                f"{owner} holds a LoRA adapter trained on the weights of {self.path}, which are others now "
-                f"(hash {hash_now[:12]}, then {self.hash[:12]}): put the former model back there"
-            )
-
 
 @dataclass(frozen=True)
 class StudentAdapter:
@@ -101,16 +90,6 @@ class StudentAdapter:
     weights: Mapping[str, Tensor]
 
 
-def adaptable_layers(network: nn.Module) -> list[str]:
-    """Short names of the layers that can get an adapter, each once, e.g. to_q, to_out.0, conv1."""
-    names = set()
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            words = name.split(".")
-            names.add(".".join(words[-2:]) if words[-1].isdigit() else words[-1])
-    return sorted(names)
-
-
 def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraModel:
     """Put an adapter into the network itself (float32 weights, B = 0: it computes what it did before).
 
@@ -122,9 +101,10 @@ def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraMod
     layers = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if unmatched:
+        short = {re.sub(r".*\.(?=[^.]*[^.\d])", "", name) for name in layers}  # to_q, to_out.0, conv1
         raise UserError(
             f"LoRA targets {unmatched} match no layer of the network. "
-            f"Set the targets to some of: {', '.join(adaptable_layers(network))}."
+            f"Set the targets to some of: {', '.join(sorted(short))}."
         )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
@@ -161,14 +141,8 @@ def add_adapter(network: nn.Module, lora: LoraSettings) -> None:
 def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], owner: str) -> None:
     """Add an adapter's update alpha / rank * B A to the weights of a plain network, in place.
 
-    Args:
-        network: the base, without adapters; stays a plain network.
-        lora: settings of the adapter.
-        weights: of the adapter, by the names they have in the network.
-        owner: where they are from, for messages.
-
     Raises:
-        UserError: the weights are not those of such an adapter on this network.
+        UserError: the weights are not those of such an adapter on this network; names the `owner`.
     """
     wrapper = inject_adapter(network, lora, ADAPTER)
     adapter = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -237,7 +211,3 @@ image = pipe("a red apple", {call}).images[0]
 ```
 
 {note}"""
-
-
-def _has_lora_files(backbone: Backbone) -> bool:
-    return hasattr(backbone.pipeline_class, "save_lora_weights")

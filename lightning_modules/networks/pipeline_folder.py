@@ -7,8 +7,6 @@ schedule to alpha = 1 returns the predicted x0, which is all that a one-step gen
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from lightning_modules.networks.loading import TextToImageParts, no_progress_bar
 from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
 
 MARKER, LORA = "one_step.json", "lora"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PLACES = {"_name_or_path", "name_or_path"}  # both libraries note where a part was read from
 FOLDER_NAMES = {
     MARKER, LORA, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
     "tokenizer_2", "transformer", "unet", "vae",
@@ -62,6 +60,11 @@ def is_own_export(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def own_names(folder: Path) -> set[str]:
+    """Names that a former export may have left in the folder."""
+    return FOLDER_NAMES if is_own_export(folder) else set()
+
+
 def export_student(
     denoiser: nn.Module,
     parts: TextToImageParts,
@@ -88,13 +91,17 @@ def export_student(
         UserError: the output can't be written or holds other files, or the start timestep is unknown.
     """
     scheduler = one_step_scheduler(parts.scheduler, start_timestep)
-    target = check_output_folder(
-        Path(output), lambda folder: FOLDER_NAMES if is_own_export(folder) else set()
-    )
+    target = check_output_folder(Path(output), own_names)
     facts = {name: without_place(value) for name, value in (card or {}).items()}
     facts |= {"start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
     with written_at_once(target) as folder:
-        save_pipeline(_pipeline(denoiser, parts, scheduler, dtype), folder)
+        cast = dataclasses.replace(
+            parts,
+            denoiser=_cast(denoiser, dtype),
+            vae=_cast(parts.vae, dtype),
+            text_encoders=[_cast(encoder, dtype) for encoder in parts.text_encoders],
+        )
+        save_pipeline(parts.backbone.pipeline(cast, scheduler), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
         call, notes = one_step_call(parts), notes or RunNotes()
         if adapter is not None:
@@ -114,36 +121,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """
     with no_progress_bars():
         pipeline.save_pretrained(folder)
-    for path in folder.glob("text_encoder*/config.json"):
-        with _edited(path) as config:
-            config["dtype"] = "float32"
     for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
-        with _edited(path) as config:  # both libraries note where a part was read from
-            for name in {"_name_or_path", "name_or_path"} & config.keys():
-                config[name] = without_place(config[name])
-
-
-@contextmanager
-def _edited(path: Path) -> Iterator[dict[str, Any]]:
-    """The content of a JSON file, written back afterwards if it was changed."""
-    text = path.read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
-    yield content
-    if content != json.loads(text):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _pipeline(
-    denoiser: nn.Module, parts: TextToImageParts, scheduler: SchedulerMixin, dtype: torch.dtype
-) -> DiffusionPipeline:
-    """Stock pipeline of the student and the teacher's other parts, in `dtype`."""
-    parts = dataclasses.replace(
-        parts,
-        denoiser=_cast(denoiser, dtype),
-        vae=_cast(parts.vae, dtype),
-        text_encoders=[_cast(encoder, dtype) for encoder in parts.text_encoders],
-    )
-    return parts.backbone.pipeline(parts, scheduler)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        changes = {name: without_place(config[name]) for name in _PLACES & config.keys()}
+        if path.name == "config.json" and path.parent.name.startswith("text_encoder"):
+            changes["dtype"] = "float32"
+        if config != (changed := config | changes):
+            path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def one_step_call(parts: TextToImageParts) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
@@ -22,6 +21,7 @@ from lightning_modules.networks.loading import (
     load_parts,
     pipeline_folder,
     read_json,
+    read_weights,
 )
 from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, fold
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
@@ -125,8 +125,7 @@ def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStude
     """
     parts = load_parts(base)
     try:
-        safe = path.suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_weights(path)
     except Exception as error:  # OSError, SafetensorError, pickle and zip errors
         raise UserError(f"{path} can't be read: {first_line(error)} Fetch it again.") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -152,13 +151,9 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
         if not (path.is_file() or is_sharded(path)):
             raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
         return path
-    # Two files can carry the same time on coarse clocks; the higher version is the later run then.
-    files = sorted(
-        Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
-        key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
-        reverse=True,
-    )
-    newest = next((file for file in files if _is_distillation(_read(file, mmap=True))), None)
+    files = Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt")
+    newest_first = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    newest = next((file for file in newest_first if _is_distillation(_read(file, mmap=True))), None)
     if newest is None:
         raise UserError(
             f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
@@ -173,8 +168,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, unreadable, not a one-step distillation's, or of another version.
     """
-    if not (path.is_file() or is_sharded(path)):
-        raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
+    resolve_checkpoint(str(path))
     if is_network_file(path):
         raise UserError(
             f"{path} is a network alone. Make a model folder of it first: export --checkpoint {path} --base "
@@ -198,11 +192,7 @@ def architecture(denoiser: Any) -> dict[str, Any]:
 def student_weights(
     content: dict[str, Any], path: Path, weights: Weights | None
 ) -> tuple[dict[str, Tensor], Weights]:
-    """Student tensors of a checkpoint by name, and which they are.
-
-    Raises:
-        UserError: the wanted weights are not in the checkpoint.
-    """
+    """Student tensors of a checkpoint by name, and which they are."""
     ema = (content.get("ema") or {}).get("shadow")
     chosen: Weights = weights or ("ema" if ema else "online")
     state = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
@@ -274,12 +264,10 @@ def _folded(adapter: StudentAdapter, path: Path) -> nn.Module:
         student: nn.Module = load_student(base.path).parts.denoiser
     except UserError as error:
         raise UserError(f"The base of the LoRA student in {path} can't be loaded: {error}") from error
-    base.check(content_hash(student), str(path))
+    if (found := content_hash(student)) != base.hash:
+        raise UserError(
+            f"{path} holds a LoRA adapter trained on the weights of {base.path}, which are others now "
+            f"(hash {found[:12]}, then {base.hash[:12]}): put the former model back there"
+        )
     fold(student, adapter.settings, adapter.weights, str(path))
     return student
-
-
-def _version(checkpoint: Path) -> int:
-    """The n of version_<n>, or -1."""
-    digits = checkpoint.parents[1].name.removeprefix("version_")
-    return int(digits) if digits.isdigit() else -1

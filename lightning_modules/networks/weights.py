@@ -51,6 +51,15 @@ def difference(
     return f"{odd[0]} {' and '.join(places)} ({len(odd)} of {len(names)} weights differ)"
 
 
+def other_value(given: Mapping[str, Any], expected: Mapping[str, Any], words: tuple[str, str]) -> str | None:
+    """As `difference`, for settings: e.g. "norm_eps is 0.001 in the student and 1e-05 in the teacher"."""
+    for name in dict.fromkeys([*given, *expected]):
+        values = [side.get(name, False) for side in (given, expected)]
+        if values[0] != values[1]:
+            return f"{name} is {values[0]} in the {words[0]} and {values[1]} in the {words[1]}"
+    return None
+
+
 def everything(name: str) -> bool:
     """Select every key."""
     return True

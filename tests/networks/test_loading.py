@@ -134,7 +134,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown scheduler": (
         lambda d: edit_json(d / "model_index.json", scheduler=["diffusers", "NoScheduler"]),
-        "'NoScheduler'",
+        "'scheduler' in .* can't be loaded: .*NoScheduler",
     ),
     **{
         f"no {part}": (lambda d, part=part: shutil.rmtree(d / part), f"The part '{part}' is missing")

@@ -191,9 +191,9 @@ def test_other_architectures_are_named(student: Callable[..., LoadedStudent]) ->
     wide = rebuilt(student(2), block_out_channels=(8, 32))
     with pytest.raises(UserError, match=r"down_blocks\.0\.downsamplers|down_blocks\.1") as caught:
         check_mergeable(student(1), wide)
-    assert "[16, 8, 3, 3] in the first and [32, 8, 3, 3] in the second" in str(caught.value)
+    assert "[16, 8, 3, 3] in the first and has shape [32, 8, 3, 3] in the second" in str(caught.value)
     deep = rebuilt(student(2), layers_per_block=2)
-    with pytest.raises(UserError, match=r"\.1\.\S+ is \[8\] in the first and missing in the second"):
+    with pytest.raises(UserError, match=r"\S+ has shape .* in the first and .* in the second"):
         check_mergeable(deep, student(1))
     heads = rebuilt(student(2), attention_head_dim=4)  # equal shapes, another function
     with pytest.raises(UserError, match="attention_head_dim is 2 in the first and 4 in the second"):
@@ -209,7 +209,9 @@ def test_other_meanings_of_the_weights_are_refused(
 ) -> None:
     first, second = student(1), student(2)
     second.parts.scheduler = load_parts(tiny_sd_v).scheduler
-    with pytest.raises(UserError, match="first model predicts epsilon, the second v_prediction"):
+    with pytest.raises(
+        UserError, match="prediction_type is epsilon in the first and v_prediction in the second"
+    ):
         merge_students(first, second, 0.5)
     with pytest.raises(UserError, match="first model starts at timestep 625, the second at 999"):
         merge_students(first, student(2, start=999), 0.5)
@@ -217,7 +219,7 @@ def test_other_meanings_of_the_weights_are_refused(
     second.parts.scheduler = type(second.parts.scheduler).from_config(
         second.parts.scheduler.config, beta_end=0.02
     )
-    with pytest.raises(UserError, match="different noise schedules up to timestep 625"):
+    with pytest.raises(UserError, match=r"alpha_bar at timestep \d+ is .* in the first"):
         merge_students(first, second, 0.5)
 
 
@@ -232,7 +234,7 @@ def test_other_text_encoders_are_refused_and_rounded_ones_accepted(
     trained = student(2)
     next(trained.parts.text_encoders[0].parameters()).data[3] += 0.1
     with pytest.raises(
-        UserError, match=r"different text encoders: .*token_embedding.* differs by up to 0\.1"
+        UserError, match=r"different text encoders, where .*token_embedding.* differs by up to 0\.1"
     ):
         check_mergeable(first, trained)
     longer = student(2)
@@ -241,7 +243,7 @@ def test_other_text_encoders_are_refused_and_rounded_ones_accepted(
         check_mergeable(first, longer)
     worded = student(2)
     worded.parts.tokenizers[0].add_tokens(["<new>"])
-    with pytest.raises(UserError, match="different vocabularies"):
+    with pytest.raises(UserError, match="hash of the vocabulary"):
         check_mergeable(first, worded)
 
 

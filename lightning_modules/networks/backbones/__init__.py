@@ -13,10 +13,12 @@ __all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "is_own_c
 BACKBONES: tuple[Backbone, ...] = (StableDiffusion(), StableDiffusionXL(), PixArtAlpha())
 
 
+_BY_PIPELINE = {backbone.pipeline_class.__name__: backbone for backbone in BACKBONES}
+
+
 def is_own_class(index: dict[str, Any]) -> bool:
     """Whether a model_index.json names a pipeline that is built here from its parts."""
-    name = index.get("_class_name", "StableDiffusionPipeline")
-    return any(name in backbone.pipelines for backbone in BACKBONES)
+    return index.get("_class_name", "StableDiffusionPipeline") in _BY_PIPELINE
 
 
 def backbone_of(index: dict[str, Any], folder: Path) -> Backbone:
@@ -26,15 +28,14 @@ def backbone_of(index: dict[str, Any], folder: Path) -> Backbone:
         UserError: it is of no family known here.
     """
     name = index.get("_class_name", "StableDiffusionPipeline")
-    for backbone in BACKBONES:
-        if name in backbone.pipelines:
-            return backbone
+    if name in _BY_PIPELINE:
+        return _BY_PIPELINE[name]
     for backbone in BACKBONES:
         own = {backbone.denoiser[0], *backbone.text_encoders}
         others = {part for part in index if part.startswith(("text_encoder", "transformer", "unet"))}
         if backbone.denoiser[0] == "unet" and own == others:
             return backbone
-    known = ", ".join(name for backbone in BACKBONES for name in backbone.pipelines)
     raise UserError(
-        f"{folder} is a {name} (model_index.json), which can't be distilled here. Give a model of: {known}."
+        f"{folder} is a {name} (model_index.json), which can't be distilled here. "
+        f"Give a model of: {', '.join(_BY_PIPELINE)}."
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
-from torch import nn
 
 from common.errors import UserError
 from lightning_modules.networks.backbones.prompts import PromptEncoder
@@ -59,13 +58,11 @@ class Backbone(ABC):
     """A family of text-to-image models. Another one is a subclass, listed in `backbones/__init__.py`.
 
     Attributes:
-        pipelines: classes in model_index.json that are of this family.
         pipeline_class: the stock pipeline of its models.
         denoiser: name and class of the denoising network.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
     """
 
-    pipelines: ClassVar[tuple[str, ...]]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[tuple[str, Any]]
     text_encoders: ClassVar[dict[str, Any]]
@@ -97,11 +94,7 @@ class Backbone(ABC):
         return pipeline
 
     def check_fit(self, parts: TextToImageParts) -> None:
-        """Make sure that the parts go together.
-
-        Raises:
-            UserError: a tokenizer makes longer prompts than its text encoder takes, or widths differ.
-        """
+        """Raise a UserError if a tokenizer's prompts are too long for its text encoder, or widths differ."""
         for name, tokenizer, encoder in zip(
             self.tokenizers, parts.tokenizers, parts.text_encoders, strict=True
         ):
@@ -112,15 +105,11 @@ class Backbone(ABC):
                     f"but the text encoder takes {longest} tokens. "
                     f"Set model_max_length in {name}/tokenizer_config.json."
                 )
-        width, expected = self.text_width(parts)
-        if expected is not None and width != expected:
-            raise UserError(
-                f"The parts of {parts.path} do not fit: {' and '.join(self.text_encoders)} give width "
-                f"{width}, {self.denoiser[0]} expects {expected}."
-            )
-        channels = parts.denoiser.config.in_channels
-        if parts.vae.config.latent_channels != channels:
-            raise UserError(
-                f"The parts of {parts.path} do not fit: vae has {parts.vae.config.latent_channels} latent "
-                f"channels, {self.denoiser[0]} expects {channels}."
-            )
+        latents = parts.vae.config.latent_channels, parts.denoiser.config.in_channels
+        widths = {" and ".join(self.text_encoders): self.text_width(parts), "vae": latents}
+        for name, (given, expected) in widths.items():
+            if expected is not None and given != expected:
+                raise UserError(
+                    f"The parts of {parts.path} do not fit: {name} gives width {given}, {self.denoiser[0]} "
+                    f"expects {expected}."
+                )

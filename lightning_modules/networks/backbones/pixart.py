@@ -16,7 +16,6 @@ MAX_TOKENS = 120  # the paper's, section 2.3; the stock pipeline's default
 class PixArtAlpha(Backbone):
     """A transformer that attends to T5 text with a mask and may be told the picture's size."""
 
-    pipelines = ("PixArtAlphaPipeline",)
     pipeline_class = PixArtAlphaPipeline
     denoiser = ("transformer", PixArtTransformer2DModel)
     text_encoders = {"text_encoder": T5EncoderModel}

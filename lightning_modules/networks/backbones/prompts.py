@@ -13,7 +13,7 @@ from lightning_modules.networks.weights import hide_from_state_dict
 
 
 class TextLookup(Protocol):
-    """What takes the place of text encoders: `prompt_cache.lookup.CachedTexts`."""
+    """What takes the place of text encoders: `prompt_cache.PromptCache`."""
 
     def embed(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """What `PromptEncoder.embed_texts` gives [B, …], on this device, real numbers in this type."""

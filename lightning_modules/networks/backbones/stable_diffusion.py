@@ -14,7 +14,6 @@ from lightning_modules.networks.backbones.prompts import PromptEncoder
 class StableDiffusion(Backbone):
     """A UNet with one CLIP (or OpenCLIP) text encoder."""
 
-    pipelines = ("StableDiffusionPipeline",)
     pipeline_class = StableDiffusionPipeline
     denoiser = ("unet", UNet2DConditionModel)
     text_encoders = {"text_encoder": CLIPTextModel}

@@ -14,7 +14,6 @@ from lightning_modules.networks.backbones.prompts import PromptEncoder
 class StableDiffusionXL(Backbone):
     """A UNet with two text encoders side by side, the second one's pooled text, and the picture's size."""
 
-    pipelines = ("StableDiffusionXLPipeline",)
     pipeline_class = StableDiffusionXLPipeline
     denoiser = ("unet", UNet2DConditionModel)
     text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
