@@ -1,16 +1,11 @@
-"""A report on disk: report.json, report.md, report.html and the manifest that stands beside them.
+"""What a report says, whatever it is written as: its tables, findings and notes."""
 
-Used at the end of a run, and by anything else that has measured something.
-"""
-
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from callbacks.run_folder import write_text_atomically
+from reports.text import format_value, text_table
 
 _LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
 _HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
@@ -37,23 +32,6 @@ class Report:
     curves: Path | None = None
     row: str = "Student, 1 step"
     published: tuple[tuple[str, str, float, str], ...] = ()
-
-
-def write_report(report: Report, folder: Path) -> Path:
-    """Write manifest.json, report.json, report.md and report.html, each whole; returns the last."""
-    from reports.html import render_html
-    from reports.text import render_markdown
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / "manifest.json", _json(report.manifest))
-    write_text_atomically(folder / "report.json", _json(report.content))
-    write_text_atomically(folder / "report.md", render_markdown(report, folder))
-    write_text_atomically(folder / "report.html", render_html(report))
-    return folder / "report.html"
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def headline(report: Report) -> str:
@@ -104,6 +82,11 @@ def _column(name: str, result: Mapping[str, Any] | None) -> str:
     return f"{label} {ARROWS.get(name.partition('/')[0], '')}".strip()
 
 
+def render_text_table(report: Report) -> str:
+    """The table of results in plain text, for a terminal."""
+    return text_table(*result_table(report))
+
+
 def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
     """How each number was measured and how that differs from the publication; None if nobody has said."""
     header = ["", "value", "images", "network", "reference", "seeds", "differs from the published protocol"]
@@ -137,15 +120,6 @@ def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
         for name, model, value, source in report.published
     ]
     return ["", "here", "published", "model", "source"], cells
-
-
-def format_value(value: float) -> str:
-    """Four significant digits, no exponent for everyday sizes."""
-    if value == 0:
-        return "0"
-    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3e}"
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
 def notes(report: Report) -> list[str]:
