@@ -13,6 +13,7 @@ from PIL import Image
 from reports.comparison import Run, best_of, differences, direction, same_samples
 from reports.html import Row, Table, image_source, render
 from reports.plots import Series, line_figure
+from reports.run_report import steps_in_words
 from reports.text import format_value
 
 _FEW = 12
@@ -57,7 +58,7 @@ def _table(
     best = [best_of(column, sign) for column, sign in zip(values.values(), better)]
     rows = list(above)
     for i, run in enumerate(runs):
-        numbers = ["–" if column[i] is None else format_value(column[i]) for column in values.values()]
+        numbers = ["–" if (value := column[i]) is None else format_value(value) for column in values.values()]
         cells = [run.name, *(column[i] for column in facts.values()), *numbers]
         marked = {1 + len(facts) + k for k, places in enumerate(best) if i in places}
         rows.append(Row(cells, best=marked, number=i))
@@ -110,10 +111,9 @@ def _teacher_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Row]:
         for row, results in ((run.report or {}).get("teacher_metrics") or {}).items():
             # timings of the same teacher differ from run to run: the first stands for all
             values = {name: r["value"] for name, r in results.items() if name != "milliseconds_per_image"}
-            steps = row.removeprefix("steps_")
             numbers = [format_value(results[name]["value"]) if name in results else "–" for name in names]
-            label = f"teacher, {steps} step{'' if steps == '1' else 's'}"
-            seen.setdefault(json.dumps([row, values]), Row([label, "", "", "", *numbers], "faint"))
+            cells = [f"teacher, {steps_in_words(row)}", "", "", "", *numbers]
+            seen.setdefault(json.dumps([row, values]), Row(cells, "faint"))
     return list(seen.values())
 
 

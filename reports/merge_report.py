@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from reports.html import Row, Table, image_source, render
 from reports.plots import Point, Series, line_figure
-from reports.run_report import ARROWS
+from reports.run_report import ARROWS, metric_notes
 from reports.sheets import labelled_grid, save_png
 from reports.text import bullets, format_value, markdown_table
 from reports.text import text_table as plain_table
@@ -86,16 +86,13 @@ def findings(report: MergeReport) -> list[str]:
         ends = [f"{word} alone {format_value(values[end])}" for end, word in ((1, "first"), (0, "second"))
                 if end in values]  # fmt: skip
         beside = f" ({', '.join(ends)})" if ends else ""
-        said.append(f"{words} {format_value(values[weight])} at {_lambda(weight)}{beside}")
+        said.append(f"{words} {format_value(values[weight])} at λ = {weight:g}{beside}")
     return said
 
 
 def notes(report: MergeReport) -> list[str]:
     """What a reader must know to read the numbers."""
-    results = [result for point in report.points for result in point.metrics.items()]
-    found = [
-        f"{name}: {result['details']['note']}" for name, result in results if "note" in result["details"]
-    ]
+    found = metric_notes(point.metrics for point in report.points)
     if not report.manifest["reference"]["captions_are_those_of_the_evaluation"]:
         found.append(
             "frechet_distance: the captions are not those of the reference pictures, so compare it "
@@ -124,10 +121,6 @@ def text_table(report: MergeReport) -> str:
 
 def _title(name: str) -> str:
     return f"{name} {ARROWS.get(name, '')}".strip()
-
-
-def _lambda(weight: float) -> str:
-    return f"λ = {weight:g}"
 
 
 def _heading(report: MergeReport) -> str:

@@ -75,7 +75,7 @@ def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
         else:
             title = name.rpartition("/")[0] or name
         families.setdefault(title, []).append(one)
-    groups = {}
+    groups: dict[str, list[Series]] = {}
     for title, family in families.items():
         sizes = [size for one in family if (size := _size(one))]
         if sizes and max(sizes) > 10 * min(sizes) and not {one.name for one in family} & {

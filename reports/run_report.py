@@ -1,6 +1,6 @@
 """What a report says, whatever it is written as: its tables, findings and notes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,14 @@ def headline(report: Report) -> str:
 
 def row_title(row: str, report: Report) -> str:
     """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
-    steps = row.removeprefix("steps_")
     guidance = (report.manifest.get("guidance") or {}).get(row)
-    return f"Teacher, {steps} step{'' if steps == '1' else 's'}" + (
-        f", guidance {guidance:g}" if guidance else ""
-    )
+    return f"Teacher, {steps_in_words(row)}" + (f", guidance {guidance:g}" if guidance else "")
+
+
+def steps_in_words(row: str) -> str:
+    """``steps_25`` as ``25 steps``."""
+    steps = row.removeprefix("steps_")
+    return f"{steps} step{'' if steps == '1' else 's'}"
 
 
 def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
@@ -124,18 +127,23 @@ def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to read the numbers: notes of the metrics, captions of another set."""
-    found = [
-        f"{name}: {result['details']['note']}"
-        for _, results in result_rows(report)
-        for name, result in results.items()
-        if "note" in result["details"]
-    ]
+    found = metric_notes(results for _, results in result_rows(report))
     reference = report.manifest.get("reference") or {}
     if reference.get("captions_are_those_of_the_evaluation") is False:
         found.append(
             "frechet_distance: the captions are not those of the reference pictures, so it is not comparable."
         )
     return list(dict.fromkeys(found))
+
+
+def metric_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The notes of the metrics of several rows."""
+    return [
+        f"{name}: {result['details']['note']}"
+        for results in rows
+        for name, result in results.items()
+        if "note" in result["details"]
+    ]
 
 
 def findings(report: Report) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -19,6 +18,7 @@ from reports.run_report import (
     published_table,
     result_rows,
     result_table,
+    steps_in_words,
 )
 from reports.text import bullets, markdown_table, said
 
@@ -104,11 +104,9 @@ def _curves(report: Report) -> list[go.Figure]:
 
 
 def _teacher_levels(title: str, report: Report) -> dict[str, float]:
-    teacher: dict[str, Any] = report.content["teacher_metrics"]
+    teacher = report.content["teacher_metrics"]
     return {
-        f"teacher, {row.removeprefix('steps_')} step{'' if row == 'steps_1' else 's'}": results[title][
-            "value"
-        ]
+        f"teacher, {steps_in_words(row)}": results[title]["value"]
         for row, results in teacher.items()
         if title in results
     }

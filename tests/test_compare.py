@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,13 @@ def test_a_hundred_runs(tmp_path: Path) -> None:
     assert len(cells(page, "Configuration differences")) == 101
     assert page.count("data:image/webp") == 100 and "the pictures are compressed" in page
     assert len(without_scripts(page)) < 4_000_000
+
+
+def test_reports_know_neither_torch_nor_lightning() -> None:
+    modules = ", ".join(f"reports.{path.stem}" for path in Path("reports").glob("[a-z]*.py"))
+    found = f"import sys, {modules}; print({{'torch', 'lightning'}} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout
+    assert printed == "set()\n"
 
 
 def test_flat_configurations() -> None:

@@ -21,8 +21,11 @@ function inPageColors(layout) {
 function draw(box) {
   const {data, layout} = JSON.parse(box.nextElementSibling.textContent);
   if (!box.data) box.textContent = "";
-  Plotly.react(box, data, inPageColors(layout),
-    {responsive: true, displaylogo: false, toImageButtonOptions: {scale: 2, filename: box.ariaLabel}});
+  Plotly.react(box, data, inPageColors(layout), {
+    responsive: true, displaylogo: false, showSendToCloud: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+    toImageButtonOptions: {scale: 2, filename: box.ariaLabel},
+  });
 }
 
 if (window.Plotly && figures.length) {

@@ -61,7 +61,8 @@ def test_every_deviation_is_named_and_hides_the_published_values(
 
 
 def test_few_samples_have_their_own_name() -> None:
-    assert [label("fid", coco(n)) for n in (30_000, 5000, 100)] == ["FID", "FID-5k", "FID-100"]
+    names = [label("fid", coco(n)) for n in (30_000, 5000, 2500, 100)]
+    assert names == ["FID", "FID-5k", "FID-2.5k", "FID-100"]
     assert label("clip_score", coco(5000)) == "clip_score-5k"
     assert label("fid", EvaluationSet("mine", ["x"], [0])) == "FID"
 
