@@ -10,10 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 from PIL import Image
 
-from reports.comparison import Run, best_of, differences, direction, same_samples
+from reports.comparison import Run, best_of, differences, same_samples
 from reports.html import Row, Table, image_source, render
 from reports.plots import Series, line_figure
-from reports.run_report import steps_in_words
+from reports.run_report import direction, steps_in_words, with_arrow
 from reports.text import format_value
 
 _FEW = 12
@@ -65,10 +65,6 @@ def _table(
     return Table(["run", *facts, *values], rows, "sorts")
 
 
-def _arrow(name: str) -> str:
-    return {-1: f"{name} ↓", 0: name, 1: f"{name} ↑"}[direction(name)]
-
-
 def _metrics(runs: Sequence[Run]) -> tuple[Table | None, list[str]]:
     """The final evaluations, and which metrics were not measured in one way; None if no run has a report."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
@@ -77,7 +73,9 @@ def _metrics(runs: Sequence[Run]) -> tuple[Table | None, list[str]]:
     values: dict[str, Sequence[float | None]] = {}
     better, notes = [], []
     for name in names:
-        values[_arrow(name)] = [run.metrics[name]["value"] if name in run.metrics else None for run in runs]
+        values[with_arrow(name)] = [
+            run.metrics[name]["value"] if name in run.metrics else None for run in runs
+        ]
         conditions = {_conditions(run.metrics[name]) for run in runs if name in run.metrics}
         better.append(direction(name) if len(conditions) == 1 else 0)
         if len(conditions) > 1:
@@ -122,7 +120,7 @@ def _last_values(runs: Sequence[Run]) -> Table | None:
     names = sorted({name for run in runs for name in run.series if name.startswith("val/")})
     if not names or all(run.metrics for run in runs):
         return None
-    values = {_arrow(name): [run.last_value(name) for run in runs] for name in names}
+    values = {with_arrow(name): [run.last_value(name) for run in runs] for name in names}
     return _table(runs, {"step": _steps(runs)}, values, [direction(name) for name in names])
 
 

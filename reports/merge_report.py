@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from reports.html import Row, Table, image_source, render
 from reports.plots import Point, Series, line_figure
-from reports.run_report import ARROWS, metric_notes
+from reports.run_report import metric_notes, with_arrow
 from reports.sheets import labelled_grid, save_png
 from reports.text import bullets, format_value, markdown_table
 from reports.text import text_table as plain_table
@@ -103,7 +103,7 @@ def notes(report: MergeReport) -> list[str]:
 
 def result_table(report: MergeReport) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the model that was written is marked."""
-    header = ["λ", *(_title(name) for name in report.names), "images measured"]
+    header = ["λ", *(with_arrow(name) for name in report.names), "images measured"]
     cells = []
     for point in report.points:
         known = [(0.0, "second model"), (1.0, "first model"), (report.facts["merge_weight"], "written")]
@@ -117,10 +117,6 @@ def result_table(report: MergeReport) -> tuple[list[str], list[list[str]]]:
 def text_table(report: MergeReport) -> str:
     """The table in plain text, for a terminal."""
     return plain_table(*result_table(report))
-
-
-def _title(name: str) -> str:
-    return f"{name} {ARROWS.get(name, '')}".strip()
 
 
 def _heading(report: MergeReport) -> str:
@@ -146,7 +142,7 @@ def _html(report: MergeReport, samples: Path) -> str:
         _heading(report),
         findings_=findings(report),
         figures=[
-            line_figure(_title(name), [Series(_title(name), report.curve(name))], x_name=X_NAME)
+            line_figure(with_arrow(name), [Series(with_arrow(name), report.curve(name))], x_name=X_NAME)
             for name in report.names
         ],
         results=Table(header, [Row(row, kind) for row, kind in zip(cells, kinds, strict=True)]),

@@ -139,12 +139,10 @@ def line_figure(
     figure = go.Figure()
     for i, one in enumerate(series):
         _add_curve(figure, one, i if one.number is None else one.number, most)
+    ends = [min(xs), max(xs)] if max(xs) > min(xs) else [xs[0] - 1, xs[0] + 1]
     for name, value in levels.items():
-        figure.add_scatter(
-            x=[min(xs), max(xs)], y=[value, value], name=name,
-            mode="lines" if max(xs) > min(xs) else "markers", marker={"symbol": "line-ew-open"},
-            line={"color": _LEVEL, "dash": "dash", "width": 1.5},
-        )  # fmt: skip
+        line = {"color": _LEVEL, "dash": "dash", "width": 1.5}
+        figure.add_scatter(x=ends, y=[value, value], name=name, mode="lines", line=line)
     logarithmic = min(heights) > 0 and max(heights) / min(heights) > 300
     names = len(series) + len(levels)
     figure.update_layout(

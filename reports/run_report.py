@@ -9,7 +9,6 @@ from reports.text import format_value, text_table
 
 _LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
 _HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
-ARROWS = dict.fromkeys(_LOWER, "↓") | dict.fromkeys(_HIGHER, "↑")
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,18 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def _column(name: str, result: Mapping[str, Any] | None) -> str:
     """Name of a metric, as FID-5k where that is told, and which way is better."""
-    label = name if result is None else result["details"].get("label", name)
-    return f"{label} {ARROWS.get(name.partition('/')[0], '')}".strip()
+    return with_arrow(name, name if result is None else result["details"].get("label", name))
+
+
+def direction(metric: str) -> int:
+    """-1 where lower values are better, 1 where higher ones are, 0 where nobody says."""
+    kind = metric.removeprefix("val/").removeprefix("test/").partition("/")[0]  # hpsv2/anime as hpsv2
+    return (kind in _HIGHER) - (kind in _LOWER)
+
+
+def with_arrow(metric: str, label: str | None = None) -> str:
+    """A metric's name or label, and which way is better."""
+    return (label or metric) + ("", " ↑", " ↓")[direction(metric)]
 
 
 def render_text_table(report: Report) -> str:

@@ -14,8 +14,9 @@ import yaml
 
 from cli import main
 from common.errors import UserError
-from reports.comparison import best_of, differences, direction, find_runs, flatten, load_runs
+from reports.comparison import best_of, differences, find_runs, flatten, load_runs
 from reports.plots import thinned
+from reports.run_report import direction
 from reports.sheets import labelled_grid, save_png
 from tests.pages import cells, figures, without_scripts
 
