@@ -6,9 +6,8 @@ import math
 from html import escape
 from typing import Any
 
-from reports.html import _STYLE
-from reports.plots import Axis, Curve, parallel_plot, short_names, xy_plot
-from reports.run_report import format_value
+from reports.svg_plots import STYLE, Axis, Curve, parallel_plot, xy_plot
+from reports.text import format_value, short_names
 
 _MORE_STYLE = """
 main { max-width:1320px; }
@@ -52,7 +51,7 @@ def render_page(content: dict[str, Any], source: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{_MORE_STYLE}</style></head><body><main>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{_MORE_STYLE}</style></head><body><main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )

@@ -14,7 +14,7 @@ noise of Stable Diffusion's timestep 625.
 
 Several of these may run at once on one output folder: a cell belongs to the process that holds its lock. A
 cell that was killed goes on from its last checkpoint; a finished one is never run again. Cells whose backbone
-is not there, and others not run, are shown as missing. Writes results.json, results.md and stability.png.
+is not there, and others not run, are shown as missing. Writes results.json, results.md and stability.html.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from commands.sweeping.trial_process import TrialProcess, environment, fit_comma
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.loading import asset_path, load_parts
-from reports.plots import Line, lines_image
-from reports.sheets import save_png
+from reports.html import plots_page
+from reports.plots import Series, line_figure
 
 CONFIG = "configs/experiment/emoji_pgsb.yaml"
 BACKBONES = {"epsilon": "assets/emoji-sd", "v": "assets/emoji-sd-v", "pixart": "assets/emoji-pixart"}
@@ -242,7 +242,7 @@ class Study:
 
 
 def write_report(study: Study) -> None:
-    """results.json, results.md and stability.png of the cells that are there."""
+    """results.json, results.md and stability.html of the cells that are there."""
     cells = all_cells()
     folder = Path(study.options.output) / f"{study.options.updates}x{study.options.batch_size}"
     found = {cell: study.result(cell) for cell in cells}
@@ -259,13 +259,15 @@ def write_report(study: Study) -> None:
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     panels = {TITLES[name]: (name, GRID) for name in BACKBONES}
     panels[f"Which score is random ({TITLES[ABLATED]})"] = (ABLATED, ABLATION)
-    tables, plots = [], {}
+    tables, plots = [], []
     for title, (backbone, rules) in panels.items():
         curves = {rule: curve(found, backbone, rule) for rule in rules}
         tables.append(f"## {title}\n\n{table(curves, settings, starts[backbone])}")
-        plots[title] = [line(rule, points, starts[backbone]) for rule, points in curves.items()]
+        lines = [line(rule, points, starts[backbone]) for rule, points in curves.items()]
+        plots.append(line_figure(f"{title}: frechet_distance", lines))
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
-    save_png(lines_image(plots, "student updates; frechet_distance"), folder / "stability.png")
+    page = plots_page("Stability", [plot for plot in plots if plot is not None])
+    (folder / "stability.html").write_text(page, encoding="utf-8")
 
 
 def curve(found: dict[Cell, Any], backbone: str, rule: str) -> list[tuple[int, list[float]]]:
@@ -275,13 +277,13 @@ def curve(found: dict[Cell, Any], backbone: str, rule: str) -> list[tuple[int, l
     return [(int(step), [one[step] for one in values]) for step in (values[0] if values else {})]
 
 
-def line(rule: str, points: list[tuple[int, list[float]]], start: float | None) -> Line:
+def line(rule: str, points: list[tuple[int, list[float]]], start: float | None) -> Series:
     """A rule's line in the plot, from the start that all share; without points if no cell was run."""
     if not points or start is None:
-        return Line(f"{rule} (missing)", [])
+        return Series(f"{rule} (missing)")
     points = [(0, [start]), *points]
     spread = [(min(ys), max(ys)) for _, ys in points]
-    return Line(rule, [(x, statistics.mean(ys)) for x, ys in points], spread)
+    return Series(rule, [(float(x), statistics.mean(ys)) for x, ys in points], spread=spread)
 
 
 def table(

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from diffusers import DDIMScheduler
 
-from reports.plots import Line, lines_image
 from scripts import stability_study
 from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep
+from tests.pages import figures
 from tests.test_configs import ROOT, ParseOnly
 
 # Notes its start beside the cells; fails if there is a file `fail` there; goes on if there is a checkpoint.
@@ -88,7 +88,9 @@ def test_it_runs_what_is_missing_and_shows_the_rest_as_missing(study: Path) -> N
     assert "| U(0.5, 4) | 2 of 2 | 8.50 (8.00–9.00) | 6.50 (6.00–7.00) |" in text
     assert "| fixed 2 | 0 of 2 | missing | missing | missing | missing |" in text
     assert "Before any update: 12.50." in text
-    assert (study / "stability.png").is_file()
+    (plot, *_) = figures((study / "stability.html").read_text())
+    names = [trace["name"] for trace in plot["data"] if trace["mode"] != "none"]
+    assert names == ["fixed 2 (missing)", *(f"{rule} (missing)" for rule in list(RULES)[1:3]), "U(0.5, 4)"]
 
 
 def test_a_cell_that_failed_or_was_killed_is_run_again(
@@ -138,20 +140,3 @@ def check_scale(given: Any, wanted: Any) -> None:
         assert (given.init_args.low, given.init_args.high, given.init_args.per_sample) == (0.5, 4.0, False)
     else:
         assert given == wanted
-
-
-def test_lines_without_points_are_said_to_be_missing() -> None:
-    line = Line("y", [(0, 1.0), (1, 2.0)], [(0.5, 2), (1, 3)])
-    sheet = lines_image({"a": [Line("x", [])], "b": [line]}, "n")
-    half, height = sheet.width // 2, sheet.height
-    left, right = sheet.crop((0, 0, half, height)), sheet.crop((half, 0, sheet.width, height))
-    band = (211, 223, 245)
-    near = [
-        sum(
-            count
-            for count, color in part.getcolors(1 << 20)
-            if sum(abs(a - b) for a, b in zip(color, band, strict=True)) < 20
-        )
-        for part in (left, right)
-    ]
-    assert near[0] == 0 and near[1] > 5000

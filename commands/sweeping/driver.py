@@ -25,7 +25,7 @@ from commands.sweeping.trial_process import (
     threads_per_worker,
 )
 from common.errors import UserError
-from reports.plots import short_names
+from reports.text import short_names
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from callbacks.run_folder import CONFIG_NAME, write_text_atomically
+from callbacks.run_folder import CONFIG_NAME
 from commands.sweeping.settings import SweepSettings
 from commands.sweeping.study import TrialBook, import_optuna, point_of
-from reports.plots import short_names
-from reports.run_report import format_value
+from common.files import write_text_atomically
+from reports.text import format_value, short_names
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
