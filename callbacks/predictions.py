@@ -60,7 +60,7 @@ class PredictionFiles(Callback):
         for image, index, prompt, padding in zip(outputs["images"], indices, outputs["prompts"], is_padding):
             if not padding:
                 name = f"{index}.png"
-                save_png(to_pil(image), self.folder(trainer) / name)
+                save_png(to_pil(image.float().cpu()), self.folder(trainer) / name)
                 self._entries.append({"index": index, "prompt": prompt, "file": name})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint_files import REPLACED
 from common.errors import UserError, first_line
+from common.files import write_text_atomically
 from lightning_modules.checkpoints import check_format
 
 CONFIG_NAME = "config.yaml"
@@ -174,13 +175,6 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"the run folder {folder} cannot be written; change its permissions or start another run"
         )
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class RunFolder(Callback):

@@ -14,9 +14,9 @@ from callbacks.logging_media import log_media, log_report
 from callbacks.metrics.manifest import run_manifest, told
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from common.environment import environment, peak_memory_gib
-from reports.run_report import Report, write_report
+from reports.run_report import Report, render_text_table
 from reports.sheets import labelled_grid, save_png
-from reports.text import render_text_table
+from reports.write import write_report
 
 STAGES = ("validate", "test")
 GRID = "samples.png"

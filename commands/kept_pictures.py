@@ -38,7 +38,7 @@ class KeptPictures:
             if self.every or place < self.for_grid:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 partial = self.folder / f".{place}.{os.getpid()}.partial"
-                to_pil(image).save(partial, format="PNG")
+                to_pil(image.float().cpu()).save(partial, format="PNG")
                 partial.replace(self.path(place))
 
     def grid(self, captions: Sequence[str]) -> Image.Image:

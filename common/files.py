@@ -10,6 +10,13 @@ from uuid import uuid4
 from common.errors import UserError
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:
     """Resolve `output` and make sure that a result may be written there; call it before any long work.
 

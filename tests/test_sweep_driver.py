@@ -41,12 +41,12 @@ def drawn(path: Path, count: int) -> list[Any]:
 
 def test_driver_and_trial_are_killed_after_three_trials(tmp_path: Path) -> None:
     """Eight distinct trials in the end; those that had ended are not run again, the lost one is."""
-    path = write_sweep(tmp_path, overrides={"delay": 0.05})
+    path = write_sweep(tmp_path, overrides={"delay": 0.2})
     first = in_background(lambda: driver(path).run())
     wait_for(lambda: len(noted(path, "started")) == 4)
     os.kill(first.pid, signal.SIGKILL)
-    first.join()
     os.kill(int(noted(path, "started")[3][2]), signal.SIGKILL)
+    first.join()
     ended_before = noted(path, "ended")
     assert len(ended_before) == 3
     running = [trial for trial in study(path).live() if trial.state.name == "RUNNING"]
