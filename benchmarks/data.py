@@ -4,18 +4,17 @@
     python benchmarks/data.py --prompts 200000    a quick look
 
 Every figure is taken in a process of its own. The store has just been written, so it is read from the
-operating system's cache, not from the disk.
+operating system's cache, not from the disk: one that is larger than the free memory is slower, a page for
+each prompt. Time and size of making grow in proportion to the number of prompts, and so does its memory (8 to
+20 bytes a prompt, to find repeats). The order is computed, so a late start costs what an early one does.
 """
 
-import argparse
 import os
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ if TYPE_CHECKING:  # the imports are part of what is measured
 SUBJECTS = ("a lighthouse", "two dogs", "an old car", "a bowl of soup", "the harbour", "a paper boat")
 PLACES = ("by the sea", "in the snow", "under a bridge", "on a table", "at night", "in a crowded street")
 REPEATED = 100  # one prompt in so many is a repeat of an earlier one
-PROJECTED = 100_000_000
 MIB = 2**20
 
 
@@ -54,14 +52,15 @@ def make(path: str, batch_size: int) -> dict[str, float]:
     """Make the store: seconds, its bytes, prompts kept, memory at its largest above that of the imports."""
     import datasets.arrow_writer  # noqa: F401
 
+    from benchmarks.measuring import peak_resident_bytes
+
     module, before = data_module(path, batch_size), psutil.Process().memory_info().rss
     start = time.perf_counter()
     module.prepare_data()
     seconds = time.perf_counter() - start
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     (size,) = {file.stat().st_size for file in Path(os.environ["ONE_STEP_CACHE"]).rglob("prompts.arrow")}
     kept = sum(len(texts) for texts in module._prompts.open())
-    return {"seconds": seconds, "bytes": size, "memory": largest - before, "kept": kept}
+    return {"seconds": seconds, "bytes": size, "memory": peak_resident_bytes() - before, "kept": kept}
 
 
 def start(path: str, batch_size: int, position: int) -> dict[str, float]:
@@ -101,64 +100,47 @@ def apart(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[st
         return pool.submit(function, *arguments).result()
 
 
-def measure(path: Path, count: int, batch_size: int, workers: list[int], seconds: float) -> list[list[str]]:
-    """All rows of the table: what, measured, and what follows for 100 million prompts."""
-    times = PROJECTED / count
-    made = apart(make, str(path), batch_size)
-    late = int(0.9 * count)
-    starts = {place: apart(start, str(path), batch_size, place) for place in (0, late)}
-    source, at_most = path.stat().st_size / MIB, 20 * PROJECTED / MIB
+def measure(path: str, count: int, batch_size: int, workers: list[int], seconds: float) -> list[list[str]]:
+    """All rows of the table."""
+    made, late = apart(make, path, batch_size), int(0.9 * count)
+    starts = {place: apart(start, path, batch_size, place) for place in (0, late)}
     rows = [
-        ["source file", f"{source:,.0f} MiB", f"{source * times:,.0f} MiB"],
-        ["making it a store", f"{made['seconds']:,.1f} s", f"{made['seconds'] * times:,.0f} s"],
-        ["- its size", f"{made['bytes'] / MIB:,.0f} MiB", f"{made['bytes'] * times / MIB:,.0f} MiB"],
-        ["- prompts kept", f"{made['kept']:,} of {count:,}", "in proportion"],
-        ["- memory above the imports", f"{made['memory'] / MIB:,.0f} MiB",
-         f"8 to 20 bytes a prompt for the repeats: up to {at_most:,.0f} MiB"],
-        ["imports", f"{starts[0]['imports']:.1f} s", "the same"],
-    ]  # fmt: skip
-    for place, result in starts.items():
-        rows.append([f"start at prompt {place:,}", f"{result['seconds']:.2f} s", "the same"])
+        ["source file", f"{Path(path).stat().st_size / MIB:,.0f} MiB"],
+        ["making it a store", f"{made['seconds']:,.1f} s, {made['bytes'] / MIB:,.0f} MiB"],
+        ["- prompts kept", f"{made['kept']:,} of {count:,}"],
+        ["- memory above the imports", f"{made['memory'] / MIB:,.0f} MiB"],
+        ["imports", f"{starts[0]['imports']:.1f} s"],
+        *([f"start at prompt {place:,}", f"{found['seconds']:.2f} s"] for place, found in starts.items()),
+    ]
     for number in workers:
-        result = apart(stream, str(path), batch_size, number, seconds)
-        name = f"{number} worker{'s' * (number != 1)}" if number else "no worker process"
-        per_worker = result["rate"] / max(number, 1)
-        rows.append([f"{name}: prompts per second and worker", f"{per_worker:,.0f}", "the same while cached"])
-        growth = f"{result['growth'] / MIB:+.1f} MiB over {result['count']:,.0f} prompts"
-        rows.append(["- growth of private memory", growth, "the same"])
+        found = apart(stream, path, batch_size, number, seconds)
+        rate = f"{found['rate'] / max(number, 1):,.0f}"
+        rows.append([f"prompts a second and worker, {number or 'no'} worker(s)", rate])
+        growth = f"{found['growth'] / MIB:+.1f} MiB over {found['count']:,.0f} prompts"
+        rows.append(["- growth of private memory", growth])
     return rows
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=int, default=10_000_000, help="how many (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch (default: %(default)s)")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--seconds", type=float, default=10, help="of each streaming (default: %(default)s)")
-    parser.add_argument("--folder", help="where files lie meanwhile (default: the temporary folder)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        os.environ["ONE_STEP_CACHE"] = f"{folder}/cache"
-        path = Path(folder) / "prompts.txt"
-        with path.open("w", encoding="utf-8") as file:
-            for prompt in tqdm(synthetic_prompts(options.prompts), "Synthetic prompts", options.prompts):
-                file.write(prompt + "\n")
-        rows = measure(path, options.prompts, options.batch_size, options.workers, options.seconds)
-    from common.environment import environment  # here, since it takes imports that are measured
+    from benchmarks import measuring  # here, since it takes imports that are measured
 
-    machine = environment()
-    print(f"\n{machine['processor']}, {machine['cpu_count']} cores, {date.today()}")
-    print(f"\n| | {options.prompts:,} prompts | what follows for {PROJECTED:,} |\n|---|---|---|")
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    print(
-        "\nTime and size of making grow in proportion. The order is computed, so a late start costs what an"
-    )
-    print(
-        "early one does. A store larger than the free memory is read from the disk, a page for each prompt."
-    )
+    reader = measuring.parser(__doc__)
+    add = reader.add_argument
+    add("--prompts", type=int, default=10_000_000, help="how many (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="prompts per batch (default: %(default)s)")
+    add("--workers", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--seconds", type=float, default=10, help="of each streaming (default: %(default)s)")
+    add("--folder", help="where files lie meanwhile (default: the temporary folder)")
+    given = reader.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        os.environ["ONE_STEP_CACHE"] = f"{folder}/cache"
+        path = f"{folder}/prompts.txt"
+        with open(path, "w", encoding="utf-8") as file:
+            for prompt in tqdm(synthetic_prompts(given.prompts), "Synthetic prompts", given.prompts):
+                file.write(prompt + "\n")
+        rows = measure(path, given.prompts, given.batch_size, given.workers, given.seconds)
+    measuring.write(measuring.table(["", f"{given.prompts:,} prompts"], rows), rows, given.output)
 
 
 if __name__ == "__main__":

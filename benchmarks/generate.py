@@ -1,9 +1,9 @@
-"""What one-step generation costs: its parts, the stock pipeline, the teacher, negative prompts, decoders.
+"""What one-step generation costs: its parts, beside the stock pipeline, the teacher and negative prompts.
 
-    python benchmarks/generate.py                                          bundled student: minutes
-    python benchmarks/generate.py --size sd21 --dtype bfloat16 --compile   needs a GPU
-    python benchmarks/generate.py --size sd21 --small --rounds 2           tries that code on any machine
-    python benchmarks/generate.py --counts --compile 1 16 --into docs/performance.md
+    python benchmarks/generate.py                                   bundled student: minutes
+    python benchmarks/generate.py --model outputs/sd21 --dtype bfloat16
+                                                                    for a GPU (benchmarks/models.py)
+    python benchmarks/generate.py --counts                          counted operations of real networks
 
 "Stock" is diffusers' own pipeline on the same weights, prompts and seeds, at one step without guidance; the
 teacher is the same pipeline in 25 guided steps, whose network is as large as the student's. Everything takes
@@ -13,98 +13,200 @@ six rounds).
 
 What a negative prompt adds is measured on the network's call, with the negative text encoded beforehand.
 "First" enters the context of `negative_attention` and makes keys and values of the negative text; "later" is
-every further call inside that context. "Counted" are floating-point operations. The tiny decoder has TAESD's
-shape and random weights.
+every further call inside that context.
+
+--counts: floating-point operations (matrix products, convolutions, attention) of one call for one image,
+counted on the meta device. CFG makes two calls; NASA and NAG differ in element-wise operations only, which
+are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.benchmark import timer  # waits for the GPU
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.generation_models import SIZES, open_model
-from benchmarks.generation_rounds import TEACHER_STEPS, measure
-from benchmarks.negative_guidance import table as counts
-from benchmarks.train_step import insert, machine, write_text
+from benchmarks.measuring import interval, parser, table, times, write
+from benchmarks.models import MODELS
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.generator import (
+    OneStepGenerator,
+    ddim_scheduler,
+    make_generator,
+    pipeline_images,
+    stock_pipeline,
+)
+from lightning_modules.guidance.methods import METHODS, Method, make_method
+from lightning_modules.guidance.prompting import negative_attention
+from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.student import load_student, student_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMPT, NEGATIVE = "a red apple, noto style", "on a white background"
+CFG_SCALE = 1.5
+TEACHER_STEPS = 25
 
 
-def markdown(results: list[dict[str, Any]], head: list[str]) -> str:
-    """Tables of all batch sizes."""
+@dataclass(frozen=True)
+class Subject:
+    """Something that is timed, and a context around it that is not."""
 
-    def rows(
-        title: str, cells: Callable[[dict[str, Any]], list[str]], chosen: list[dict[str, Any]] = results
-    ) -> list[str]:
-        lines = [f"| {title} |", f"|{'---:|' * (title.count('|') + 1)}"]
-        return ["", *lines, *(f"| {one['batch']} | {' | '.join(cells(one))} |" for one in chosen)]
+    call: Callable[[], Any]
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    compiled = [one for one in results if one["compiled_speedup"]]
 
-    return "\n".join([
-        *head,
-        *rows(
-            "batch | text, ms | network | decode | whole call | images/s | stock, one step | whole / stock | "
-            f"{TEACHER_STEPS} guided steps | times the whole call", parts_row,
+class Model(NamedTuple):
+    """A student and its stock pipelines (the same weights, not copied)."""
+
+    generator: OneStepGenerator
+    stock: DiffusionPipeline
+    teacher: DiffusionPipeline
+
+
+def open_model(path: str, kind: torch.dtype) -> Model:
+    """What `generate` would load, and the rest."""
+    loaded = load_student(student_path(path))
+    parts, device = loaded.parts, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = make_generator(parts, loaded.start_timestep).eval().to(device, kind)
+    return Model(generator, stock_pipeline(parts), stock_pipeline(parts, ddim_scheduler(parts.scheduler)))
+
+
+def subjects(model: Model, batch: int) -> dict[str, Subject]:
+    """All that takes turns at one batch size."""
+    generator = model.generator
+    prompts, seeds = [PROMPT] * batch, list(range(batch))
+    encode = generator.prompt_encoder.encode
+    condition, negative = encode(prompts), encode([NEGATIVE])
+    network = partial(generator.latents, generator.noise(seeds), condition)
+    latents, drawn = network(), partial(pipeline_images, prompts=prompts, seeds=seeds)
+    found = {
+        "text": Subject(partial(encode, prompts)),
+        "network": Subject(network),
+        "decode": Subject(partial(generator.decoder.decode, latents)),
+        "whole": Subject(partial(generator.images, prompts, seeds)),
+        "stock": Subject(partial(drawn, model.stock, steps=1, guidance_scale=1.0)),
+        "teacher": Subject(partial(drawn, model.teacher, steps=TEACHER_STEPS, guidance_scale=4.5)),
+        "cfg": Subject(partial(network, guidance_scale=CFG_SCALE, negative=negative)),
+    }
+    for name in METHODS:
+        given = generator, negative, make_method(name, generator.student), network
+        found[f"{name}, first"] = Subject(partial(first_call, *given))
+        found[f"{name}, later"] = Subject(network, partial(later_calls, *given))
+    return found
+
+
+def first_call(
+    generator: OneStepGenerator, negative: Condition, method: Method, network: Callable[[], Tensor]
+) -> None:
+    """A network call with a negative prompt, the context included."""
+    with negative_attention(generator.student, negative, method):
+        network()
+
+
+@contextmanager
+def later_calls(
+    generator: OneStepGenerator, negative: Condition, method: Method, network: Callable[[], Tensor]
+) -> Iterator[None]:
+    """A context of a negative prompt in which the first call is over."""
+    with negative_attention(generator.student, negative, method):
+        network()
+        yield
+
+
+def in_turns(timed: dict[str, Subject], rounds: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each in every round, each round in another order; one round more comes first to warm up."""
+    names = list(timed)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in tqdm(range(rounds + 1), desc=title, unit="round"):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            with timed[name].inside():
+                began = timer()
+                timed[name].call()
+                elapsed = timer() - began
+            if turn:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+@torch.no_grad()
+def measure(model: Model, batch: int, rounds: int) -> dict[str, Any]:
+    """Everything about one batch size."""
+    timed = subjects(model, batch)
+    difference = float((timed["whole"].call() - timed["stock"].call()).abs().max())
+    seconds = in_turns(timed, rounds, f"batch {batch}")
+    return {"batch": batch, "difference_from_stock": difference, **summary(seconds)}
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians in milliseconds, and ratios with their intervals."""
+
+    def ratio(a: str, b: str) -> list[float]:
+        return interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+
+    def added(name: str, to: str) -> list[float]:
+        """Growth of the network's time, relative to another."""
+        columns = (seconds[name], seconds["network"], seconds[to])
+        return interval([(x - plain) / y for x, plain, y in zip(*columns, strict=True)])
+
+    negatives = ["cfg", *(name for name in seconds if name.startswith(METHODS))]
+    return {
+        "milliseconds": {name: 1000 * statistics.median(x) for name, x in seconds.items()},
+        "whole_over_stock": ratio("whole", "stock"),
+        "teacher_over_whole": ratio("teacher", "whole"),
+        "added_to_network": {name: added(name, "network") for name in negatives},
+        "added_to_whole": {name: added(name, "whole") for name in negatives},
+        "seconds": seconds,
+    }
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Tables of all batch sizes: parts and pipelines, and negative prompts."""
+    parts = [
+        "batch", "text, ms", "network", "decode", "whole call", "stock, one step", "whole / stock",
+        f"{TEACHER_STEPS} guided steps", "times the whole call",
+    ]  # fmt: skip
+    names = ["cfg", *(f"{name}, {call}" for name in METHODS for call in ("first", "later"))]
+    tables = [
+        table(parts, [parts_row(one) for one in results]),
+        table(
+            ["batch", *(f"{name} adds" for name in names), f"{METHODS[0]}, later, to the whole call"],
+            [
+                [
+                    f"{one['batch']}", *(percent(one["added_to_network"][name]) for name in names),
+                    percent(one["added_to_whole"][f"{METHODS[0]}, later"]),
+                ]
+                for one in results
+            ],
         ),
-        *rows(
-            "batch | CFG adds | NASA, first call | later calls | later, to the whole call | "
-            "counted, first / later | NAG, first call | later calls | later, part of CFG's", negatives_row,
-        ),
-        *rows(
-            "batch | VAE, ms | tiny decoder | VAE / tiny",
-            lambda one: [*_ms(one, "decode", "tiny"), times(one["decode_over_tiny"])],
-        ),
-        *(rows(
-            "batch | whole call, ms | compiled | times as fast: whole call | network | decode", compiled_row,
-            compiled,
-        ) if compiled else []),
-    ]) + "\n"  # fmt: skip
+    ]  # fmt: skip
+    return "\n\n".join(tables)
 
 
 def parts_row(one: dict[str, Any]) -> list[str]:
-    whole = one["milliseconds"]["whole"]
+    def milliseconds(*names: str) -> list[str]:
+        return [f"{one['milliseconds'][name]:.1f}" for name in names]
+
     return [
-        *_ms(one, "text", "network", "decode", "whole"), f"{1000 * one['batch'] / whole:.1f}",
-        *_ms(one, "stock"), f"**{times(one['whole_over_stock'], 3)}**", *_ms(one, "teacher"),
+        f"{one['batch']}", *milliseconds("text", "network", "decode", "whole", "stock"),
+        f"**{times(one['whole_over_stock'], 3)}**", *milliseconds("teacher"),
         f"{one['teacher_over_whole'][1]:.1f}",
     ]  # fmt: skip
-
-
-def negatives_row(one: dict[str, Any]) -> list[str]:
-    added, counted = one["added_to_network"], one["operations"]
-    growth = [100 * (counted[name] / counted["network"] - 1) for name in ("nasa, first", "nasa, later")]
-    return [
-        *(percent(added[name]) for name in ("cfg", "nasa, first", "nasa, later")),
-        percent(one["added_to_whole"]["nasa, later"]), " / ".join(f"+{value:.2f} %" for value in growth),
-        *(percent(added[name]) for name in ("nag, first", "nag, later")),
-        times(one["share_of_cfgs"]["nag, later"]),
-    ]  # fmt: skip
-
-
-def compiled_row(one: dict[str, Any]) -> list[str]:
-    speedup = one["compiled_speedup"]
-    faster = (times(speedup[name]) for name in ("whole", "network", "decode"))
-    return [*_ms(one, "whole", "whole, compiled"), *faster]
-
-
-def _ms(one: dict[str, Any], *names: str) -> list[str]:
-    return [f"{one['milliseconds'][name]:.1f}" for name in names]
-
-
-def times(found: list[float], digits: int = 2) -> str:
-    """A ratio with its interval."""
-    low, middle, high = (f"{value:.{digits}f}" for value in found)
-    return f"{middle} ({low}–{high})"
 
 
 def percent(found: list[float]) -> str:
@@ -113,71 +215,70 @@ def percent(found: list[float]) -> str:
     return f"+{middle} % ({low} to {high})".replace("+-", "-")
 
 
+@torch.no_grad()
+def operations(name: str) -> tuple[int, int, int]:
+    """Operations of a plain call, and of the first and of a later call with a negative prompt."""
+    with torch.device("meta"):
+        network = MODELS[name].network(**MODELS[name].shape).eval()
+        inputs = MODELS[name].inputs(1)
+        plain, first, later = (FlopCounterMode(display=False) for _ in range(3))
+        with plain:
+            run_network(network, *inputs)
+        with ExitStack() as stack:
+            with first:
+                method = make_method("nasa", network, 0.5)
+                stack.enter_context(negative_attention(network, inputs[-1], method))
+                run_network(network, *inputs)
+            with later:
+                run_network(network, *inputs)
+    return plain.get_total_flops(), first.get_total_flops(), later.get_total_flops()
+
+
+def counts(names: Sequence[str] = ("sd15", "sd21", "sdxl", "pixart")) -> tuple[str, dict[str, Any]]:
+    """A table of these networks, and its numbers; a multiplication and an addition are two operations."""
+    found = {name: operations(name) for name in tqdm(names, desc="operations", unit="network")}
+    rows = [
+        [
+            MODELS[name].title, f"{plain / 1e9:,.0f}", "+100 %",
+            *(f"{100 * (value / plain - 1):+.2f} %" for value in with_negative),
+        ]
+        for name, (plain, *with_negative) in found.items()
+    ]  # fmt: skip
+    head = ["network", "plain, GFLOP", "CFG", "negative prompt, first call", "later calls"]
+    return table(head, rows), found
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--size", choices=SIZES, default="emoji", help="--model, or a shape with random weights")
+    """The command line."""
+    reader = parser(__doc__)
+    add = reader.add_argument
     add("--model", default="assets/emoji-sd-swiftbrush", help="run, .ckpt or folder (default: %(default)s)")
-    add(
-        "--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64],
-        help="images per call (default: 1 to 64)",
-    )  # fmt: skip
-    add("--rounds", type=int, default=20, help="(default: %(default)s; the teacher has a fifth of them)")
+    add("--batch", type=int, nargs="+", default=[1, 4, 16, 64], help="images per call (default: 1 4 16 64)")
+    add("--rounds", type=int, default=20, help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
-    add(
-        "--compile", type=int, nargs="*", metavar="BATCH",
-        help="also with network and decoder compiled, at these batch sizes (none given: all); minutes each",
-    )  # fmt: skip
-    add("--counts", action="store_true", help="also count operations of real backbones")
+    add("--counts", action="store_true", help="count operations of real networks, and measure nothing")
     add("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
-    add(
-        "--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: time of the process, for one thread on a machine that has other work",
-    )  # fmt: skip
-    add("--small", action="store_true", help="few channels, to try sd21 without a GPU")
-    add("--output", type=Path, default=Path("outputs/benchmark_generate"), help="folder for .md and .json")
-    add("--into", type=Path, help="also put the tables into this file, between its marks for this size")
-    given = parser.parse_args(argv)
-    if given.size != "emoji" and not given.small and not torch.cuda.is_available():
-        parser.error(f"--size {given.size} needs a GPU, and there is none here; --small tries it on a CPU")
-    if given.clock == "cpu" and (given.threads > 1 or torch.cuda.is_available()):
-        parser.error("--clock cpu is for --threads 1 without a GPU")
+    given = reader.parse_args(argv)
     if min(*given.batch, given.rounds, given.threads) < 1:
-        parser.error("--batch, --rounds and --threads must be at least 1")
+        reader.error("--batch, --rounds and --threads must be at least 1")
     return given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     given = arguments(argv)
-    torch.set_num_threads(given.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(given.size, given.model, given.small, device, DTYPES[given.dtype])
-    clock = time.process_time if given.clock == "cpu" else time.perf_counter
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock()
-
-    compiled = [] if given.compile is None else given.compile or given.batch
-    results = [measure(model, batch, given.rounds, batch in compiled, now) for batch in given.batch]
-    command = " ".join(["python", "benchmarks/generate.py", *(sys.argv[1:] if argv is None else argv)])
-    where = (
-        f"{machine()}; {given.dtype}, threads: {given.threads}, {given.rounds} rounds, {given.clock} clock; "
-        f"{model.title}; largest difference from a stock picture (0 to 1): "
-        f"{max(one['difference_from_stock'] for one in results):.1g}"
-    )
-    text = markdown(results, [f"`{command}`", "", where])
     if given.counts:
-        text += "\n" + "\n".join(counts()) + "\n"
-    facts = {"command": command, "where": where, "results": results}
-    write_text(given.output / f"{given.size}.json", json.dumps(facts, indent=1))
-    write_text(given.output / f"{given.size}.md", text)
-    if given.into is not None:
-        insert(text, given.into, f"generation {given.size}")
-    print("\n" + text)
+        write(*counts(), given.output)
+        return
+    torch.set_num_threads(given.threads)
+    model = open_model(given.model, DTYPES[given.dtype])
+    results = [measure(model, batch, given.rounds) for batch in given.batch]
+    difference = max(one["difference_from_stock"] for one in results)
+    where = (
+        f"{given.dtype}, threads: {given.threads}, {given.rounds} rounds; "
+        f"{given.model}; largest difference from a stock picture (0 to 1): {difference:.1g}"
+    )
+    write(markdown(results), results, given.output, where)
 
 
 if __name__ == "__main__":

@@ -2,58 +2,186 @@
 
     python benchmarks/memory.py                    the table in docs/performance.md; computed on any machine
     python benchmarks/memory.py --models sd21 --output memory.json
-    python benchmarks/memory.py --check full.json  the estimate beside a measurement by full_size.py
 
 Nothing is allocated: the networks are built on PyTorch's meta device from the published configurations, and
-the two turns of an update run there, forward and backward, with bf16 autocast's casts and fused attention.
-Weights and what follows from them are counted by the project's own memory table; activations and gradients
-are the largest sum of tensors that are alive at once. Left out is what libraries take for themselves
-(workspaces, fragmentation); `ROOM` leaves something for them.
+the two turns of an update run there, forward and backward, with the casts of bf16 autocast on a GPU and fused
+attention. Weights and optimizer states are counted; activations and gradients are the largest sum of tensors
+that are alive at once. Left out is what libraries take for themselves (workspaces, fragmentation); `ROOM`
+leaves something for them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
 import sys
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.meta_models import MODELS, Distillation, build, condition
-from benchmarks.meta_tensors import Autocast, LiveMemory
-from lightning_modules.diffusion.condition import Condition
-from lightning_modules.memory import GRADIENTS, memory_by_part
+from benchmarks.measuring import GIB, parser, table, write
+from benchmarks.models import MODELS
+from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, add_adapter
+from lightning_modules.networks.roles import ScoreModels
 
-GIB = 2**30
 GPUS = {16: 15.6, 24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}
 """GiB of cards that are sold as so many GB."""
 ROOM = 1.0, 0.05
 """What we leave free: GiB for CUDA and its libraries, and a share of the rest for fragmentation."""
-STUDENTS = {
+ADAM, EIGHT_BIT = 8.0, 2 * (1 + 4 / 256)
+"""Bytes a weight; bitsandbytes' Adam8bit has two bytes, and a scale for each block of 256."""
+STUDENTS: dict[str, dict[str, Any]] = {
     "all weights, average": {"ema": True},
     "all weights": {},
-    "all weights, 8-bit Adam": {"eight_bit": True},
+    "all weights, 8-bit Adam": {"state": EIGHT_BIT},
     "LoRA, rank 256": {"lora": True},
 }
+BLOCK = 512  # CUDA's allocator rounds up to so many bytes
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row's way of training."""
+class LiveMemory(TorchDispatchMode):
+    """Adds up the storages that are alive among those made inside; views add nothing.
 
-    model: str
-    lora: bool = False
-    ema: bool = False
-    eight_bit: bool = False
+    Attributes:
+        live: bytes now.
+        history: bytes after each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.history: list[int] = []
+        self._known: set[int] = set()  # addresses of storages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), made_inside=False)  # weights, say
+        result = func(*args, **(kwargs or {}))
+        self._note(result, made_inside=True)
+        self.history.append(self.live)
+        return result
+
+    def _note(self, tree: Any, made_inside: bool) -> None:
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)):
+            if (address := storage._cdata) not in self._known:
+                size = -(-storage.nbytes() // BLOCK) * BLOCK if made_inside else 0
+                self._known.add(address)
+                self.live += size
+                weakref.finalize(storage, self._freed, address, size)
+
+    def _freed(self, address: int, size: int) -> None:
+        self._known.remove(address)
+        self.live -= size
+
+
+@contextmanager
+def gpu_autocast() -> Iterator[None]:
+    """The casts of bf16 autocast on a GPU and its fused attention, not to be had for the meta device.
+
+    Weights' casts are not cached, as under Lightning. The functions of `torch.nn.functional` are exchanged: a
+    mode of PyTorch would be off in backward passes, where checkpoints run parts of the forward pass again.
+    """
+
+    def casting(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+        function = getattr(F, name)
+        return lambda *args, **kwargs: function(*cast(args, dtype), **cast(kwargs, dtype))
+
+    def attention(*args: Tensor, attn_mask: Tensor | None = None, **unused: Any) -> Tensor:
+        query, key, value, mask = cast((*args[:3], attn_mask), torch.bfloat16)
+        if mask is not None:
+            mask = mask.expand(*query.shape[:-1], key.shape[-2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, mask, torch.is_grad_enabled())[0]
+
+    functions = {name: casting(name, torch.bfloat16) for name in ("linear", "conv2d")}
+    functions |= {name: casting(name, torch.float32) for name in ("group_norm", "layer_norm")}
+    with patch.multiple(F, **functions, scaled_dot_product_attention=attention):
+        yield
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in another type."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+class Networks(NamedTuple):
+    """What `fit` makes of a model: trained weights in float32, frozen ones in bfloat16."""
+
+    student: nn.Module
+    scores: ScoreModels
+
+
+def build(name: str, lora: bool = False, checkpointing: bool = False) -> Networks:
+    """Student, and teacher with a LoRA fake score of rank 64."""
+    with torch.device("meta"):
+        base = MODELS[name].network(**MODELS[name].shape)
+        student = copy.deepcopy(base).requires_grad_(True).train()
+        if lora:
+            add_adapter(student, StudentLoraSettings())
+        scores = ScoreModels(base, NoiseSchedule(torch.ones(1000, device="cpu")), LoraSettings(64, 108))
+        for network in (student, scores):
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            for parameter in network.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+    return Networks(student, scores)
+
+
+def fixed(name: str, lora: bool = False, ema: bool = False, state: float = ADAM) -> dict[str, float]:
+    """Bytes of each part that stays, without autoencoder and text encoders.
+
+    Args:
+        state: bytes that the student's optimizer keeps of a weight.
+    """
+    made = build(name, lora)
+
+    def size(network: nn.Module, trained: bool) -> int:
+        return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad is trained)
+
+    student, fake = size(made.student, True), size(made.scores, True)
+    return {
+        "student": student, "student's base": size(made.student, False), "teacher": size(made.scores, False),
+        "fake score": fake, "moving average": student if ema else 0,
+        "optimizer states": student / 4 * state + fake / 4 * ADAM,
+        "autoencoder": 2 * 83.7e6,
+    }  # fmt: skip
+
+
+def turns(name: str, batch: int, lora: bool = False, checkpointing: bool = False) -> list[int]:
+    """Bytes of activations and gradients after each operation of an update."""
+    model, (student, scores) = MODELS[name], build(name, lora, checkpointing)
+    with LiveMemory() as memory, gpu_autocast(), torch.device("meta"):
+        noise, t, text = model.inputs(batch)
+        *_, twice = model.inputs(2 * batch)
+        x0 = run_network(student, noise, t, text)
+        with torch.no_grad():  # both scores with guidance: 2 B samples in one call
+            x_t, both = torch.cat([x0, x0]), torch.cat([t, t])
+            with scores.adapter(False):
+                teacher = run_network(scores.base, x_t, both, twice).float()
+            fake = run_network(scores.base, x_t, both, twice).float()
+            gradient = (teacher - fake).chunk(2)[0]
+            del x_t, both, teacher, fake
+        (x0.float() * gradient).mean().backward()
+        del x0, gradient
+        student.zero_grad(set_to_none=True)  # before the other turn begins
+        output = run_network(scores.base, noise, t, text)
+        output.float().square().mean().backward()
+        scores.zero_grad(set_to_none=True)
+    return memory.history
 
 
 class Needs:
@@ -67,7 +195,7 @@ class Needs:
         two, four: bytes after each operation, for batches of two and four.
     """
 
-    def __init__(self, two: list[int], four: list[int]) -> None:
+    def __init__(self, two: Iterable[int], four: Iterable[int]) -> None:
         first, second = np.array(two, np.float64), np.array(four, np.float64)
         self.constant, self.per_sample = 2 * first - second, (second - first) / 2
 
@@ -83,146 +211,50 @@ class Needs:
         return max(0, int(((size - self.constant[growing]) / self.per_sample[growing]).min()))
 
 
-def turns(made: Distillation, batch: int, policy: Autocast) -> list[int]:
-    """Bytes of activations and gradients after each operation of an update."""
-    student, scores = made.module.student, made.module.scores
-    with LiveMemory() as memory, policy:
-        noise = torch.empty(batch, *made.latent, device="meta")
-        t = torch.empty(batch, dtype=torch.long, device="meta")
-        text, twice = condition(made.text, batch), condition(made.text, 2 * batch)
-        x0 = run_network(student, noise, t, text)
-        with torch.no_grad():  # both scores with guidance: 2 B samples in one call
-            pair = _score_pair(scores, x0.detach(), t, twice)
-        (x0.float() * pair).mean().backward()
-        del x0, pair
-        student.zero_grad(set_to_none=True)  # before the other turn begins
-        with scores.adapter(True):
-            output = run_network(scores.base, noise, t, text)
-        output.float().square().mean().backward()
-        scores.zero_grad(set_to_none=True)
-    return memory.history
-
-
-def _score_pair(scores: Any, x0: Tensor, t: Tensor, twice: Condition) -> Tensor:
-    x_t, both = torch.cat([x0, x0]), torch.cat([t, t])
-    with scores.teacher_network() as network:
-        teacher = run_network(network, x_t, both, twice).float()
-    with scores.adapter(True):
-        fake = run_network(scores.base, x_t, both, twice).float()
-    return (teacher - fake).chunk(2)[0]
-
-
-def activations(
-    model: str, lora: bool, checkpointing: bool, policy: Autocast, frozen: torch.dtype = torch.bfloat16
-) -> Needs:
-    """What activations and gradients of an update take."""
-    made = build(model, lora=lora, checkpointing=checkpointing, frozen=frozen)
-    return Needs(*(turns(made, batch, policy) for batch in (2, 4)))
-
-
-def decoding(model: str) -> float:
-    """Bytes at most while one picture is decoded, as in validation."""
-    made = build(model)
-    with LiveMemory() as memory, torch.no_grad(), Autocast():
-        made.module.parts.vae.decode(torch.empty(1, *made.latent, device="meta", dtype=torch.bfloat16))
-    return max(memory.history)
-
-
-def fixed(setting: Setting) -> dict[str, int]:
-    """Bytes of each part that stays, by the project's own table; without text encoders and gradients."""
-    made = build(setting.model, lora=setting.lora, ema=setting.ema, eight_bit=setting.eight_bit)
-    parts = memory_by_part(made.module)
-    return {name: size for name, (_, size, _) in parts.items() if name != GRADIENTS}
-
-
 def room(gib: float) -> float:
     """Bytes of a card that training may take."""
     return (gib - ROOM[0]) * (1 - ROOM[1]) * GIB
 
 
-def rows(model: str, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """All ways of training one model."""
-    needs = {}
-    for lora in (False, True):
-        for checkpointing in (False, True):
-            bar.set_postfix_str(model)
-            needs[lora, checkpointing] = activations(model, lora, checkpointing, Autocast())
-            bar.update()
-    decoded, found = decoding(model), []
+def rows(model: str) -> list[dict[str, Any]]:
+    """All ways of training one model, without and with gradient checkpointing."""
+    ways = [(lora, checkpointing) for lora in (False, True) for checkpointing in (False, True)]
+    needs = {way: Needs(*(turns(model, batch, *way) for batch in (2, 4))) for way in ways}
+    found = []
     for name, changes in STUDENTS.items():
-        parts = fixed(Setting(model, **changes))
-        encoders = parts.pop("text encoders")
-        constant, lora = sum(parts.values()), changes.get("lora", False)
-        row: dict[str, Any] = {
-            "model": model, "student": name, "fixed_gib": constant / GIB, "text_encoders_gib": encoders / GIB,
-            "parts": parts, "decoding_gib": decoded / GIB,
-        }  # fmt: skip
-        for checkpointing in (False, True):
-            need, key = needs[lora, checkpointing], "checkpointing" if checkpointing else "plain"
-            row[key] = {"gib_by_batch": {batch: need.peak(batch) / GIB for batch in (1, 2, 4, 8, 16, 32)}}
-            row[key]["largest"] = {gb: need.largest(room(gib) - constant) for gb, gib in GPUS.items()}
+        parts, lora = fixed(model, **changes), changes.get("lora", False)
+        constant = sum(parts.values())
+        row: dict[str, Any] = {"model": model, "student": name, "parts": parts, "gib": constant / GIB}
+        row["batch 1"] = [(constant + needs[lora, way].peak(1)) / GIB for way in (False, True)]
+        row["largest"] = {
+            gb: [needs[lora, way].largest(room(gib) - constant) for way in (False, True)]
+            for gb, gib in GPUS.items()
+        }
         found.append(row)
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: GiB in all for one sample, then what fits; without / with gradient checkpointing."""
+def markdown(found: list[dict[str, Any]]) -> str:
+    """GiB in all for one sample, then what fits; without / with gradient checkpointing."""
     head = ["", "student", "weights and states", "batch 1", *(f"{gb} GB" for gb in GPUS)]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
-    for row in found:
-        ways = row["plain"], row["checkpointing"]
-        alone = " / ".join(f"{row['fixed_gib'] + way['gib_by_batch'][1]:.1f}" for way in ways)
-        cells = [
-            MODELS[row["model"]].title, row["student"], f"{row['fixed_gib']:.1f}", alone,
-            *(" / ".join(str(way["largest"][gb] or "–") for way in ways) for gb in GPUS),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def check(path: Path) -> str:
-    """The estimate for a run of full_size.py beside what it measured."""
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    model, lora = "sd21_small" if measured["small"] else "sd21", measured["student"] == "lora"
-    mixed = measured["precision"] == "bf16-mixed"
-    policy = Autocast(enabled=mixed, float32_norms=False, fused_attention=False)  # as autocast is on the CPU
-    kind = torch.bfloat16 if mixed else torch.float32
-    needed = activations(model, lora, True, policy, kind).peak(1)
-    weights = sum(part["bytes"] for name, part in measured["parts"].items() if name != GRADIENTS)
-    imports = measured["phases"][0]["after_gib"]
-    peak = max(row["peak_gib"] for row in measured["phases"][2:])  # of the updates, without loading
-    estimate = imports + (weights + needed) / GIB
-    return (
-        f"{path.name}: estimated {imports:.2f} (imports) + {weights / GIB:.2f} (parts) + "
-        f"{needed / GIB:.2f} (gradients, activations) = {estimate:.2f} GiB, "
-        f"measured {peak:.2f} GiB: {estimate / peak - 1:+.1%}"
-    )
+    cells = [
+        [
+            MODELS[row["model"]].title, row["student"], f"{row['gib']:.1f}",
+            " / ".join(f"{gib:.1f}" for gib in row["batch 1"]),
+            *(" / ".join(str(batch or "–") for batch in row["largest"][gb]) for gb in GPUS),
+        ]
+        for row in found
+    ]  # fmt: skip
+    return table(head, cells)
 
 
 def main() -> None:
     """Compute and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    published = [name for name in MODELS if not name.endswith("small")]
-    parser.add_argument("--models", nargs="+", choices=published, default=published)
-    parser.add_argument("--check", type=Path, nargs="+", help="JSON files of benchmarks/full_size.py")
-    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
-    options = parser.parse_args()
-    if options.check:
-        print("\n".join(check(path) for path in options.check))
-        return
-    with tqdm(total=4 * len(options.models), unit="run") as bar:
-        found = [row for model in options.models for row in rows(model, bar)]
-    print(table(found))
-    for model in options.models:
-        row = next(row for row in found if row["model"] == model)
-        print(
-            f"{MODELS[model].title}: text encoders {row['text_encoders_gib']:.1f} GiB in bf16 if prompts "
-            f"aren't cached; decoding takes {row['decoding_gib']:.1f} GiB a picture in validation"
-        )
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    reader, names = parser(__doc__), ["sd15", "sd21", "sdxl", "pixart"]
+    reader.add_argument("--models", nargs="+", choices=[*names, "sd21_small"], default=names)
+    given = reader.parse_args()
+    found = [row for model in tqdm(given.models, unit="model") for row in rows(model)]
+    write(markdown(found), found, given.output)
 
 
 if __name__ == "__main__":

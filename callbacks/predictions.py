@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.run_folder import run_dir, write_text_atomically
+from callbacks.run_folder import run_dir
+from common.files import write_text_atomically
 from common.processes import from_every_rank
 from reports.sheets import save_png, to_pil
 
@@ -60,7 +61,7 @@ class PredictionFiles(Callback):
         for image, index, prompt, padding in zip(outputs["images"], indices, outputs["prompts"], is_padding):
             if not padding:
                 name = f"{index}.png"
-                save_png(to_pil(image), self.folder(trainer) / name)
+                save_png(to_pil(image.float().cpu()), self.folder(trainer) / name)
                 self._entries.append({"index": index, "prompt": prompt, "file": name})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,8 +18,8 @@ from callbacks.metrics.measure import FinalResults
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
 from common.environment import peak_memory_gib
-from reports.run_report import Report, findings, write_report
-from reports.text import render_text_table
+from reports.run_report import Report, findings, render_text_table
+from reports.write import write_report
 
 _WARM_UP = 5
 _MOST_PICTURES = 6

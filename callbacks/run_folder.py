@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint_files import REPLACED
 from common.errors import UserError, first_line
-from common.files import write_text_atomically as write_text_atomically
+from common.files import write_text_atomically
 from lightning_modules.checkpoints import check_format
 
 CONFIG_NAME = "config.yaml"

@@ -45,9 +45,9 @@ from datamodules.tables import read_json
 from lightning_modules.drawing import Drawer, Recipe, given_pictures, model_drawer
 from lightning_modules.networks.model_names import REPOSITORY, asset_path
 from lightning_modules.networks.student import student_path
-from reports.run_report import Report, result_table, write_report
+from reports.run_report import Report, render_text_table, result_table
 from reports.sheets import save_png
-from reports.text import render_text_table
+from reports.write import write_report
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "eval" / "emoji.yaml"
 CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfinished"

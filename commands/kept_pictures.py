@@ -37,7 +37,7 @@ class KeptPictures:
             if self.every or place < self.for_grid:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with written_whole(self.path(place)) as partial:
-                    to_pil(image).save(partial, format="PNG")
+                    to_pil(image.float().cpu()).save(partial, format="PNG")
 
     def grid(self, captions: Sequence[str]) -> Image.Image:
         """The first pictures with their captions; of several sizes those as large as the first."""

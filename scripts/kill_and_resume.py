@@ -21,15 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS_FD = "KILL_AND_RESUME_FD"
@@ -84,29 +84,16 @@ class PhaseMarks(Callback):
             self._mark("evaluation", checkpoint["global_step"])
 
 
-@dataclass
-class Session:
-    """One process of a run: its id and the reading end of its marks."""
+class Session(NamedTuple):
+    """One process of a run: its id, the reading end of its marks, and what waits for its exit status."""
 
     pid: int
     pipe: int
     wait: Callable[[], int]
-    durations: dict[str, list[float]] = field(default_factory=dict)
-
-    def marks(self) -> Iterator[tuple[str, int]]:
-        """Yield phase and step as they begin, until the process is gone; notes how long phases took."""
-        last: tuple[str, float] | None = None
-        with os.fdopen(self.pipe) as lines:
-            for line in lines:
-                now = time.perf_counter()
-                if last is not None:
-                    self.durations.setdefault(last[0], []).append(now - last[1])
-                phase, step = line.split()
-                last = phase, now
-                yield phase, int(step)
 
 
 Start = Callable[[list[str], Path], Session]
+Moment = tuple[str, int, float]
 
 
 def start_process(arguments: list[str], log: Path) -> Session:
@@ -121,45 +108,36 @@ def start_process(arguments: list[str], log: Path) -> Session:
     return Session(process.pid, reading, process.wait)
 
 
-def run_to_the_end(start: Start, arguments: list[str], log: Path) -> dict[str, float]:
-    """Run without a kill; returns the median length of each phase in seconds.
+def run(
+    start: Start, arguments: list[str], log: Path, moment: Moment | None = None, steps: int = 0
+) -> tuple[str | None, dict[str, float]]:
+    """Run to the end, or kill so many seconds into the first such phase at or after a step.
 
-    Raises:
-        RuntimeError: the run failed.
-    """
-    session = start(arguments, log)
-    for _ in session.marks():
-        pass
-    if status := session.wait():
-        raise RuntimeError(f"the run ended with status {status}: see {log}")
-    return {phase: statistics.median(times) for phase, times in session.durations.items()}
-
-
-def run_and_kill(
-    start: Start, arguments: list[str], log: Path, moment: tuple[str, int, float], steps: int
-) -> str | None:
-    """Kill some seconds into the first such phase at or after a step.
-
-    The last chance is the final evaluation. Returns the phase that was hit, None if the kill came too late.
+    The last chance to kill is the evaluation after `steps`. Returns the phase that was hit (None: none was),
+    and the median length of each phase in seconds.
 
     Raises:
         RuntimeError: the run failed by itself.
     """
-    phase, earliest, seconds = moment
-    session = start(arguments, log)
-    marks, now = session.marks(), None
-    for now, step in marks:
-        if step >= earliest and now == phase or step >= steps and now == "evaluation":
-            time.sleep(seconds)
-            os.kill(session.pid, signal.SIGKILL)
-            now = [now, *(phase for phase, _ in marks)][-1]  # what it got to while we slept
+    session, durations = start(arguments, log), defaultdict[str, list[float]](list)
+    now, began, killed = None, 0.0, False
+    with os.fdopen(session.pipe) as marks:
+        for line in marks:
+            if now is not None:
+                durations[now].append(time.perf_counter() - began)
+            now, began, step = line.split()[0], time.perf_counter(), int(line.split()[1])
+            wanted = moment and now == moment[0] and step >= moment[1]
+            if moment and not killed and (wanted or (step >= steps and now == "evaluation")):
+                time.sleep(moment[2])  # what it gets to meanwhile has marks, too
+                os.kill(session.pid, signal.SIGKILL)
+                killed = True
     status = session.wait()
-    if status not in (0, -signal.SIGKILL):
+    if status not in (0, -signal.SIGKILL if killed else 0):
         raise RuntimeError(f"the run ended with status {status}: see {log}")
-    return now if status else None
+    return (now if status else None), {phase: statistics.median(x) for phase, x in durations.items()}
 
 
-def moments(kills: int, steps: int, seed: int) -> list[tuple[str, int, float]]:
+def moments(kills: int, steps: int, seed: int) -> list[Moment]:
     """(phase, earliest step, place within the phase in [0, 1)), half of them in steps; steps never fall."""
     generator = random.Random(seed)
     phases = [PHASES[0] if i % 2 == 0 else PHASES[1 + i // 2 % 2] for i in range(kills)]
@@ -168,22 +146,19 @@ def moments(kills: int, steps: int, seed: int) -> list[tuple[str, int, float]]:
     return [(phase, step, generator.random()) for phase, step in zip(phases, earliest)]
 
 
-# Comparison
+def differences(first: Any, second: Any) -> list[str]:
+    """Where nested data differ; tensors must be equal bit for bit."""
+    one, other = (
+        {keystr(path): leaf for path, leaf in tree_leaves_with_path(content)} for content in (first, second)
+    )
+    return [place for place in dict.fromkeys([*one, *other]) if not same(one.get(place), other.get(place))]
 
 
-def differences(first: Any, second: Any, place: str = "") -> Iterator[str]:
-    """Yield where nested data differ; tensors must be equal bit for bit."""
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        for key in first:
-            yield from differences(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        for number, (one, other) in enumerate(zip(first, second)):
-            yield from differences(one, other, f"{place}.{number}")
-    elif isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        if first.dtype != second.dtype or not torch.equal(first, second):
-            yield place
-    elif first != second:
-        yield place
+def same(first: Any, second: Any) -> bool:
+    """Equality of single values."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    return type(first) is type(second) and first == second
 
 
 def newest_run(root: Path) -> Path:
@@ -209,44 +184,46 @@ def table(run: Path) -> tuple[list[dict[str, str]], set[str]]:
     return [{k: v for k, v in row.items() if k not in left_out and v} for row in rows], left_out
 
 
+def contents(path: Path) -> bytes | None:
+    """What is in a file, None if there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
 def compare(alone: Path, killed: Path) -> tuple[list[str], str]:
     """Return the differences of two runs and a line that says how much was compared."""
-    found = []
-    for name in ("last", "best"):
-        states = [checkpoint_state(run, name) for run in (alone, killed)]
-        found += [f"{name}.ckpt: {place.lstrip('.')}" for place in differences(*states)]
-    (first, left_out), (second, _) = table(alone), table(killed)
-    found += [f"metrics.csv: row {place.lstrip('.')}" for place in differences(first, second)]
-    reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (alone, killed)]
+    runs = (alone, killed)
+    (rows, left_out), (others, _) = map(table, runs)
+    reports = [json.loads((run / "report.json").read_text())["metrics"] for run in runs]
     for report in reports:
         report.pop("milliseconds_per_image", None)
-    found += [f"report.json: {place.lstrip('.')}" for place in differences(*reports)]
-    pictures = sorted(path.name for path in (alone / "samples").glob("*.png"))
-    for name in pictures:
-        one, other = (run / "samples" / name for run in (alone, killed))
-        found += [] if other.is_file() and one.read_bytes() == other.read_bytes() else [f"samples/{name}"]
+    names = sorted(path.name for path in (alone / "samples").glob("*.png"))  # a resumed run may draw more
+    pictures = [{name: contents(run / "samples" / name) for name in names} for run in runs]
+    states = [[checkpoint_state(run, name) for run in runs] for name in ("last", "best")]
+    pairs = {
+        "last.ckpt": states[0], "best.ckpt": states[1], "metrics.csv": (rows, others),
+        "report.json": reports, "samples": pictures,
+    }  # fmt: skip
+    found = [f"{name}: {place}" for name, pair in pairs.items() for place in differences(*pair)]
     found += [f"left over: {path.relative_to(killed)}" for path in killed.rglob("*") if ".tmp" in path.name]
-    tensors = len(states[0]["state_dict"]) + sum(len(o["state"]) for o in states[0]["optimizer_states"])
-    columns = len({name for row in first for name in row})
+    state = states[0][0]
+    tensors = len(state["state_dict"]) + sum(len(one["state"]) for one in state["optimizer_states"])
+    columns = len({name for row in rows for name in row})
     return found, (
         f"compared: last.ckpt and best.ckpt ({tensors} weights and optimizer states each, average, "
-        f"schedules, random states), {len(first)} rows x {columns} columns of metrics.csv (not: "
-        f"{', '.join(sorted(left_out)) or 'none'}), the report's metrics, {len(pictures)} sample pictures"
+        f"schedules, random states), {len(rows)} rows x {columns} columns of metrics.csv (not: "
+        f"{', '.join(sorted(left_out)) or 'none'}), the report's metrics, {len(names)} sample pictures"
     )
-
-
-# Command
 
 
 def prepare(arguments: argparse.Namespace) -> list[str]:
     """Write the settings that make the run short and marked; returns the configs of `fit`."""
     arguments.output.mkdir(parents=True)
-    own = {} if arguments.config else json.loads(json.dumps(SHORT))
     marks = [{"class_path": "scripts.kill_and_resume.PhaseMarks"}]
     if arguments.config:
-        own["trainer"] = {"callbacks+": marks}
+        own: dict[str, Any] = {"trainer": {"callbacks+": marks}}
     else:
-        own["trainer"]["callbacks"] += marks
+        callbacks = [*SHORT["trainer"]["callbacks"], *marks]
+        own = {**SHORT, "trainer": {**SHORT["trainer"], "callbacks": callbacks}}
     path = arguments.output / "marked.yaml"
     path.write_text(yaml.safe_dump(own, sort_keys=False))
     files = [*(arguments.config or [ROOT / "configs" / "quickstart.yaml"]), path]
@@ -256,23 +233,23 @@ def prepare(arguments: argparse.Namespace) -> list[str]:
 def check(arguments: argparse.Namespace, start: Start = start_process) -> list[str]:
     """Run, kill, resume and compare; returns what is wrong."""
     configs, output = prepare(arguments), arguments.output
-    place = "--trainer.default_root_dir"
-    commands = {name: ["fit", *configs, "--experiment", "run", place, str(output / name)]
-                for name in ("alone", "killed")}  # fmt: skip
+
+    def command(name: str) -> list[str]:
+        return ["fit", *configs, "--experiment", "run", "--trainer.default_root_dir", str(output / name)]
+
     began = time.perf_counter()
-    lengths = run_to_the_end(start, commands["alone"], output / "alone.log")
+    _, lengths = run(start, command("alone"), output / "alone.log")
     print(f"left alone: {time.perf_counter() - began:.0f} s; median seconds of a phase: "
           f"{ {phase: round(value, 4) for phase, value in lengths.items()} }", flush=True)  # fmt: skip
     alone = newest_run(output / "alone")
     steps = int(torch.load(alone / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
-    resume, fell = [*commands["killed"], "--ckpt_path", "last"], Counter[str]()
+    resume, fell = [*command("killed"), "--ckpt_path", "last"], Counter[str]()
     for number, (phase, step, part) in enumerate(moments(arguments.kills, steps, arguments.seed), 1):
-        log = output / f"killed_{number}.log"
         moment = phase, step, part * lengths.get(phase, 0.0)
-        hit = run_and_kill(start, resume, log, moment, steps)
+        hit, _ = run(start, resume, output / f"killed_{number}.log", moment, steps)
         fell[hit or "too late"] += 1
         print(f"kill {number}: for a {phase} from step {step} on; hit: {hit or 'nothing'}", flush=True)
-    run_to_the_end(start, resume, output / "killed_end.log")
+    run(start, resume, output / "killed_end.log")
     wrong, compared = compare(alone, newest_run(output / "killed"))
     where = ", ".join(f"{fell[phase]} in {phase}s" for phase in PHASES)
     print(f"{arguments.kills} kills: {where}; {fell['too late']} too late\n{compared}")

@@ -8,7 +8,10 @@ and without those that also describe a held-out picture (they name no background
 """
 
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.pictures import EmojiPictures, EvaluationPictures, caption
 

@@ -13,13 +13,12 @@ six background colours and for each style where the shipped student draws the fe
 100 pictures and the detector is right on the real pictures. Another student needs others.
 
 Writes results.json, results.md, sweep_nasa.png and sweep_nag.png (rows prompts, columns scales), and
-plot_nasa.png and plot_nag.png.
+plot_nasa.html and plot_nag.html (the camera above a plot saves it as PNG).
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,22 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.measure import measure_pictures
 from callbacks.metrics.negative import REMOVAL_CASES, ClipScoreNegative, NegativeRemovalRate, RemovalCase
 from callbacks.metrics.reference import ReferenceStatistics
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
-from lightning_modules.generator import OneStepGenerator, load_generator
-from lightning_modules.guidance.methods import make_method
-from reports.plots import plot_image
+from lightning_modules.drawing import Drawer, Recipe, model_drawer
+from reports.html import plots_page
+from reports.plots import Series, line_figure
 from reports.sheets import labelled_grid, save_png
 
 BATCH = 50
+METHODS = ("cfg", "nasa", "nag")
 QUALITY = ("removal_rate", "frechet_distance", "clip_score")
-Draw = Callable[[list[str], list[int], list[str]], Tensor]  # prompts, seeds, negatives -> pictures
+PAIRS = {
+    "removal_rate": "negative_removal_rate", "pairs_clip_score": "clip_score",
+    "pairs_clip_score_negative": "clip_score_negative",
+}  # fmt: skip
 
 
 def scale_list(text: str) -> list[float]:
@@ -52,18 +56,12 @@ def scale_list(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def drawer(generator: OneStepGenerator, method: str, scale: float) -> Draw:
-    """Pictures by one method at one scale."""
-    if method == "none":
-        return lambda prompts, seeds, _: generator.images(prompts, seeds)
-    if method == "cfg":
-        return lambda prompts, seeds, negatives: generator.images(
-            prompts, seeds, guidance_scale=scale, negative_prompt=negatives
-        )
-    rule = make_method(method, generator.student, scale)
-    return lambda prompts, seeds, negatives: generator.images(
-        prompts, seeds, negative_prompt=negatives, negative_method=rule
-    )
+def drawer(
+    model: str, method: str, scale: float, prompts: list[str], negatives: list[str], seeds: list[int]
+) -> Drawer:
+    """Pictures of these prompts by one method at one scale; 0 is off."""
+    recipe = Recipe(model, negative_guidance=method, negative_scale=scale) if scale else Recipe(model)
+    return model_drawer(recipe, prompts, seeds, negatives, torch.device("cpu"))
 
 
 def contrary_styles(captions: list[str]) -> list[str]:
@@ -75,50 +73,30 @@ def contrary_styles(captions: list[str]) -> list[str]:
     ]
 
 
-def measure(
-    draw: Draw, metrics: list[ImageMetric], prompts: list[str], negatives: list[str], seeds: list[int]
-) -> dict[str, dict[str, Any]]:
-    """Results of metrics over the pictures of these prompts."""
-    for metric in metrics:
-        metric.reset()
-        if isinstance(metric, (ClipScoreNegative, NegativeRemovalRate)):
-            metric.prepare(prompts, negatives=negatives)
-    for start in range(0, len(prompts), BATCH):
-        part = slice(start, start + BATCH)
-        images = draw(prompts[part], seeds[part], negatives[part])
-        places = list(range(start, start + len(images)))
-        for metric in metrics:
-            metric.update(images, prompts[part], positions=places)
-    return {name: result for metric in metrics for name, result in metric.results().items()}
+def table(rows: list[dict[str, Any]], cases: bool = False) -> str:
+    """Markdown: a row for each method and scale; with `cases` their removal rates, a column for each."""
+    if cases:
+        head = ["prompt, negative prompt", *(f"{row['method']} {row['scale']:g}" for row in rows)]
+        lines = [
+            [name.replace(" | ", ", not: "), *(f"{row['rates'][name]:.2f}" for row in rows)]
+            for name in rows[0]["rates"]
+        ]
+    else:
+        names = [*PAIRS, "frechet_distance", "clip_score"]
+        head = ["method", "scale", *names]
+        lines = [
+            [row["method"], f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in names)] for row in rows
+        ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    names = [name for name in rows[0] if name not in ("method", "rates")]
-    lines = ["| method | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for row in rows:
-        numbers = " | ".join(f"{row[name]:g}" if name == "scale" else f"{row[name]:.3f}" for name in names)
-        lines.append(f"| {row['method']} | {numbers} |")
-    return "\n".join(lines) + "\n"
-
-
-def case_table(rows: list[dict[str, Any]]) -> str:
-    """Removal rate of each case in each row, in Markdown."""
-    heads = [f"{row['method']} {row['scale']:g}" for row in rows]
-    lines = ["| prompt, negative prompt | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(rows)]
-    for name in rows[0]["rates"]:
-        rates = " | ".join(f"{row['rates'][name]:.2f}" for row in rows)
-        lines.append(f"| {name.replace(' | ', ', not: ')} | {rates} |")
-    return "\n".join(lines) + "\n"
-
-
-def sweep_picture(
-    generator: OneStepGenerator, method: str, scales: list[float], cases: list[RemovalCase]
-) -> Image.Image:
+def sweep_picture(model: str, method: str, scales: list[float], cases: list[RemovalCase]) -> Image.Image:
     """Rows prompts, columns scales, the same seed in all."""
     prompts, negatives = [case.prompt for case in cases], [case.negative_prompt for case in cases]
-    views = {
-        f"{scale:g}": drawer(generator, method, scale)(prompts, [0] * len(prompts), negatives)
+    places = list(range(len(cases)))
+    views: dict[str, Tensor] = {
+        f"{scale:g}": drawer(model, method, scale, prompts, negatives, [0] * len(cases)).draw(places)
         for scale in scales
     }
     labels = [f"{case.prompt}  |  not: {case.negative_prompt}" for case in cases]
@@ -144,9 +122,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_rows(
-    options: argparse.Namespace, generator: OneStepGenerator, removal: NegativeRemovalRate
-) -> list[dict[str, Any]]:
+def measure_rows(options: argparse.Namespace, removal: NegativeRemovalRate) -> list[dict[str, Any]]:
     """One row for each method and scale, the same seeds for all."""
     pair_metrics: list[ImageMetric] = [removal, ClipScore(), ClipScoreNegative()]
     caption_metrics: list[ImageMetric] = [FrechetDistance(), ClipScore()]
@@ -157,45 +133,39 @@ def measure_rows(
     prompts, negatives = (list(column) for column in zip(*pairs, strict=True))
     seeds = list(range(options.images)) * len(removal.cases)
     captions = read_prompts(EVAL_CAPTIONS)[: options.captions]
-    styles, caption_seeds = contrary_styles(captions), list(range(len(captions)))
-    runs = [("none", 0.0), *((m, s) for m in ("cfg", "nasa", "nag") for s in getattr(options, m))]
+    styles = contrary_styles(captions)
     rows = []
+    runs = [("none", 0.0), *((m, s) for m in METHODS for s in getattr(options, m))]
     for method, scale in tqdm(runs, unit="row", desc="negative guidance"):
-        draw = drawer(generator, method, scale)
-        found = measure(draw, pair_metrics, prompts, negatives, seeds)
-        price = measure(draw, caption_metrics, captions, styles, caption_seeds)
-        rows.append(
-            {
-                "method": method,
-                "scale": scale,
-                "removal_rate": found["negative_removal_rate"]["value"],
-                "pairs_clip_score": found["clip_score"]["value"],
-                "pairs_clip_score_negative": found["clip_score_negative"]["value"],
-                "frechet_distance": price["frechet_distance"]["value"],
-                "clip_score": price["clip_score"]["value"],
-                "rates": found["negative_removal_rate"]["details"]["rates"],
-            }
-        )
+        draw = drawer(options.model, method, scale, prompts, negatives, seeds).draw
+        found = measure_pictures(draw, prompts, pair_metrics, BATCH, negatives=negatives)
+        draw = drawer(options.model, method, scale, captions, styles, list(range(len(captions)))).draw
+        price = measure_pictures(draw, captions, caption_metrics, BATCH)
+        row: dict[str, Any] = {"method": method, "scale": scale}
+        row |= {name: found[metric]["value"] for name, metric in PAIRS.items()}
+        row |= {name: price[name]["value"] for name in ("frechet_distance", "clip_score")}
+        rows.append(row | {"rates": found["negative_removal_rate"]["details"]["rates"]})
     return rows
 
 
 def main() -> None:
     options = arguments()
-    generator, removal = load_generator(options.model), NegativeRemovalRate(options.cases)
-    rows = measure_rows(options, generator, removal)
+    removal = NegativeRemovalRate(options.cases)
+    rows = measure_rows(options, removal)
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items() if name != "output"}
     (options.output / "results.json").write_text(
         json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )
-    (options.output / "results.md").write_text(table(rows) + "\n" + case_table(rows), encoding="utf-8")
+    text = table(rows) + "\n" + table(rows, cases=True)
+    (options.output / "results.md").write_text(text, encoding="utf-8")
     for method in ("nasa", "nag"):
-        scales = [0.0, *getattr(options, method)]
-        picture = sweep_picture(generator, method, scales, removal.cases)
+        picture = sweep_picture(options.model, method, [0.0, *getattr(options, method)], removal.cases)
         save_png(picture, options.output / f"sweep_{method}.png")
         own = [row for row in rows if row["method"] in ("none", method)]
-        plots = {f"{name}, {method}": [(row["scale"], row[name]) for row in own] for name in QUALITY}
-        save_png(plot_image(plots, "scale"), options.output / f"plot_{method}.png")
+        curves = [Series(name, [(row["scale"], row[name]) for row in own]) for name in QUALITY]
+        plots = [line_figure(curve.name, [curve], x_name="scale") for curve in curves]
+        (options.output / f"plot_{method}.html").write_text(plots_page(method, plots), encoding="utf-8")
     print(table(rows))
     print(f"All in {options.output}")
 

@@ -1,7 +1,7 @@
 """Score the bundled models on held-out captions: the numbers of assets/README.md.
 
     python scripts/fetch_emoji.py
-    PYTHONPATH=. python scripts/score_assets.py [--count 512] [--output outputs/scores]
+    python scripts/score_assets.py [--count 512] [--output outputs/scores]
 
 For real held-out pictures, the teacher (25 DDIM steps, guidance 4.5) and the shipped student (1 step), all
 judged by the scoring CLIP ``assets/emoji-clip``:
@@ -17,16 +17,21 @@ Also writes a picture of each (captions in the order of ``assets/eval_captions.t
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.utils import save_image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.negative import background_colours
 from datamodules.pictures import BACKGROUNDS, STYLES, EvaluationPictures, PictureKey
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
@@ -36,8 +41,17 @@ GROUP = 64
 Draw = Callable[[list[str], list[int]], Tensor]
 
 
-def normalized(features: Tensor) -> Tensor:
-    return features / features.norm(dim=-1, keepdim=True)
+def features(function: Callable[..., Tensor], items: Sequence[str] | Tensor) -> Tensor:
+    """Normalised features [N, D] of texts or pictures, some at a time."""
+    parts = [function(items[i : i + GROUP]) for i in range(0, len(items), GROUP)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def draw_all(draw: Draw, captions: list[str]) -> Tensor:
+    """A picture of each caption, some at a time; seed i belongs to caption i."""
+    seeds = list(range(len(captions)))
+    parts = [slice(i, i + GROUP) for i in range(0, len(captions), GROUP)]
+    return torch.cat([draw(captions[part], seeds[part]) for part in parts])
 
 
 def retrieval(images: Tensor, texts: Tensor) -> float:
@@ -48,78 +62,51 @@ def retrieval(images: Tensor, texts: Tensor) -> float:
     return torch.cat(hits).float().mean().item()
 
 
-def background(images: Tensor) -> Tensor:
-    """Index of the nearest background colour [N], by the median of the four corners (4x4 pixels each)."""
-    corners = torch.stack(
-        [images[..., y, x] for y in (slice(4), slice(-4, None)) for x in (slice(4), slice(-4, None))], 1
-    )
-    colour = corners.flatten(3).permute(0, 2, 1, 3).flatten(2).median(dim=2).values
-    return torch.cdist(colour, torch.tensor(list(BACKGROUNDS.values())).float() / 255).argmin(dim=1)
-
-
 def choice(
-    features: Tensor, keys: list[PictureKey], field: str, options: list[str], clip: ClipExtractor
+    pictures: Tensor, keys: list[PictureKey], field: str, options: list[str], clip: ClipExtractor
 ) -> Tensor:
-    """Whether each picture is closest to the true one of descriptions that differ in one field: [N]."""
-    kinds = sorted({replace(key, **{field: ""}) for key in keys}, key=str)
+    """Whether each picture (its features) is closest to its own of descriptions that differ in one field."""
     right = torch.zeros(len(keys), dtype=torch.bool)
-    for kind in kinds:
+    for kind in {replace(key, **{field: ""}) for key in keys}:
         places = [i for i, key in enumerate(keys) if replace(key, **{field: ""}) == kind]
-        texts = normalized(
-            clip.text_features([describe(replace(kind, **{field: option})) for option in options])
-        )
+        others = [replace(kind, **{field: option}) for option in options]
+        texts = [f"{key.object}, {key.style} style, on a {key.background} background" for key in others]
         wanted = torch.tensor([options.index(getattr(keys[i], field)) for i in places])
-        right[places] = (features[places] @ texts.T).argmax(1) == wanted
+        right[places] = (pictures[places] @ features(clip.text_features, texts).T).argmax(1) == wanted
     return right
-
-
-def describe(key: PictureKey) -> str:
-    return f"{key.object}, {key.style} style, on a {key.background} background"
 
 
 def judge(images: Tensor, source: EvaluationPictures, clip: ClipExtractor) -> dict[str, float]:
     """All scores of pictures [N, 3, H, W] that were drawn for the first N captions."""
-    count = len(images)
-    keys, captions = source.keys[:count], source.captions[:count]
-    features = normalized(torch.cat([clip.image_features(part) for part in images.split(GROUP)]))
-    texts = normalized(
-        torch.cat([clip.text_features(captions[i : i + GROUP]) for i in range(0, count, GROUP)])
-    )
-    ground_right = background(images) == torch.tensor(
-        [list(BACKGROUNDS).index(key.background) for key in keys]
-    )
-    named_style = torch.tensor([" style" in text for text in captions])
-    object_right = choice(features, keys, "object", source.source.objects, clip)
-    style_right = choice(features, keys, "style", list(STYLES), clip)
-    named_ground = torch.tensor([" background" in text for text in captions])
+    keys, captions = source.keys[: len(images)], source.captions[: len(images)]
+    pictures, texts = features(clip.image_features, images), features(clip.text_features, captions)
+    right = {
+        "object": choice(pictures, keys, "object", source.source.objects, clip),
+        "style": choice(pictures, keys, "style", list(STYLES), clip),
+        "background": torch.tensor(
+            [key.background == colour for key, colour in zip(keys, background_colours(images))]
+        ),
+    }
+    named = {name: torch.tensor([f" {name}" in text for text in captions]) for name in right}
+    named["object"][:] = True
     return {
-        "images": count,
-        "retrieval_r1_of_64": retrieval(features, texts),
-        "clip_score": (features * texts).sum(-1).mean().item(),
-        "object": object_right.float().mean().item(),
-        "style": style_right[named_style].float().mean().item(),
-        "background": ground_right[named_ground].float().mean().item(),
+        "images": len(images),
+        "retrieval_r1_of_64": retrieval(pictures, texts),
+        "clip_score": (pictures * texts).sum(-1).mean().item(),
+        **{name: found[named[name]].float().mean().item() for name, found in right.items()},
     }
 
 
 def frequencies(draw: Draw, source: EvaluationPictures, clip: ClipExtractor) -> dict[str, dict[str, float]]:
     """Shares of styles and backgrounds over one picture of every object, for captions that name neither."""
-    captions = [f"a picture of a {name}" for name in source.source.objects]
-    images = torch.cat([draw(captions[i : i + GROUP], list(range(i, min(i + GROUP, len(captions)))))
-                        for i in range(0, len(captions), GROUP)])  # fmt: skip
-    features, grounds = (
-        normalized(torch.cat([clip.image_features(part) for part in images.split(GROUP)])),
-        background(images).tolist(),
-    )
-    seen = [
-        PictureKey(name, STYLES[0], list(BACKGROUNDS)[ground])
-        for name, ground in zip(source.source.objects, grounds)
-    ]
-    first = choice(features, seen, "style", list(STYLES), clip)
-    chosen = [0 if is_first else 1 for is_first in first.tolist()]
+    names = source.source.objects
+    images = draw_all(draw, [f"a picture of a {name}" for name in names])
+    colours = background_colours(images)
+    seen = [PictureKey(name, STYLES[0], colour) for name, colour in zip(names, colours)]
+    first = choice(features(clip.image_features, images), seen, "style", list(STYLES), clip)
     return {
-        "style": {name: Counter(chosen)[i] / len(chosen) for i, name in enumerate(STYLES)},
-        "background": {name: Counter(grounds)[i] / len(grounds) for i, name in enumerate(BACKGROUNDS)},
+        "style": {name: (first == (name == STYLES[0])).float().mean().item() for name in STYLES},
+        "background": {name: colours.count(name) / len(colours) for name in BACKGROUNDS},
     }
 
 
@@ -142,14 +129,12 @@ def main() -> None:
     }
     if arguments.student:
         sets["student, 1 step"] = load_generator(arguments.student).images
-    scores = {"real pictures": judge(source.pictures(0, arguments.count), source, clip)}
+    scores: dict[str, Any] = {"real pictures": judge(source.pictures(0, arguments.count), source, clip)}
     captions = source.captions[: arguments.count]
     for name, draw in sets.items():
-        images = torch.cat(
-            [draw(captions[i : i + GROUP], list(range(i, i + GROUP))) for i in range(0, len(captions), GROUP)]
-        )
+        images = draw_all(draw, captions)
         save_image(images[:GROUP], arguments.output / f"{name.split(',')[0]}.png", nrow=16)
-        scores[name] = judge(images, source, clip) | {"unnamed": frequencies(draw, source, clip)}  # type: ignore[operator]
+        scores[name] = judge(images, source, clip) | {"unnamed": frequencies(draw, source, clip)}
         print(name, json.dumps(scores[name], indent=1))
     (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
 

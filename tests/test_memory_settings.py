@@ -1,4 +1,4 @@
-"""Settings that save memory, each by its key in a configuration, and the estimate of what fits where."""
+"""Settings that save memory, each by its key in a configuration."""
 
 import sys
 import types
@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks.memory import Needs, Setting, activations, fixed, room, turns
-from benchmarks.meta_models import build
-from benchmarks.meta_tensors import Autocast, LiveMemory
 from common.errors import UserError
 from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import frozen_dtype
 from tests.test_configs import ParseOnly
 from tests.test_optimization import EightBit
 from tests.tiny_distillation import changed, distillation, fit, snapshot, write_config
-
-GIB = 2**30
 
 
 @pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
@@ -103,57 +97,3 @@ def test_a_fused_optimizer_by_config(tiny_sd: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_sd, model__init_args__student={"optimizer": rate})
     settings = ParseOnly(["fit", "--config", str(config)]).settings.model.init_args.student.optimizer
     assert settings.init_args.fused is True
-
-
-# --- the estimate
-
-
-def test_live_memory_of_a_known_computation() -> None:
-    """A product of 4 KiB matrices: its result, then the two gradients; what is dropped counts no more."""
-    with torch.device("meta"):
-        x, layer = torch.empty(32, 32), nn.Linear(32, 32, bias=False)
-    with LiveMemory() as memory:
-        y = layer(x)
-        assert memory.live == 4096
-        z = y.view(-1).relu()
-        assert memory.live == 2 * 4096  # a view is no memory of its own
-        z.sum().backward()
-        assert layer.weight.grad is not None
-        del y, z
-        assert memory.live == 4096 and max(memory.history) >= 4 * 4096
-
-
-def test_casts_of_autocast() -> None:
-    with torch.device("meta"):
-        x, layer = torch.empty(2, 4, 8, 8), nn.Conv2d(4, 4, 1)
-    norm, text = nn.GroupNorm(2, 4, device="meta"), torch.empty(1, 2, 16, 8, device="meta")
-    with Autocast():
-        assert layer(x).dtype == torch.bfloat16 and norm(layer(x)).dtype == torch.float32
-        assert nn.functional.scaled_dot_product_attention(text, text, text).dtype == torch.bfloat16
-    with Autocast(float32_norms=False):
-        assert norm(layer(x).float()).dtype == torch.float32
-    with Autocast(enabled=False):
-        assert layer(x).dtype == torch.float32
-    assert nn.functional.linear is torch._C._nn.linear  # put back
-
-
-def test_estimate_of_a_small_network() -> None:
-    """It grows in proportion to the batch, is less with checkpoints, and holds the gradients."""
-    plain, saving = (activations("sd21_small", False, on, Autocast()) for on in (False, True))
-    parts = fixed(Setting("sd21_small"))
-    assert saving.peak(16) < 0.6 * plain.peak(16)
-    assert parts["student"] <= saving.peak(1) < plain.peak(1)  # gradients at least
-    whole = turns(build("sd21_small"), 3, Autocast())
-    assert plain.peak(3) == pytest.approx(max(whole), rel=1e-3)  # sizes are rounded up
-    assert parts["optimizer states (estimate)"] == 2 * (parts["student"] + parts["fake score (LoRA adapter)"])
-    small = fixed(Setting("sd21_small", eight_bit=True))["optimizer states (estimate)"]
-    assert small < 0.3 * parts["optimizer states (estimate)"] + 2 * parts["fake score (LoRA adapter)"]
-    assert fixed(Setting("sd21_small", lora=True))["student's base"] == parts["student"] // 2  # bfloat16
-
-
-def test_largest_micro_batch() -> None:
-    """Of two moments the first decides for small batches, the second, which grows faster, for large ones."""
-    need = Needs([11, 8], [13, 16])
-    assert [need.peak(batch) for batch in (1, 2, 3, 4)] == [10, 11, 12, 16]
-    assert [need.largest(size) for size in (9, 10, 11.5, 15, 16)] == [0, 1, 2, 3, 4]
-    assert room(11.0) == 9.5 * GIB

@@ -2,83 +2,72 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import train_step
-from benchmarks.cost_growth import teacher
-from benchmarks.shapes import model_folder
-from benchmarks.training_rounds import measure_speed
-from lightning_modules.networks.loading import load_parts
+from benchmarks.train_step import Rounds, measure_speed
+from tests.backbones import write_backbone
 
 
-def options(folder: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    """As `main` makes them, for three steps of three prompts."""
+def options(folder: Path, **changes: Any) -> dict[str, Any]:
+    """As `main` makes them, for four rounds of one step of three prompts, the first to warm up."""
     return {
-        "folder": str(folder), "texts": str(tmp_path / "texts.pt"), "precision": "32-true", "per_round": 1,
-        "threads": 1, "clock": "cpu", "compile": False, "apart": False, "changes": changes,
-        "steps": 4, "batch": 3,
+        "folder": str(folder), "precision": "32-true", "per_round": 1, "threads": 1, "steps": 4, "batch": 3,
+        "rank": 64, "changes": {}, **changes,
     }  # fmt: skip
 
 
-def test_losses_operations_and_times_of_both(tiny_sd: Path, tmp_path: Path) -> None:
-    found = measure_speed(options(tiny_sd, tmp_path))
-    one = train_step.summary(found, 3)
+def measured(given: dict[str, Any]) -> dict[str, Any]:
+    """Both in this process, which has everything imported."""
+    return measure_speed(given, ThreadPoolExecutor(1))
+
+
+def test_losses_and_times_of_both(tiny_sd: Path) -> None:
+    found = measured(options(tiny_sd))
+    one = train_step.summary(found)
     # the fake score starts as the teacher: only its update makes the student's loss grow
     assert found["losses"]["project"]["student"][0] == 0 < found["losses"]["project"]["student"][3]
     assert len(set(found["losses"]["reference"]["lora"])) == 4
     assert max(one["loss_differences"].values()) < 1e-5
-    assert len(found["seconds"]["project"]) == len(found["seconds"]["reference"]) == one["rounds"] == 2
-    parts = one["operations"]
-    counted = sum(parts.values()) - parts["project"]
-    # folding the adapter saves some, encoding the prompts takes some
-    assert 0.9 * counted < parts["project"] < 1.1 * counted
-    plain, adapted = parts["teacher, two evaluations"], parts["LoRA teacher, two evaluations"]
-    assert plain < adapted < 2 * plain
-    assert set(torch.load(tmp_path / "texts.pt")["text"]) == {"encoder_hidden_states"}
+    assert len(found["seconds"]["project"]) == len(found["seconds"]["reference"]) == 3
+    assert set(found["texts"]["text"]) == {"encoder_hidden_states"}
 
 
 def test_transformers_train_too(tmp_path: Path) -> None:
-    folder = model_folder("pixart", tmp_path / "model", small=True)
-    found = measure_speed(options(folder, tmp_path) | {"steps": 3})
+    folder = write_backbone("pixart", tmp_path / "model")
+    found = measured(options(folder, rank=4, per_round=2, steps=6))
     assert found["losses"]["project"]["student"][2] > 0
-    assert max(train_step.summary(found, 3)["loss_differences"].values()) < 1e-4
+    assert len(found["losses"]["reference"]["student"]) == 6
+    assert max(train_step.summary(found)["loss_differences"].values()) < 1e-4
 
 
-def test_a_shape_of_its_own_is_a_model_like_any(tmp_path: Path) -> None:
-    parts = load_parts(model_folder("sd21", tmp_path / "model", small=True))
-    assert parts.latent_shape == (4, 16, 16) and parts.tokenizers[0].model_max_length == 77
-    assert load_parts(teacher(tmp_path, 16)).latent_shape == (8, 16, 16)
+def test_who_is_first_changes_from_round_to_round(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, hook, turn = [], Rounds.on_train_batch_end, train_step.plain_turn
+
+    def ours(self: Rounds, *given: Any) -> None:
+        order.append("ours")
+        hook(self, *given)
+
+    def plain(steps: Any) -> Any:
+        order.append("plain")
+        return turn(steps)
+
+    monkeypatch.setattr(Rounds, "on_train_batch_end", ours)
+    monkeypatch.setattr(train_step, "plain_turn", plain)
+    measured(options(tiny_sd, steps=5))
+    assert order == ["ours", "plain", "plain", "ours", "ours", "plain", "plain", "ours", "ours", "plain"]
 
 
-def test_large_shapes_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["train_step.py", "--size", "sd21"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        train_step.arguments()
-    assert "--size sd21 needs a GPU, and there is none here" in capsys.readouterr().err
-
-
-def test_tables(tmp_path: Path) -> None:
+def test_table() -> None:
     losses = {"project": {"student": [1.0, 2.0], "lora": [3.0, 4.0]}}
     losses["reference"] = {"student": [1.0, 2.5], "lora": [3.0, 4.0]}
-    found = {
-        "seconds": {"project": [1.0, 2.0, 2.0], "reference": [2.0, 3.0, 5.0]}, "losses": losses,
-        "operations": {"project": 70, "student": 50, "LoRA": 10}, "matrix_rates": [40.0, 60.0, 60.0],
-    }  # fmt: skip
-    one = train_step.summary(found, 8) | {"batch": 8}
-    assert one["speed_ratio"] == [1.75, 2.0, 2.25] and one["images_per_second"] == 4
+    seconds = {"project": [1.0, 2.0, 2.0], "reference": [2.0, 3.0, 5.0]}
+    one = train_step.summary({"seconds": seconds, "losses": losses}) | {"batch": 8, "rank": 4}
+    assert one["speed_ratio"] == [1.5, 2.0, 2.5]
     assert one["loss_differences"] == {"student": 0.2, "lora": 0.0}
-    assert one["share_of_matrix_rate"]["project"] == [0.5, 0.5, 1.0]
-    one["memory_mib"] = {"project": {"step": 3.0}, "reference": {"step": 4.0}}
-    table = train_step.markdown([one], "command", "here")
-    assert "| 8 | 0.500 | 0.333 | **2.00** (1.75–2.25) | 3 | 4 | 2e-01 | 50 % | 33 % |" in table
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- training step -->\nold\n<!-- end of training step -->\nafter\n")
-    train_step.insert("new\n", page, "training step")
-    assert page.read_text() == "before\n<!-- training step -->\nnew\n<!-- end of training step -->\nafter\n"
-    with pytest.raises(SystemExit, match="has no lines <!-- other -->"):
-        train_step.insert("new\n", page, "other")
+    one["memory_mib"] = {"project": 3.0, "reference": 4.0}
+    assert "| 8 | 4 | 0.500 | 0.333 | 2.00 (1.50–2.50) | 3 | 4 | 2e-01 |" in train_step.markdown([one])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.negative_guidance import operations, sd21
+from benchmarks.generate import operations
 
 
 def test_nasa_adds_one_attention_in_each_cross_attention_layer_and_no_more() -> None:
-    plain, first, later = operations(sd21)
+    plain, first, later = operations("sd21")
     layers = [(4096, 320)] * 5 + [(1024, 640)] * 5 + [(256, 1280)] * 5 + [(64, 1280)]
     length, width = 77, 1024
     # two products, queries with keys and weights with values, each of S L D multiplications and additions

@@ -1,0 +1,139 @@
+"""Published networks by their public configurations: real shapes, with random weights or on the meta device.
+
+    python benchmarks/models.py outputs/sd21             Stable Diffusion 2.1, random weights: 5 GB
+    python benchmarks/models.py outputs/sd21 --small     the same kind with few channels, to try code
+
+writes a model folder for --model of the other benchmarks, where no weights are at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lightning_modules.diffusion.condition import Condition
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+"""Stable Diffusion 2.1's text encoder, and one that is a single layer."""
+SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network's public configuration.
+
+    Attributes:
+        title: the model's name and the size of its pictures.
+        network: class of the denoiser; shape: its settings.
+        latent: shape of a latent.
+        text: what it takes of each prompt: shapes without the batch, by keyword.
+    """
+
+    title: str
+    network: Any
+    shape: dict[str, Any]
+    latent: tuple[int, int, int]
+    text: dict[str, tuple[int, ...]]
+
+    def inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+        """Latents, timesteps and encoded prompts of no particular value."""
+        text = {name: torch.empty(batch, *shape) for name, shape in self.text.items()}
+        condition = Condition(text, {name: tensor[:1] for name, tensor in text.items()})
+        return torch.empty(batch, *self.latent), torch.empty(batch, dtype=torch.long), condition
+
+
+MODELS = {
+    "sd15": Published(
+        "SD 1.5, 512 px", UNet2DConditionModel,
+        {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}, (4, 64, 64),
+        {"encoder_hidden_states": (77, 768)},
+    ),
+    "sd21": Published(
+        "SD 2.1, 512 px", UNet2DConditionModel,
+        {
+            "sample_size": 64, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
+        (4, 64, 64), {"encoder_hidden_states": (77, 1024)},
+    ),
+    "sdxl": Published(
+        "SDXL, 1024 px", UNet2DConditionModel,
+        {
+            "sample_size": 128, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+            "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        (4, 128, 128), {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+    ),
+    "pixart": Published(
+        "PixArt-α, 512 px", PixArtTransformer2DModel, {"sample_size": 64, "caption_channels": 4096},
+        (4, 64, 64), {"encoder_hidden_states": (120, 4096), "encoder_attention_mask": (120,)},
+    ),
+    "sd21_small": Published(
+        "SD 2.1, few channels", UNet2DConditionModel,
+        {
+            "sample_size": 16, "attention_head_dim": 2, "block_out_channels": (32, 64), "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 64,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "use_linear_projection": True,
+        },
+        (4, 16, 16), {"encoder_hidden_states": (77, 64)},
+    ),
+}  # fmt: skip
+
+
+def write_model(folder: Path, small: bool = False) -> None:
+    """Write Stable Diffusion 2.1 at 512 pixels with random weights, or a smaller one at 128."""
+    model, widths = MODELS["sd21_small" if small else "sd21"], (8,) * 4 if small else (128, 256, 512, 512)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets/emoji-sd/tokenizer", model_max_length=77)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    settings = {**(SMALL_TEXT if small else TEXT), **ids, "hidden_act": "gelu"}
+    text = CLIPTextConfig(**settings, vocab_size=len(tokenizer), max_position_embeddings=77)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = model.network(**model.shape)
+        for parameter in unet.parameters():
+            # zero-initialised outputs would make every score, and so every gradient, zero
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=widths, layers_per_block=2, norm_num_groups=min(32, *widths),
+            latent_channels=4,
+        )  # fmt: skip
+        encoder = CLIPTextModel(text)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+if __name__ == "__main__":
+    reader = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    reader.add_argument("folder", type=Path)
+    reader.add_argument("--small", action="store_true", help="few channels and 128 pixels")
+    given = reader.parse_args()
+    write_model(given.folder, given.small)
