@@ -13,11 +13,8 @@ from common.errors import UserError
 def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:
     """Resolve `output` and make sure that a result may be written there; call it before any long work.
 
-    A folder that is not empty is replaced only if all it holds is a former result of the same kind.
-
-    Args:
-        output: the wanted folder; may exist or not.
-        own_names: names that a former result left in the folder (empty set: it is none).
+    A folder that is not empty is replaced only if all it holds is a former result of the same kind: what
+    `own_names` gives for it (empty set: it is none).
 
     Raises:
         UserError: it is a file, can't be written, or holds something else.
@@ -43,9 +40,7 @@ def check_writable_folder(output: Path, option: str = "--output") -> Path:
     target = output.expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"The output {output} is a file. Give a folder with {option}.")
-    existing = target
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(folder for folder in (target, *target.parents) if folder.exists())
     if not existing.is_dir():
         raise UserError(f"The output {output} can't be made: {existing} is a file. Give another {option}.")
     for folder in {existing, target.parent} if target.exists() else {existing}:

@@ -15,7 +15,7 @@ from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
 from lightning_modules.networks.prompt_cache import use_prompt_cache
 from lightning_modules.networks.roles import RunNetworks, ScoreModels, captured
-from lightning_modules.networks.student_start import make_student
+from lightning_modules.networks.student import make_student
 from lightning_modules.networks.weights import hide_from_state_dict
 from lightning_modules.objectives.base import Objective, TeacherFacts
 

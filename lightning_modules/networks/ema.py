@@ -76,11 +76,7 @@ class StudentEMA:
         return {"shadow": gather(self.shadow), "decay": self.decay, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over shadow and counter; the decay of this object stays (settings win over checkpoints).
-
-        Raises:
-            UserError: names or shapes are not those of the module.
-        """
+        """Take over shadow and counter; the decay of this object stays (settings win over checkpoints)."""
         if found := difference(state["shadow"], self.shadow):
             raise UserError(
                 "The EMA weights in the checkpoint are those of another architecture than the student's: "

@@ -18,8 +18,7 @@ from common.hashing import hash_json
 from lightning_modules.networks.backbones import backbone_of
 from lightning_modules.networks.loading import find_model, read_json, read_weights, weight_files
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
-from lightning_modules.networks.student import LoadedStudent, is_checkpoint
-from lightning_modules.networks.student_start import mismatch
+from lightning_modules.networks.student import LoadedStudent, is_checkpoint, mismatch
 from lightning_modules.networks.weights import difference, other_value
 
 _WORDS = ("first", "second")
@@ -34,15 +33,10 @@ def merge_students(
     A model without a start timestep of its own (a multi-step teacher) takes that of the other.
 
     Args:
-        first: as `load_student` gives it; not changed.
-        second: the same.
+        first, second: as `load_student` gives them; not changed.
         weight: lambda; 1 is the first bit for bit and 0 the second, outside [0, 1] extrapolates (warned).
         dtype: the merged weights are rounded to it (and held in float32), so that a later export in this
             dtype loses nothing. See `stored_dtype`.
-
-    Raises:
-        UserError: the weight is not finite, the models do not fit together (see `check_mergeable`), or a
-            merged weight is not finite.
     """
     if not math.isfinite(weight):
         raise UserError(f"The merging weight is {weight}; it must be a finite number, as a rule from 0 to 1.")
@@ -74,9 +68,6 @@ def merged_weights(
     """State dict of weight * first + (1 - weight) * second, computed in float64 and rounded to `dtype`.
 
     The tensors have the first one's dtype. Both networks must be of one architecture.
-
-    Raises:
-        UserError: a merged weight is not finite; names the first.
     """
     others = second.state_dict()
     merged = {}
@@ -194,11 +185,7 @@ def _other_weights(first: nn.Module, second: nn.Module) -> str | None:
 
 
 def stored_dtype(path: str) -> torch.dtype:
-    """The dtype a model's network is stored in: float16, bfloat16, or float32 for everything else.
-
-    Raises:
-        UserError: it is no model folder.
-    """
+    """The dtype a model's network is stored in: float16, bfloat16, or float32 for everything else."""
     if is_checkpoint(path):
         return torch.float32  # trained weights are
     model = find_model(path)

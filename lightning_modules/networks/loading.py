@@ -3,7 +3,6 @@
 Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_encoder/ …, scheduler/).
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
 from common.hashing import hash_folder, hash_texts
+from datamodules.tables import read_json as read_json
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.backbones import TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
@@ -47,7 +47,7 @@ def find_model(given: str | Path) -> ModelName:
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
-            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
+            "Give the one that holds it, beside vae/, text_encoder/, tokenizer/, scheduler/ …"
         )
     variant = wanted.variant
     if variant is not None and not any(_marked(part, variant) for part in folder.iterdir()):
@@ -63,11 +63,7 @@ def pipeline_folder(path: str | Path) -> Path:
 
 
 def model_hash(path: str | Path) -> str:
-    """A hash of all that a model's pictures depend on: of its folder's contents, and of the variant, if any.
-
-    Raises:
-        UserError: there is no such model, see `find_model`.
-    """
+    """A hash of all that a model's pictures depend on: its folder's contents, and the variant, if any."""
     model = find_model(path)
     content = hash_folder(model.name)
     return content if model.variant is None else hash_texts([content, model.variant])
@@ -140,18 +136,13 @@ def load_parts(
 
 
 def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed.
-
-    Raises:
-        UserError: it has no table of alphas (flow schedulers), or its prediction type is unknown.
-    """
+    """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed."""
     name = type(scheduler).__name__
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise UserError(
-            f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas. "
-            "This version distils variance-preserving models; "
-            "give one with a DDIM, DDPM, PNDM, Euler … scheduler."
+            f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas. This version "
+            "distils variance-preserving models; give one with a DDIM, DDPM, PNDM, Euler … scheduler."
         )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
@@ -181,19 +172,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that must hold an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} can't be read as JSON: {error}. Export or download the folder again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold one JSON object, but holds {type(content).__name__}.")
-    return content
 
 
 # --- what a folder lacks ----------------------------------------------------------------------------------

@@ -74,6 +74,14 @@ class StudentBase:
     path: str
     hash: str
 
+    def check(self, hash_now: str, owner: str) -> None:
+        """Raise a UserError unless these are the weights that the adapter in `owner` was trained on."""
+        if hash_now != self.hash:
+            raise UserError(
+                f"{owner} holds a LoRA adapter trained on the weights of {self.path}, which are others now "
+                f"(hash {hash_now[:12]}, then {self.hash[:12]}): put the former model back there"
+            )
+
 
 @dataclass(frozen=True)
 class StudentAdapter:
@@ -94,9 +102,6 @@ def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraMod
     """Put an adapter into the network itself (float32 weights, B = 0: it computes what it did before).
 
     Names stay those of the network; the returned wrapper is needed for folding only.
-
-    Raises:
-        UserError: a LoRA target matches no layer.
     """
     layers = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in layers)]
@@ -127,9 +132,6 @@ def add_adapter(network: nn.Module, lora: LoraSettings) -> None:
     """Freeze the network and put a trained adapter into it; at the start it computes what it did before.
 
     Only the adapter stays in state dicts.
-
-    Raises:
-        UserError: a LoRA target matches no layer.
     """
     network.requires_grad_(False)
     inject_adapter(network, lora, ADAPTER)

@@ -17,13 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model as named by the user.
-
-    Attributes:
-        name: path of a folder or name on the hub.
-        revision: of a hub model; None: its main branch.
-        variant: which of several sets of weights, e.g. fp16; None: the files without such a mark.
-    """
+    """A model as named by the user; without a variant the files of weights without such a mark are taken."""
 
     name: str
     revision: str | None = None
@@ -53,11 +47,7 @@ def asset_path(path: str | Path) -> Path:
 
 
 def model_name(given: str | Path) -> ModelName:
-    """Read NAME[@REVISION][#VARIANT]; an existing path may have these marks in its own name.
-
-    Raises:
-        UserError: a mark with nothing behind it, or a revision of a folder.
-    """
+    """Read NAME[@REVISION][#VARIANT]; an existing path may have these marks in its own name."""
     text = str(given)
     if asset_path(text).exists():
         return ModelName(text)

@@ -35,9 +35,6 @@ def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> DDIMSc
 
     Its betas are the first `start_timestep` + 1 of the given scheduler's, so every alpha stays what it was.
     The start noise is unit normal whatever the timestep, as in training.
-
-    Raises:
-        UserError: the start timestep is not one of the schedule's.
     """
     steps = len(scheduler.betas)
     if not 0 <= start_timestep < steps:
@@ -86,9 +83,6 @@ def export_student(
         card: facts for the model card and for one_step.json, name to value (plain data).
         adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
         notes: what else the model card says.
-
-    Raises:
-        UserError: the output can't be written or holds other files, or the start timestep is unknown.
     """
     scheduler = one_step_scheduler(parts.scheduler, start_timestep)
     target = check_output_folder(Path(output), own_names)

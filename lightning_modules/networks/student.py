@@ -1,15 +1,18 @@
-"""Reads a one-step student from a training checkpoint, an exported folder, any model folder or one file.
+"""Reads a one-step student from a training checkpoint, an exported folder, any model folder or one file,
+and makes the one that a training starts from.
 
 Files with one network are published to be put into the place of a multi-step model's: DMD2
 (arXiv 2405.14867) does so with SDXL's UNet, which starts at timestep 399.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
@@ -19,13 +22,14 @@ from lightning_modules.networks.loading import (
     TextToImageParts,
     asset_path,
     load_parts,
+    noise_schedule,
     pipeline_folder,
     read_json,
     read_weights,
 )
-from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, fold
+from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, add_adapter, fold
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
-from lightning_modules.networks.weights import content_hash, difference
+from lightning_modules.networks.weights import content_hash, difference, other_value
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
@@ -64,11 +68,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def student_path(name: str) -> str:
-    """What `load_student` reads: of a run folder its best.ckpt (last.ckpt if there is none), else the name.
-
-    Raises:
-        UserError: a run folder without a checkpoint, or a folder of several runs.
-    """
+    """What `load_student` reads: of a run folder its best.ckpt (or else last.ckpt), of others the name."""
     folder = asset_path(name)
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return name
@@ -115,22 +115,16 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
 def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStudent:
     """The student whose network is in the file, with all other parts, and the schedule, of `base`.
 
-    Args:
-        path: weights by diffusers' names, .safetensors or .bin.
-        base: folder or hub name of a model with the same network.
-        start_timestep: where the student starts.
-
-    Raises:
-        UserError: a model can't be read, the weights are not of such a network, or the timestep is none.
+    The file (.safetensors or .bin) has weights by diffusers' names, `base` is a folder or hub name of a model
+    with the same network.
     """
     parts = load_parts(base)
     try:
         weights = read_weights(path)
-    except Exception as error:  # OSError, SafetensorError, pickle and zip errors
+        found = difference(weights, parts.denoiser.state_dict(), ("file", "base"))
+    except Exception as error:  # OSError, SafetensorError, pickle and zip errors; other things than tensors
         raise UserError(f"{path} can't be read: {first_line(error)} Fetch it again.") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} does not hold the weights of a network by name.")
-    if found := difference(weights, parts.denoiser.state_dict(), ("file", "base")):
+    if found:
         raise UserError(f"{path} does not hold the network of {base}: {found}. Give another --base.")
     parts.denoiser.load_state_dict(weights)
     parts.scheduler = one_step_scheduler(parts.scheduler, start_timestep)
@@ -142,9 +136,6 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
 
     Runs of other modules (pretraining) are passed over; a damaged file is not, so that no older one is taken
     in its place unnoticed.
-
-    Raises:
-        UserError: there is no such checkpoint.
     """
     if name not in ("best", "last"):
         path = asset_path(name)
@@ -163,11 +154,7 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a training checkpoint of this project, tensors on the CPU; runs no code from the file.
-
-    Raises:
-        UserError: the file is missing, unreadable, not a one-step distillation's, or of another version.
-    """
+    """Content of a training checkpoint of this project, tensors on the CPU; runs no code from the file."""
     resolve_checkpoint(str(path))
     if is_network_file(path):
         raise UserError(
@@ -264,10 +251,90 @@ def _folded(adapter: StudentAdapter, path: Path) -> nn.Module:
         student: nn.Module = load_student(base.path).parts.denoiser
     except UserError as error:
         raise UserError(f"The base of the LoRA student in {path} can't be loaded: {error}") from error
-    if (found := content_hash(student)) != base.hash:
-        raise UserError(
-            f"{path} holds a LoRA adapter trained on the weights of {base.path}, which are others now "
-            f"(hash {found[:12]}, then {base.hash[:12]}): put the former model back there"
-        )
+    base.check(content_hash(student), str(path))
     fold(student, adapter.settings, adapter.weights, str(path))
     return student
+
+
+# --- where a training starts ------------------------------------------------------------------------------
+
+
+def make_student(
+    parts: TextToImageParts,
+    teacher: str,
+    start_timestep: int,
+    init: str | None = None,
+    lora: LoraSettings | None = None,
+) -> tuple[nn.Module, StudentBase | None]:
+    """The network to train, in float32, and for a LoRA student the frozen weights under it.
+
+    Args:
+        parts: the teacher's, without adapters; not changed. `teacher`: the name they were read by.
+        start_timestep: T of the run.
+        init: one-step model to start from (a .ckpt, an export, a diffusers folder); None: the teacher.
+        lora: train an adapter of this kind on frozen weights; None: train all weights.
+
+    Raises:
+        UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
+    """
+    if init is None:
+        student: nn.Module = copy.deepcopy(parts.denoiser)
+    else:
+        loaded = load_student(init)
+        # students of this project start at one timestep; any other model is taken to know its whole schedule
+        if loaded.facts and loaded.start_timestep != start_timestep:
+            found: str | None = f"it starts at timestep {loaded.start_timestep}, this run at {start_timestep}"
+        else:
+            found = mismatch(loaded.parts, parts, start_timestep, ("student", "teacher"))
+        if found:
+            raise UserError(
+                f"student_init {init} does not fit the teacher {teacher}: {found}. Give a one-step model of "
+                "the teacher's architecture, prediction type and schedule, and its start_timestep."
+            )
+        student = loaded.parts.denoiser
+    student.requires_grad_(True).train()
+    if lora is None:
+        return student, None
+    base = StudentBase(init or teacher, content_hash(student))
+    add_adapter(student, lora)
+    return student, base
+
+
+def mismatch(
+    own: TextToImageParts, wanted: TextToImageParts, start_timestep: int, words: tuple[str, str]
+) -> str | None:
+    """The first thing that makes the weights of two networks those of different functions, in words.
+
+    Both must know the start timestep; `words` are what the two are called.
+    """
+    if found := difference(own.denoiser.state_dict(), wanted.denoiser.state_dict(), words):
+        return found
+    if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
+        return odd
+    sides = [noise_schedule(parts.scheduler) for parts in (own, wanted)]
+    if odd := other_value(*({"prediction_type": side.prediction_type} for side in sides), words):
+        return odd
+    shared = min(side.num_timesteps for side in sides)  # an export's schedule ends where it starts
+    if shared <= start_timestep:
+        return f"one schedule has {shared} timesteps, start_timestep is {start_timestep}"
+    bars = [side.alpha[:shared].square() for side in sides]
+    close = torch.isclose(*bars, rtol=1e-3, atol=1e-5)
+    if bool(close.all()):
+        return None
+    t = int((~close).nonzero()[0])
+    return other_value(*({f"alpha_bar at timestep {t}": f"{bar[t]:.4g}"} for bar in bars), words)
+
+
+def _settings(network: nn.Module) -> dict[str, Any]:
+    """The settings that change the network's function; an absent one is false, 8 for every block is 8."""
+    settings = architecture(network)
+    settings.pop("upcast_attention", None)  # an old remedy for float16
+    if isinstance(network, UNet2DConditionModel):
+        settings.pop(
+            "sample_size"
+        )  # of pictures by default; that of a transformer changes its position codes
+    for name, value in settings.items():
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+            value = value[0]
+        settings[name] = value or False
+    return settings

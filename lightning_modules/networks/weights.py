@@ -1,21 +1,16 @@
 """Whether stored weights are those of a model, said in words."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.hashing import hash_tensors
 
 
 def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Make sure that a checkpoint's weights are those of a distillation.
-
-    Raises:
-        UserError: names or shapes differ; names the first.
-    """
+    """Raise a UserError unless a checkpoint's weights are those of a distillation, by name and shape."""
     if found := difference(given, expected):
         raise UserError(
             f"the checkpoint does not fit this distillation: {found}; give the checkpoint of a distillation "
@@ -28,16 +23,10 @@ def difference(
     expected: Mapping[str, Tensor],
     words: tuple[str, str] = ("checkpoint", "model"),
 ) -> str | None:
-    """The first weight, in the model's order, whose name or shape differs, as part of a sentence.
+    """The first weight, in the order of `expected`, whose name or shape differs, as part of a sentence.
 
-    Args:
-        given: weights of a checkpoint by name.
-        expected: the model's.
-        words: what the two are called in the sentence.
-
-    Returns:
-        None if all agree, else e.g. "conv_in.weight has shape [8, 4, 3, 3] in the checkpoint and has
-        shape [16, 4, 3, 3] in the model (61 of 120 weights differ)".
+    E.g. "conv_in.weight has shape [8, 4, 3, 3] in the checkpoint and has shape [16, 4, 3, 3] in the model
+    (61 of 120 weights differ)"; None if all agree. `words` are what the two are called.
     """
     names = [*expected, *(name for name in given if name not in expected)]
     shapes = [{name: list(tensor.shape) for name, tensor in side.items()} for side in (given, expected)]
@@ -60,12 +49,7 @@ def other_value(given: Mapping[str, Any], expected: Mapping[str, Any], words: tu
     return None
 
 
-def everything(name: str) -> bool:
-    """Select every key."""
-    return True
-
-
-def hide_from_state_dict(module: nn.Module, hidden: Callable[[str], bool] = everything) -> None:
+def hide_from_state_dict(module: nn.Module, hidden: Callable[[str], bool] = lambda key: True) -> None:
     """Leave the entries for which `hidden(key)` is true out of the module's part of any state dict.
 
     Keys are relative to `module`. Works when the module is nested, and with Lightning's strategies, because
@@ -100,10 +84,5 @@ def content_hash(network: nn.Module) -> str:
     Floating-point weights are read as float32, so that a half-precision copy of half-precision weights counts
     as the same.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        values = tensor.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).contiguous()
-        digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
-        digest.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    state = network.state_dict().items()
+    return hash_tensors({name: x.float() if x.is_floating_point() else x for name, x in state})

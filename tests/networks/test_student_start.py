@@ -12,7 +12,7 @@ from common.errors import UserError
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import LoraSettings
 from lightning_modules.networks.pipeline_folder import export_student
-from lightning_modules.networks.student_start import make_student
+from lightning_modules.networks.student import make_student
 
 
 def other_weights(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The families of text-to-image models that can be teachers and students, one file each."""
+"""The families of text-to-image models that can be teachers and students."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.pixart import PixArtAlpha
-from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion
-from lightning_modules.networks.backbones.stable_diffusion_xl import StableDiffusionXL
+from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 __all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "is_own_class"]
 BACKBONES: tuple[Backbone, ...] = (StableDiffusion(), StableDiffusionXL(), PixArtAlpha())
@@ -22,11 +21,7 @@ def is_own_class(index: dict[str, Any]) -> bool:
 
 
 def backbone_of(index: dict[str, Any], folder: Path) -> Backbone:
-    """The family of a model_index.json: by its class, or for another class (LCM's, say) by its parts.
-
-    Raises:
-        UserError: it is of no family known here.
-    """
+    """The family of a model_index.json: by its class, or for another class (LCM's, say) by its parts."""
     name = index.get("_class_name", "StableDiffusionPipeline")
     if name in _BY_PIPELINE:
         return _BY_PIPELINE[name]

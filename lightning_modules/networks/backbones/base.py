@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import nn
 
 from common.errors import UserError
 from lightning_modules.networks.backbones.prompts import PromptEncoder
