@@ -69,7 +69,7 @@ def content_of(path: str | Path) -> dict[str, Any]:
     parts = expand(["--config", str(path)])[1::2]
     texts = (part if "\n" in part else Path(part).read_text(encoding="utf-8") for part in parts)
     merged = OmegaConf.merge(*map(OmegaConf.create, texts))
-    return OmegaConf.to_container(merged)  # type: ignore[return-value]
+    return OmegaConf.to_container(merged)
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
