@@ -10,46 +10,34 @@ import traceback
 
 from common.errors import UserError
 
-TRAINER_COMMANDS = {
-    "fit": "train (distil) as a configuration says; --ckpt_path last resumes",
-    "validate": "measure a checkpoint on the validation captions",
-    "test": "measure a checkpoint on the test captions",
-    "predict": "draw the pictures of the prediction captions",
+TRAINER = "commands.fit"
+COMMANDS = {
+    "fit": (TRAINER, "train (distil) as a configuration says; --ckpt_path last resumes"),
+    "validate": (TRAINER, "measure a checkpoint on the validation captions"),
+    "test": (TRAINER, "measure a checkpoint on the test captions"),
+    "predict": (TRAINER, "draw the pictures of the prediction captions"),
+    "generate": ("commands.generate", "one-step images from a checkpoint or a pipeline folder"),
+    "evaluate": ("commands.evaluate", "measure a model, or existing pictures, as publications do"),
+    "export": ("commands.export", "write a student as a complete diffusers pipeline folder"),
+    "encode-prompts": (
+        "commands.encode_prompts",
+        "a cache of text embeddings, for training without text encoders",
+    ),
+    "consolidate": ("commands.consolidate", "one .ckpt file from a checkpoint in shards"),
+    "merge": ("commands.merge", "interpolate the weights of two students, and measure a grid of mixtures"),
+    "sweep": ("commands.sweep", "a search over any config keys, resumable and parallel"),
+    "compare": ("commands.compare", "runs side by side: metrics, curves, differences, sample grids"),
+    "app": ("commands.app", "a local page to try a student beside its teacher"),
 }
-# A tool command is a module with add_arguments(parser) and run(namespace), and one line here. Those that
-# measure or draw reports live in callbacks/commands, the others in lightning_modules/commands. A command with
-# configuration files has parse(args, prog=, description=) in place of add_arguments.
-TOOL_COMMANDS = {
-    "generate": "one-step images from a checkpoint or a pipeline folder",
-    "evaluate": "measure a model, or existing pictures, as publications do",
-    "export": "write a student as a complete diffusers pipeline folder",
-    "encode-prompts": "a cache of text embeddings, for training without text encoders",
-    "consolidate": "one .ckpt file from a checkpoint in shards",
-    "merge": "interpolate the weights of two students, and measure a grid of mixtures",
-    "sweep": "a search over any config keys, resumable and parallel",
-    "compare": "runs side by side: metrics, curves, differences, sample grids",
-    "app": "a local page to try a student beside its teacher",
-}
-TOOL_MODULES = {
-    "generate": "commands.generate",
-    "evaluate": "commands.evaluate",
-    "export": "commands.export",
-    "encode-prompts": "commands.encode_prompts",
-    "consolidate": "commands.consolidate",
-    "merge": "commands.merge",
-    "sweep": "commands.sweep",
-    "compare": "commands.compare",
-    "app": "commands.app",
-}
+"""Module and help of each command. The module has a dataclass `Options` and `run(options)`."""
 
 
 def usage() -> str:
     """Return the list of all commands."""
-    helps = {**TRAINER_COMMANDS, **TOOL_COMMANDS}
-    lines = [f"  {name:<15} {text}" for name, text in helps.items()]
     return "\n".join([
         "usage: python cli.py COMMAND [options]", "",
-        "One-step distillation of text-to-image diffusion models.", "", "commands:", *lines, "",
+        "One-step distillation of text-to-image diffusion models.", "", "commands:",
+        *(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()), "",
         "python cli.py COMMAND --help lists the options of a command.",
         "--debug with any command shows the traceback of an error.",
     ])  # fmt: skip
@@ -66,25 +54,26 @@ def run_command(args: list[str]) -> None:
         print(usage())
         raise SystemExit(0 if args else 2)
     command = args[0]
-    if command in TOOL_COMMANDS:
-        module = importlib.import_module(TOOL_MODULES[command])
-        program, description = f"cli.py {command}", TOOL_COMMANDS[command]
-        if hasattr(module, "parse"):
-            module.run(module.parse(args[1:], prog=program, description=description))
-        else:
-            parser = argparse.ArgumentParser(prog=program, description=description)
-            module.add_arguments(parser)
-            module.run(parser.parse_args(args[1:]))
-    elif command in TRAINER_COMMANDS:
-        # here, because it imports torch and Lightning: seconds that --help need not take
-        from commands.fit import TrainerCLI
-
-        TrainerCLI(args)
-    else:
-        names = [*TRAINER_COMMANDS, *TOOL_COMMANDS]
-        close = difflib.get_close_matches(command, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(names)}"
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
+    path, description = COMMANDS[command]
+    # here, as most commands import torch: seconds that the list of commands need not take
+    module = importlib.import_module(path)
+    if path == TRAINER:
+        module.TrainerCLI(args)
+        return
+    settings = {"prog": f"cli.py {command}", "description": description}
+    if hasattr(module, "Options"):
+        options = importlib.import_module("commands.options").parse(module.Options, args[1:], **settings)
+    elif hasattr(module, "parse"):
+        options = module.parse(args[1:], **settings)
+    else:
+        parser = argparse.ArgumentParser(prog=settings["prog"], description=description)
+        module.add_arguments(parser)
+        options = parser.parse_args(args[1:])
+    module.run(options)
 
 
 def main(args: list[str] | None = None) -> None:

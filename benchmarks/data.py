@@ -50,10 +50,10 @@ def data_module(path: str, batch_size: int, workers: int = 0) -> "PromptDataModu
 
 def make(path: str, batch_size: int) -> dict[str, float]:
     """Make the store: seconds, its bytes, prompts kept, memory at its largest above that of the imports."""
-    from benchmarks.measuring import peak_resident_bytes
-    from datamodules.readers import optional_package
+    import datasets.arrow_writer  # noqa: F401
 
-    optional_package("datasets.arrow_writer", "this benchmark")
+    from benchmarks.measuring import peak_resident_bytes
+
     module, before = data_module(path, batch_size), psutil.Process().memory_info().rss
     start = time.perf_counter()
     module.prepare_data()

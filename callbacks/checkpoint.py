@@ -49,13 +49,10 @@ class RunCheckpoint(Checkpoint):
         mode: str = "min",
         keep_step_checkpoints: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"RunCheckpoint.every_n_steps is {every_n_steps}; it must be at least 1")
-        if mode not in ("min", "max"):
-            raise UserError(f"RunCheckpoint.mode is {mode!r}; it must be 'min' or 'max'")
-        if keep_step_checkpoints < -1:
+        if every_n_steps < 1 or mode not in ("min", "max") or keep_step_checkpoints < -1:
             raise UserError(
-                f"RunCheckpoint.keep_step_checkpoints is {keep_step_checkpoints}; it must be -1 or more"
+                f"RunCheckpoint: every_n_steps is {every_n_steps} (at least 1), mode {mode!r} ('min' or "
+                f"'max'), keep_step_checkpoints {keep_step_checkpoints} (-1 or more)"
             )
         self.every_n_steps = every_n_steps
         self.monitor = monitor

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 
 from common.errors import UserError
 
@@ -37,13 +37,19 @@ class Student(Protocol):
     def score_views(self, prompts: list[str], seeds: list[int]) -> dict[str, Tensor]: ...
 
 
-def as_student(module: LightningModule) -> Student:
+def as_student(module: nn.Module) -> Student:
     """The module under the name of what it offers (no check, for type checkers only)."""
     return cast(Student, module)
 
 
+def weights_of(student: Student) -> str:
+    """Which weights it is evaluated with: "ema" or "online"."""
+    with student.evaluation_weights() as name:
+        return name
+
+
 @contextmanager
-def evaluating(trainer: Trainer, module: LightningModule, own_weights: bool = False) -> Iterator[str]:
+def evaluating(trainer: Trainer, module: nn.Module, own_weights: bool = False) -> Iterator[str]:
     """Evaluation mode, no gradients, the run's precision and, unless the module sees to them itself
     (``own_weights``), the evaluation weights; yields "ema", "online" or, for own weights, "".
 

@@ -8,19 +8,24 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_extras
 from callbacks.loggers import MetricsCSV
-from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.binding import bind_metrics, describe_reference, framed_reference
+from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
-from callbacks.metrics.manifest import FinalResults, Result, run_manifest
-from callbacks.metrics.measure import evaluate_model, milliseconds_per_image, require_finite
-from callbacks.metrics.reference import ReferenceSource
+from callbacks.metrics.manifest import run_manifest
+from callbacks.metrics.measure import (
+    FinalResults,
+    Results,
+    evaluate_model,
+    milliseconds_per_image,
+    require_finite,
+)
+from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.result_cache import ResultCache
 from callbacks.metrics.teacher import Teacher, teacher_metrics
 from common.errors import UserError
 from datamodules.picture_files import Frame
-from lightning_modules.networks.loading import asset_path
+from lightning_modules.networks.model_names import asset_path
 
 
 class Evaluation(Callback):
@@ -73,23 +78,18 @@ class Evaluation(Callback):
                 raise UserError(f"Evaluation.{name} is {value}: it must be at least {least}")
         if metrics is None:
             metrics = [FrechetDistance(), ClipScore()] if reference is not None else [ClipScore()]
-        names = [metric.name for metric in metrics]
-        if len(set(names)) < len(names):
-            raise UserError(f"Evaluation.metrics holds the same metric twice: {names}")
+        refuse_repeated(metrics, "Evaluation.metrics")
         self.scoring_clip, self.reference_path, self.metrics = scoring_clip, reference, metrics
         self.final_size, self.batch_size, self.seed = final_size, batch_size, seed
-        self.teacher_rows, self.teacher_steps, self.teacher_guidance = (
-            teacher_rows,
-            teacher_steps,
-            teacher_guidance,
-        )
+        self.teacher_rows, self.teacher_steps = teacher_rows, teacher_steps
+        self.teacher_guidance = teacher_guidance
         self.timing_batch_size, self.frame = timing_batch_size, frame
         self.extractor: ClipExtractor | None = None
         self.reference: ReferenceSource | None = None
         self._is_set_up = False
         self.final: FinalResults | None = None
         self._fed = False
-        self.measured: dict[str, Result] = {}  # by the last validation or test
+        self.measured: Results = {}  # by the last validation or test
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the scoring CLIP and the reference, so that mistakes show before any training."""
@@ -112,52 +112,13 @@ class Evaluation(Callback):
                 "your own captions make statistics of your own pictures with scripts/make_reference.py"
             )
 
-    def _to_device(self, trainer: Trainer) -> None:
-        device = trainer.strategy.root_device
-        for metric in self.metrics:
-            metric.extractor.to(device)
-            # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
-            metric.to(device if device.type == "cuda" else "cpu")
-
-    def _start(self, trainer: Trainer) -> None:
-        self._to_device(trainer)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier pictures."""
+        place_metrics(self.metrics, trainer.strategy.root_device)
         self._fed, self.measured = False, {}
         for metric in self.metrics:
             metric.reset()
             metric.prepare(evaluation_captions(trainer), *evaluation_extras(trainer))
-
-    def _feed(self, outputs: Any) -> None:
-        if not outputs or outputs.get("images") is None:
-            return
-        self._fed = True
-        images, prompts, padding = outputs["images"], outputs["prompts"], outputs["is_padding"]
-        if self.frame is not None:  # 8-bit pictures hold no NaN any more
-            require_finite(images, outputs["indices"].tolist(), prompts, padding.tolist())
-            images = self.frame.batch(images)
-        for metric in self.metrics:
-            metric.update(images, prompts, padding, outputs["indices"])
-
-    def _log(self, trainer: Trainer, module: LightningModule, prefix: str) -> None:
-        if trainer.sanity_checking or not self._fed:
-            return
-        for metric in self.metrics:
-            results = metric.results()
-            self.measured |= results
-            for name, result in results.items():
-                # The value is already that of all processes.
-                module.log(
-                    f"{prefix}/{name}",
-                    result["value"],
-                    rank_zero_only=False,
-                    sync_dist=False,
-                    prog_bar=prefix == "val" and "/" not in name,
-                    batch_size=1,
-                )
-            metric.reset()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget earlier pictures."""
-        self._start(trainer)
 
     def on_validation_batch_end(
         self,
@@ -169,31 +130,39 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the pictures of this step."""
-        self._feed(outputs)
+        if not outputs or outputs.get("images") is None:
+            return
+        self._fed = True
+        images, prompts, padding = outputs["images"], outputs["prompts"], outputs["is_padding"]
+        if self.frame is not None:  # 8-bit pictures hold no NaN any more
+            require_finite(images, outputs["indices"].tolist(), prompts, padding.tolist())
+            images = self.frame.batch(images)
+        for metric in self.metrics:
+            metric.update(images, prompts, padding, outputs["indices"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``val/NAME``."""
-        self._log(trainer, pl_module, "val")
+        """Log ``val/NAME``, or ``test/NAME`` during a test."""
+        if trainer.sanity_checking or not self._fed:
+            return
+        prefix = "test" if trainer.testing else "val"
+        for metric in self.metrics:
+            results = metric.results()
+            self.measured |= results
+            for name, result in results.items():
+                # The value is already that of all processes.
+                pl_module.log(
+                    f"{prefix}/{name}",
+                    result["value"],
+                    rank_zero_only=False,
+                    sync_dist=False,
+                    prog_bar=prefix == "val" and "/" not in name,
+                    batch_size=1,
+                )
+            metric.reset()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget earlier pictures."""
-        self._start(trainer)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure the pictures of this step."""
-        self._feed(outputs)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``test/NAME``."""
-        self._log(trainer, pl_module, "test")
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The final evaluation: after the last checkpoint, so that a run killed here can be completed."""
@@ -213,31 +182,41 @@ class Evaluation(Callback):
         every = evaluation_captions(trainer)
         captions = every[: self.final_size]
         seeds = [self.seed + i for i in range(len(captions))]
-        self._to_device(trainer)
+        place_metrics(self.metrics, trainer.strategy.root_device)
         with evaluating(trainer, module) as weights:
             draw = student.generator.images
             metrics = evaluate_model(
-                draw,
-                captions,
-                self.metrics,
-                self.batch_size,
-                seeds,
-                "student, 1 step",
+                draw, captions, self.metrics, self.batch_size, seeds, "student, 1 step",
                 *self._extras(trainer),
-            )
+            )  # fmt: skip
             metrics["milliseconds_per_image"] = milliseconds_per_image(draw, captions, self.timing_batch_size)
-            rows = (
-                self._teacher_rows(trainer, student.parts.path, captions, seeds) if self.teacher_rows else {}
-            )
+            rows = {}
+            if self.teacher_rows:
+                rows = self._teacher_rows(trainer, student.parts.path, captions, seeds)
+        guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
         self.final = FinalResults(
             step=student.student_steps,
             weights=weights,
             metrics=metrics,
             teacher_metrics=rows,
-            manifest=run_manifest(self, captions, every, weights),
+            manifest=self.manifest(every, len(captions), self.seed, guidance, weights),
         )
         self._log_final(trainer)
         return self.final
+
+    def manifest(
+        self,
+        every: list[str],
+        count: int,
+        first_seed: int,
+        guidance: dict[str, float | None],
+        weights: str,
+    ) -> dict[str, Any]:
+        """What a measurement must share with one of the first ``count`` captions to be comparable."""
+        return run_manifest(
+            self.metrics, self.extractor, self.reference, self.frame, every, count, first_seed, guidance,
+            weights,
+        )  # fmt: skip
 
     def _extras(self, trainer: Trainer) -> tuple[list[str] | None, list[str] | None, Frame | None]:
         groups, negatives = (
@@ -247,7 +226,7 @@ class Evaluation(Callback):
 
     def _teacher_rows(
         self, trainer: Trainer, path: str, captions: list[str], seeds: list[int]
-    ) -> dict[str, dict[str, Result]]:
+    ) -> dict[str, Results]:
         rank_zero_info("Measuring the teacher (values are cached, times are taken on this machine) ...")
         teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
         precision = str(trainer.precision)
@@ -267,12 +246,7 @@ class Evaluation(Callback):
         measured = {k: v for k, v in self.final.metrics.items() if k != "milliseconds_per_image"}
         values = {f"test/{name}": result["value"] for name, result in measured.items()}
         step = self.final.step
-        tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
-        # A finished run that is completed again is measured again: the values are in the loggers already.
-        amended = [table.amend(values, step) for table in tables if values]
-        if any(amended):
-            return
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        for table in tables:
-            table.flush()
+            if isinstance(logger, MetricsCSV):
+                logger.flush()

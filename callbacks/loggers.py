@@ -57,11 +57,6 @@ class MetricsCSV(Logger):
         """The run folder."""
         return str(self.folder)
 
-    @property
-    def log_dir(self) -> str:
-        """The run folder."""
-        return str(self.folder)
-
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `config.yaml` holds them."""
@@ -75,34 +70,13 @@ class MetricsCSV(Logger):
             return
         step_text = str(int(step or 0))
         if self._pending and self._pending["step"] != step_text:
-            self._flush()
+            self.flush()
         self._pending = {**self._pending, "step": step_text, **row}
-
-    @rank_zero_only
-    def amend(self, metrics: dict[str, Any], step: int) -> bool:
-        """Replace values in the row of a step that holds all of them already; False if no row does.
-
-        For a measurement repeated at the same step: a second row would count it twice.
-        """
-        self.open()
-        self._flush()
-        rows = self._read()
-        for row in rows:
-            if row["step"] == str(int(step)) and all(row.get(name) for name in metrics):
-                row.update({name: _text(value) for name, value in metrics.items()})
-                self._rewrite(rows)
-                return True
-        return False
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is pending."""
-        self._flush()
-
-    @rank_zero_only
-    def flush(self) -> None:
-        """Write the row in progress now; the file is rewritten if more values of its step come."""
-        self._flush()
+        self.flush()
 
     def waiting(self) -> dict[str, str]:
         """Return the row that is not in the file yet, as text by column; for checkpoints."""
@@ -120,15 +94,17 @@ class MetricsCSV(Logger):
         self._opened = True
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self._read()
-        if self.resume_step is not None:
-            rows = [row for row in rows if _is_number(row["step"]) and float(row["step"]) <= self.resume_step]
+        if self.resume_step is not None:  # a kill may have cut the last row short
+            rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= self.resume_step]
         if any(row["step"] == self._pending.get("step") for row in rows):
             self._pending = {}  # the killed session has got to writing it
         self._rewrite(rows)
         if self.resume_step is not None and rows:
             self._last_step = rows[-1]["step"]
 
-    def _flush(self) -> None:
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the row in progress now; the file is rewritten if more values of its step come."""
         if not self._opened or not self._pending:
             return
         new = [name for name in self._pending if name not in self._columns]
@@ -229,11 +205,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 2**53:
         return str(int(value))
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,15 +1,16 @@
 """Saves the pictures that ``predict`` draws."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.run_folder import run_dir, write_text_atomically
-from common.processes import in_use
+from callbacks.run_folder import run_dir
+from common.files import write_text_atomically
+from common.processes import from_every_rank
 from reports.sheets import save_png, to_pil
 
 
@@ -60,19 +61,14 @@ class PredictionFiles(Callback):
         for image, index, prompt, padding in zip(outputs["images"], indices, outputs["prompts"], is_padding):
             if not padding:
                 name = f"{index}.png"
-                save_png(to_pil(image), self.folder(trainer) / name)
+                save_png(to_pil(image.float().cpu()), self.folder(trainer) / name)
                 self._entries.append({"index": index, "prompt": prompt, "file": name})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the list of all processes' pictures, in the order of the prompts, and say where it lies."""
-        entries = self._entries
-        if in_use():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, entries)
-            entries = sum(gathered, [])
+        entries = sorted(chain(*from_every_rank(self._entries)), key=lambda entry: entry["index"])
         if not entries or not trainer.is_global_zero:
             return
-        entries = sorted(entries, key=lambda entry: entry["index"])
         folder = self.folder(trainer)
         text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
         write_text_atomically(folder / "predictions.json", text)

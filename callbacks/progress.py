@@ -7,13 +7,13 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from tqdm import tqdm
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 _ENDLESS_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-
 
 # What is shown where it is logged, beside what modules log for the bar: logged name -> short one.
 _BEFORE = {"counts/images_seen": "images"}
@@ -24,8 +24,8 @@ _AFTER = {
 }
 
 
-class StepProgressBar(ProgressBar):
-    """tqdm bar over `trainer.max_steps` student updates; other loops get a short-lived bar each.
+class StepProgressBar(TQDMProgressBar):
+    """Lightning's bar over `trainer.max_steps` student updates; other loops get a short-lived bar each.
 
     The number starts at the checkpoint's step in a resumed run, speed and time left count this session's
     steps only. Behind it stand images seen, what modules log with `prog_bar=True` (both losses), κ, images a
@@ -38,26 +38,13 @@ class StepProgressBar(ProgressBar):
     def __init__(self, refresh_seconds: float = 0.5) -> None:
         super().__init__()
         self.refresh_seconds = refresh_seconds
-        self._enabled = True
-        self._train_bar: tqdm[Any] | None = None
-        self._side_bar: tqdm[Any] | None = None
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether it draws; `LightningModule.print` asks."""
-        return self._enabled
-
-    def disable(self) -> None:
-        """Draw nothing (Lightning calls it on all processes but the first)."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        """Draw again."""
-        self._enabled = True
+        # a file or a pipe cannot be drawn over: there a line now and then
+        self._pause = refresh_seconds if sys.stderr.isatty() else max(refresh_seconds, 20.0)
+        self._drawn = 0.0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
-        if self._enabled:
+        if self.is_enabled:
             tqdm.write(" ".join(str(part) for part in args), file=sys.stderr)
 
     def get_metrics(
@@ -70,40 +57,54 @@ class StepProgressBar(ProgressBar):
         values |= {short: logged[name] for name, short in _AFTER.items() if name in logged}
         return {name: _short(value) for name, value in values.items()}
 
-    def _bar(self, what: str, total: float | None, done: int = 0, leave: bool = True) -> tqdm[Any]:
-        # a file or a pipe cannot be drawn over: there a line now and then
-        pause = self.refresh_seconds if sys.stderr.isatty() else max(self.refresh_seconds, 20.0)
-        known = None if total is None or total == float("inf") or total < 0 else int(total)
-        return tqdm(
-            desc=what,
-            total=known,
-            initial=done,
-            leave=leave,
-            unit="step" if leave else "batch",
-            bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT,
-            mininterval=pause,
-            maxinterval=max(pause, 10.0),
-            smoothing=0.05,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            disable=not self._enabled,
-        )
+    def _bar(self, what: str, total: float, done: int = 0, leave: bool = False) -> Tqdm:
+        self._drawn = time.monotonic()
+        known = int(total) if 0 <= total < float("inf") else None
+        return Tqdm(
+            desc=what, total=known, initial=done, leave=leave, unit="step" if leave else "batch",
+            bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT, mininterval=self._pause,
+            maxinterval=max(self._pause, 10.0), smoothing=0.05, dynamic_ncols=True, file=sys.stderr,
+            disable=self.is_disabled,
+        )  # fmt: skip
 
-    # Training
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at the step the run starts from."""
-        total: float = trainer.max_steps
-        if (
-            total < 0 and trainer.max_epochs and trainer.max_epochs > 0
-        ):  # plain epochs: as many steps as they hold
+    def init_train_tqdm(self) -> Tqdm:
+        """A bar over student updates, at the step the run starts from."""
+        trainer, total = self.trainer, float(self.trainer.max_steps)
+        if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:  # as many steps as the epochs hold
             total = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
-        self._train_bar = self._bar("Training", total, done=trainer.global_step)
+        return self._bar("Training", total, done=trainer.global_step, leave=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """A bar over the batches of a validation."""
+        return self._bar("Evaluating", sum(self.trainer.num_val_batches))
+
+    def init_test_tqdm(self) -> Tqdm:
+        """A bar over the batches of a test."""
+        return self._bar("Testing", sum(self.trainer.num_test_batches))
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """A bar over the batches of a prediction."""
+        return self._bar("Predicting", sum(self.trainer.num_predict_batches))
+
+    def _should_update(self, current: int, total: int | float) -> bool:
+        """Whether a bar of batches is drawn: time decides, where Lightning counts batches."""
+        is_due = self.is_enabled and time.monotonic() - self._drawn >= self._pause
+        self._drawn = time.monotonic() if is_due else self._drawn
+        return is_due
+
+    def has_dataloader_changed(self, dataloader_idx: int) -> bool:
+        """No new bar for each data loader."""
+        return False
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The bar goes on: epochs mean nothing here."""
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """The same."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Move to the number of updates done (a batch whose update was skipped does not count)."""
-        if (bar := self._train_bar) is None:
-            return
+        bar = self.train_progress_bar
         if trainer.global_step > bar.n:
             # reading the values waits for the GPU
             if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
@@ -112,73 +113,26 @@ class StepProgressBar(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the finished bar, with its last values, on the screen."""
-        self._close_all(trainer, pl_module)
+        self._close(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the bar where it stopped, so that messages stand on lines of their own."""
-        self._close_all(trainer, pl_module)
+        self._close(trainer, pl_module)
 
-    def _close_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_side()
-        if self._train_bar is not None:
-            self._train_bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
-            self._train_bar.close()
-            self._train_bar = None
-
-    # Validation, test, predict
-
-    def _open_side(self, what: str, counts: float | list[int | float]) -> None:
-        total = sum(counts) if isinstance(counts, list) else counts
-        self._side_bar = self._bar(what, total, leave=False)
-
-    def _advance_side(self) -> None:
-        if self._side_bar is not None:
-            self._side_bar.update(1)
-
-    def _close_side(self) -> None:
-        if self._side_bar is not None:
-            self._side_bar.close()
-            self._side_bar = None
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar over the batches of the validation."""
-        if not trainer.sanity_checking:
-            self._open_side("Evaluating", trainer.num_val_batches)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Count a batch."""
-        self._advance_side()
+    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for bar in (self._val_progress_bar, self._test_progress_bar, self._predict_progress_bar):
+            if bar is not None:
+                bar.close()
+        if (bar := self._train_progress_bar) is not None:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
+            bar.close()
+            self._train_progress_bar = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close it and show the new values; the time of a validation is no part of the speed of training."""
-        self._close_side()
-        if (bar := self._train_bar) is not None:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
+        """Show the new values; the time of a validation is no part of the speed of training."""
+        super().on_validation_end(trainer, pl_module)
+        if (bar := self._train_progress_bar) is not None:
             bar.last_print_t = time.time()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar over the batches of the test."""
-        self._open_side("Testing", trainer.num_test_batches)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Count a batch."""
-        self._advance_side()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close it."""
-        self._close_side()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar over the batches of the prediction."""
-        self._open_side("Predicting", trainer.num_predict_batches)
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Count a batch."""
-        self._advance_side()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close it."""
-        self._close_side()
 
 
 def _short(value: Any) -> str:

@@ -3,21 +3,23 @@
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.evaluated import as_student
+from callbacks.evaluated import Student, as_student, weights_of
 from callbacks.evaluation import Evaluation
 from callbacks.logging_media import log_config, log_report
-from callbacks.metrics.manifest import FinalResults, told
+from callbacks.metrics.manifest import Subject, make_report
+from callbacks.metrics.measure import FinalResults
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
-from common.environment import environment, peak_memory_gib
-from reports.run_report import Report, findings, write_report
-from reports.text import render_text_table
+from common.environment import peak_memory_gib
+from reports.run_report import Report, findings, render_text_table
+from reports.write import write_report
 
 _WARM_UP = 5
 _MOST_PICTURES = 6
@@ -111,41 +113,26 @@ class RunReport(Callback):
             elif isinstance(callback, Pictures):
                 callback.draw_once(trainer, pl_module)
         if trainer.is_global_zero:
-            folder = run_dir(trainer)
-            report = self.assemble(trainer, pl_module, final, folder)
-            path = write_report(report, folder)
-            log_report(trainer.loggers, report, folder)
-            lines = (
-                ["", render_text_table(report), "", *findings(report)] if report.content["metrics"] else [""]
-            )
-            print("\n".join([*lines, f"Report: {path}"]), flush=True)
+            publish(trainer, self.assemble(trainer, pl_module, final, run_dir(trainer)), run_dir(trainer))
 
     def assemble(
         self, trainer: Trainer, module: LightningModule, final: FinalResults | None, folder: Path
     ) -> Report:
         """Gather the report of a run from its callbacks and its folder."""
         student = as_student(module)
-        weights = final.weights if final is not None else _weights(module)
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        content = {
-            "experiment": folder.parent.name if folder.name.startswith("version_") else folder.name,
-            "step": student.student_steps,
-            "weights": weights,
-            "model": str(checkpoint if checkpoint.exists() else student.parts.path),
-            "metrics": told(final.metrics, final.manifest["seeds"]["first"]) if final is not None else {},
-            "teacher_metrics": final.teacher_metrics if final is not None else {},
-            "timing": self._timing(),
-            "environment": environment() | {
-                "accelerator": trainer.strategy.root_device.type, "processes": trainer.world_size,
-                "precision": str(trainer.precision),
-            },
-            "config_path": str(folder / "config.yaml"),
-        }  # fmt: skip
-        manifest = {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
-        if final is not None:
-            manifest |= final.manifest
-        curves = folder / "metrics.csv"
-        return Report(content, manifest, sample_pictures(folder), curves if curves.is_file() else None)
+        checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
+        manifest = final.manifest if final is not None else {}
+        weights = final.weights if final is not None else weights_of(student)
+        model = str(checkpoint if checkpoint.exists() else student.parts.path)
+        return make_report(
+            subject_of_run(trainer, student, folder, weights, model, manifest),
+            final.metrics if final is not None else {},
+            facts_of(student) | manifest,
+            self._timing(),
+            sample_pictures(folder),
+            final.teacher_metrics if final is not None else {},
+            curves if curves.is_file() else None,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the timing so far."""
@@ -167,9 +154,42 @@ class RunReport(Callback):
         }
 
 
-def _weights(module: LightningModule) -> str:
-    with as_student(module).evaluation_weights() as name:
-        return name
+def subject_of_run(
+    trainer: Trainer, student: Student, folder: Path, weights: str, model: str, manifest: Mapping[str, Any]
+) -> Subject:
+    """A run's student as the subject of a report.
+
+    Args:
+        trainer, student: of the run. ``folder``: the run folder.
+        weights: "ema" or "online". ``model``: where they lie.
+        manifest: of the measurement, which names the first seed; empty if nothing was measured.
+    """
+    return Subject(
+        experiment=folder.parent.name if folder.name.startswith("version_") else folder.name,
+        step=student.student_steps,
+        weights=weights,
+        model=model,
+        config_path=folder / CONFIG_NAME,
+        machine={
+            "accelerator": trainer.strategy.root_device.type,
+            "processes": trainer.world_size,
+            "precision": str(trainer.precision),
+        },
+        seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
+    )
+
+
+def facts_of(student: Student) -> dict[str, Any]:
+    """What every manifest of a run begins with."""
+    return {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
+
+
+def publish(trainer: Trainer, report: Report, folder: Path) -> None:
+    """Write the report to a folder, hand it to the loggers, and print its table and where it lies."""
+    path = write_report(report, folder)
+    log_report(trainer.loggers, report, folder)
+    lines = ["", render_text_table(report), "", *findings(report)] if report.content["metrics"] else [""]
+    print("\n".join([*lines, f"Report: {path}"]), flush=True)
 
 
 def sample_pictures(folder: Path) -> dict[str, Path]:

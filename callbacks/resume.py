@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.processes import from_every_rank
+
 _SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
 )
@@ -205,11 +207,7 @@ def random_states() -> list[dict[str, Any]]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, state)
-    return gathered
+    return from_every_rank(state)
 
 
 def restore_random_states(states: list[dict[str, Any]], trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint_files import REPLACED
 from common.errors import UserError, first_line
+from common.files import write_text_atomically
 from lightning_modules.checkpoints import check_format
 
 CONFIG_NAME = "config.yaml"
@@ -41,14 +42,7 @@ def _readable(place: Path) -> Iterator[None]:
 
 def versions(experiment_folder: Path) -> list[Path]:
     """Return the `version_<n>` folders of an experiment, oldest first (an empty list if there are none)."""
-    if not experiment_folder.is_dir():
-        return []
-    numbered = [
-        (int(match.group(1)), path)
-        for path in experiment_folder.iterdir()
-        if path.is_dir() and (match := _VERSION.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(numbered)]
+    return [path for path in _numbered(experiment_folder, _VERSION) if path.is_dir()]
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -60,12 +54,15 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     for name in ("last.ckpt", f"last{REPLACED}"):
         if (last := folder / name).exists():
             return last
-    steps = [
-        (int(match.group(1)), path)
-        for path in folder.glob("step_*.ckpt")
-        if (match := _STEP.fullmatch(path.name))
-    ]
-    return max(steps)[1] if steps else None
+    steps = _numbered(folder, _STEP)
+    return steps[-1] if steps else None
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """What in a folder has a name of this pattern, in the order of the number in it."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    numbers = {path: int(match[1]) for path in found if (match := pattern.fullmatch(path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
@@ -83,26 +80,23 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
     Raises:
         UserError: the path does not exist or cannot be read, or there is no best checkpoint.
     """
-    with _readable(root / experiment if which in ("last", "best") else Path(which)):
-        return _find_checkpoint(which, root, experiment)
-
-
-def _find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
-    newest_first = versions(root / experiment)[::-1]
-    if which == "last":
-        return next((found for folder in newest_first if (found := newest_checkpoint(folder))), None)
-    if which == "best":
-        paths = (folder / "checkpoints" / "best.ckpt" for folder in newest_first)
-        if (best := next((path for path in paths if path.exists()), None)) is None:
+    place = root / experiment
+    with _readable(place if which in ("last", "best") else Path(which)):
+        if which == "last":
+            return next(filter(None, map(newest_checkpoint, versions(place)[::-1])), None)
+        if which == "best":
+            paths = (folder / "checkpoints" / "best.ckpt" for folder in versions(place)[::-1])
+            if (best := next((path for path in paths if path.exists()), None)) is None:
+                raise UserError(
+                    f"no best.ckpt in any version under {place}; "
+                    "train with a validation metric first, or name a checkpoint file"
+                )
+            return best
+        if not Path(which).exists():
             raise UserError(
-                f"no best.ckpt in any version under {root / experiment}; "
-                "train with a validation metric first, or name a checkpoint file"
+                f"checkpoint not found: {which}; give --ckpt_path an existing file, 'last' or 'best'"
             )
-        return best
-    path = Path(which)
-    if not path.exists():
-        raise UserError(f"checkpoint not found: {path}; give --ckpt_path an existing file, 'last' or 'best'")
-    return path
+        return Path(which)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -134,18 +128,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def new_version(root: Path, experiment: str) -> list[Path]:
-    """Create the next free `version_<n>` folder of an experiment.
-
-    Returns:
-        The folders made: first the version's, then those of its parents that did not exist, deepest first.
+def new_version(root: Path, experiment: str) -> Path:
+    """Create the next free `version_<n>` folder of an experiment and return it.
 
     Raises:
         UserError: the root (or a part of the path) is a file, or cannot be written.
     """
     folder = root / experiment
     try:
-        absent = [part for part in (folder, *folder.parents) if not part.exists()]
         for part in (folder, *folder.parents):
             if part.exists() and not part.is_dir():
                 raise UserError(
@@ -158,7 +148,7 @@ def new_version(root: Path, experiment: str) -> list[Path]:
         while True:  # another run may take the same number at the same moment
             try:
                 (folder / f"version_{number}").mkdir()
-                return [folder / f"version_{number}", *absent]
+                return folder / f"version_{number}"
             except FileExistsError:
                 number += 1
     except OSError as error:
@@ -176,13 +166,6 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class RunFolder(Callback):
     """Holds the folder of a run on every process and saves the resolved configuration in it.
 
@@ -190,16 +173,13 @@ class RunFolder(Callback):
         path: The folder on rank zero; None on other processes, which learn it in `setup`.
         config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that
             a resumed run can say what has changed. None: nothing is written.
-        made: The folders this process made for the run, the deepest first (see `new_version`); they are
-            removed again if no training starts.
+        is_new: Whether the folder was made for this run: it is removed again if no training starts.
     """
 
-    def __init__(
-        self, path: Path | None = None, config: str | None = None, made: Sequence[Path] = ()
-    ) -> None:
+    def __init__(self, path: Path | None = None, config: str | None = None, is_new: bool = False) -> None:
         self.path = path
         self.config = config
-        self.made = list(made)
+        self.is_new = is_new
         self.started = False
         self._found = set(path.iterdir()) if path is not None and path.is_dir() else None  # rank zero
 
@@ -225,22 +205,21 @@ class RunFolder(Callback):
         return {"config": self.config}
 
     def discard(self) -> None:
-        """Remove what was made for the run: the folder and those of its parents that hold nothing else.
+        """Remove what was made for the run: its folder, with that of the experiment and the root if empty.
 
         In the folder of an earlier session these are the files of loggers, such as TensorBoard's, which would
         hide what that session has logged after the checkpoint.
         """
-        made, self.made = self.made, []
-        if not made or not made[0].is_dir():
-            if self._found is not None and self.path is not None:
-                for path in set(self.path.glob("events.out.tfevents*")) - self._found:
-                    path.unlink()
+        if self._found is None or self.path is None or not self.path.is_dir():
             return
-        shutil.rmtree(made[0])
-        for folder in made[1:]:
-            if any(folder.iterdir()):
-                break
-            folder.rmdir()
+        if not self.is_new:
+            for path in set(self.path.glob("events.out.tfevents*")) - self._found:
+                path.unlink()
+            return
+        shutil.rmtree(self.path)
+        for folder in (self.path.parent, self.path.parent.parent):
+            if folder.name and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def run_dir(trainer: Trainer) -> Path:

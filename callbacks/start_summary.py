@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import statistics
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.evaluated import as_student, evaluating
+from callbacks.samples import Pictures
+from callbacks.throughput import Throughput, matmul_rate
 from common.errors import UserError
+from common.processes import say
 from lightning_modules.memory import NOT_WEIGHTS, Part
+from lightning_modules.trainer_settings import is_slow_in_bf16
 
 _MIB = 2**20
+_WARM_UP = 1
+"""Updates that are not timed: the first counts operations."""
+_SLOW = 5.0
+"""So many times as long as its operations at the speed of a matrix product: more than networks cost."""
+_LONG = 600.0
+"""Seconds: the end of a run that is nearer than that needs no explanation."""
+_PAGES_OF_SWAPPING = 100
+"""Pages an update waits for from the disk; one that fits into memory waits for none."""
 
 
 class StartSummary(Callback):
-    """Prints a table of memory by part and the effective batch when ``fit`` starts, and, after the first few
-    updates, how long the run will take.
+    """Prints a table of memory by part, the effective batch and the precision when ``fit`` starts, and, after
+    the first few updates, how long the run will take, its evaluations included.
+
+    On a processor, where an update takes more than five times as long as its operations would at the speed of
+    a matrix product in float32, one line says so with the likely cause. (How much of an accelerator's speed
+    is reached depends on the networks' size, so nothing is said there.)
 
     Args:
         timed_updates: student updates that are timed for the estimate, after one to warm up.
@@ -31,6 +52,7 @@ class StartSummary(Callback):
         self.timed_updates = timed_updates
         self._seconds: list[float] = []
         self._started: float | None = None
+        self._pages = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse modules that have no ``memory_parts``."""
@@ -41,27 +63,74 @@ class StartSummary(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and the effective batch."""
+        """Print the table, the effective batch and the precision."""
         self._seconds, self._started = [], None
         parts: dict[str, Part] = pl_module.memory_parts()  # type: ignore[operator]
-        _print("\n".join([memory_table(parts), *effective_batch(trainer)]))
+        lines = [memory_table(parts), *effective_batch(trainer), f"Precision: {trainer.precision}"]
+        say("\n".join(lines))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
-        self._started = time.perf_counter() if len(self._seconds) <= self.timed_updates else None
+        is_measuring = len(self._seconds) < _WARM_UP + self.timed_updates
+        self._started = time.perf_counter() if is_measuring else None
+        if len(self._seconds) == _WARM_UP:
+            self._pages = _pages_from_disk()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock; when enough is measured, print the estimate."""
+        """Stop the clock; when enough is measured, print the estimate and what is wrong with it."""
         if self._started is None:
             return
         self._seconds.append(time.perf_counter() - self._started)  # an update waits for its gradients' norm
-        if len(self._seconds) == self.timed_updates + 1 and trainer.max_steps > 0:
-            mean = sum(self._seconds[1:]) / self.timed_updates
-            pl_module.print(estimated_time(mean, trainer.max_steps, trainer.global_step))
+        if len(self._seconds) < _WARM_UP + self.timed_updates or trainer.max_steps <= 0:
+            return
+        swapped = (_pages_from_disk() - self._pages) / self.timed_updates > _PAGES_OF_SWAPPING
+        seconds = statistics.median(self._seconds[_WARM_UP:])
+        total, left = (seconds * (trainer.max_steps - step) for step in (0, trainer.global_step))
+        if pictures := self._pictures(trainer, after=0):
+            each = self._seconds_per_picture(trainer, pl_module, batch["prompts"])
+            total, left = total + each * pictures, left + each * self._pictures(trainer, trainer.global_step)
+        pl_module.print(estimated_time(seconds, trainer.max_steps, total, left))
+        expected = self._expected_seconds(trainer)
+        if expected is not None and seconds > _SLOW * expected and left > _LONG:
+            cause = likely_cause(str(trainer.precision), trainer.num_devices, swapped)
+            pl_module.print(slowness(seconds, expected, left, cause))
+
+    def _pictures(self, trainer: Trainer, after: int) -> int:
+        """Pictures that this process draws after a step, to evaluate and to look at, the teacher's apart."""
+        end, every, validations = trainer.max_steps, trainer.val_check_batch, 0
+        if isinstance(every, int) and every > 0 and trainer.enable_validation:
+            validations = end // every - after // every
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        some, every_caption = (len(getattr(data, name, ())) for name in ("eval_prompts", "eval_captions"))
+        most = sum(trainer.num_val_batches) * getattr(data, "eval_batch_size", 0)
+        pictures = validations * int(min(some // trainer.world_size, most))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Pictures):
+                rhythm = callback.every_n_steps
+                pictures += callback.num_images * ((end - after) // rhythm if rhythm else validations)
+            pictures += min(getattr(callback, "final_size", 0), every_caption) // trainer.world_size
+        return pictures
+
+    def _seconds_per_picture(self, trainer: Trainer, module: LightningModule, prompts: list[str]) -> float:
+        """Draw a few twice; the first time warms up. All processes, since shards need them."""
+        few = prompts[:8]
+        with evaluating(trainer, module):
+            for _ in range(2):
+                start = time.perf_counter()
+                as_student(module).generator.images(few, list(range(len(few)))).cpu()
+        return (time.perf_counter() - start) / len(few)
+
+    def _expected_seconds(self, trainer: Trainer) -> float | None:
+        """What an update's operations take as a matrix product; None on accelerators or if not counted."""
+        device = trainer.strategy.root_device
+        counts = [one.flops for one in trainer.callbacks if isinstance(one, Throughput)]  # type: ignore[attr-defined]
+        if device.type != "cpu" or not counts or not counts[0]:
+            return None
+        return counts[0] / matmul_rate(device, torch.float32)
 
 
 def memory_table(parts: dict[str, Part]) -> str:
@@ -87,13 +156,43 @@ def effective_batch(trainer: Trainer) -> list[str]:
     return [f"Prompts per student update: {shared} x accumulation {passes} = {data.batch_size}"]
 
 
-def estimated_time(seconds: float, max_steps: int, done: int) -> str:
-    """The time that all updates take at this speed, and what is left of it."""
-    left = f", {duration(seconds * (max_steps - done))} to go" if done < max_steps else ""
+def estimated_time(seconds: float, max_steps: int, total: float, left: float) -> str:
+    """The speed, the time that the whole run takes, and what is left of it, all in seconds."""
     return (
-        f"{seconds:.3g} s per student update: {max_steps} take about {duration(seconds * max_steps)}{left}; "
-        "validations and the final evaluation are extra"
+        f"{seconds:.3g} s per student update: {max_steps} take about {duration(total)}, {duration(left)} to "
+        "go; validations and the final evaluation are included (but for a teacher not measured before)"
     )
+
+
+def slowness(seconds: float, expected: float, left: float, cause: str) -> str:
+    """One line: how slow an update is, when the run would end, and why."""
+    end = datetime.now() + timedelta(seconds=left)
+    return (
+        f"SLOW: an update takes {seconds:.3g} s, {seconds / expected:.0f} times its operations at this "
+        f"processor's speed ({expected:.3g} s); the run would end about {end:%Y-%m-%d %H:%M}. "
+        f"Likely cause: {cause}"
+    )
+
+
+def likely_cause(precision: str, processes: int, swapped: bool) -> str:
+    """Why updates are slow on this processor, as far as it can be seen from outside, and what to do.
+
+    Args:
+        precision: that of the run.
+        processes: of this run on this machine.
+        swapped: whether updates waited for pages from the disk.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, load = torch.get_num_threads() * processes, os.getloadavg()[0]
+    if "bf16" in precision and is_slow_in_bf16("cpu"):
+        return "bf16 on a processor without bf16 units; set --trainer.precision=32-true"
+    if threads > cores:
+        return f"{threads} threads on {cores} cores; set OMP_NUM_THREADS={max(1, cores // processes)}"
+    if swapped:
+        return "memory is short and the system swaps; set a smaller data.init_args.micro_batch_size"
+    if load > max(cores, threads) + 0.5:
+        return f"other processes on the cores (load average {load:.1f}, cores {cores}); end them or wait"
+    return "none seen (precision, threads, swapping and load average are as they should be)"
 
 
 def duration(seconds: float) -> str:
@@ -104,6 +203,5 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
-@rank_zero_only
-def _print(text: str) -> None:
-    print(text, flush=True)
+def _pages_from_disk() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

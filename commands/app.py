@@ -1,39 +1,43 @@
 """`app`: a page on this computer to try a student beside its teacher."""
 
-import argparse
 import importlib
 import os
+from dataclasses import dataclass
 from types import ModuleType
 
-from commands.app_page import LAUNCH, build_page
-from commands.app_pictures import SideBySide
 from commands.generate import DEFAULT_MODEL
+from commands.options import Port
 from common.errors import UserError
 
 HOST = "127.0.0.1"  # nobody else on the network gets in
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `app`."""
-    add = parser.add_argument
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="the student: a .ckpt file or a Stable Diffusion folder (default: %(default)s)",
-    )
-    add("--teacher", help="a Stable Diffusion folder (default: the one the student was distilled from)")
-    add("--port", type=int, default=7860, help="where the page is on this computer (default: %(default)s)")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `app`.
+
+    Args:
+        model: the student, a .ckpt file or a Stable Diffusion folder
+        teacher: a Stable Diffusion folder (the one the student was distilled from if left out)
+        port: where the page is on this computer
+    """
+
+    model: str = DEFAULT_MODEL
+    teacher: str | None = None
+    port: Port = 7860
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Load the models and serve the page until Ctrl+C.
 
     Raises:
-        UserError: Gradio is not installed, a model can't be loaded, or the port is out of range or taken.
+        UserError: Gradio is not installed, a model can't be loaded, or the port is taken.
     """
-    if not 1 <= options.port <= 65535:
-        raise UserError(f"--port {options.port} is not a port. Give a number from 1 to 65535, such as 7860.")
     gradio = import_gradio()
+    # here, because they import torch: seconds that --help need not take
+    from commands.app_page import LAUNCH, build_page
+    from commands.app_pictures import SideBySide
+
     page = build_page(gradio, SideBySide(options.model, options.teacher))
     try:
         page.launch(server_name=HOST, server_port=options.port, **LAUNCH)

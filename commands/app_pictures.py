@@ -4,24 +4,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from commands.generate import has_few_step_sampler, to_pillow
 from common.errors import UserError
-from lightning_modules.generator import ddim_scheduler, make_generator, pipeline_images, stock_pipeline
-from lightning_modules.guidance.methods import METHODS, Method, make_method
-from lightning_modules.guidance.prompting import negative_prompting
+from lightning_modules.drawing import OFF, Guidance, Model
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import LoadedStudent, load_student, student_path
+from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
+from reports.sheets import to_pil
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 4.5  # as in the reports
-
-# prompt, seed, negative prompt or None, how it acts -> picture [1, 3, H, W] in [0, 1]
-OneStep = Callable[[str, int, str | None, Method | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,17 +42,19 @@ class SideBySide:
     def __init__(self, model: str, teacher: str | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         student = load_student(student_path(model))
-        self._pipeline = _teacher(model, student, teacher).to(device)
-        self._one_step, self._network = _one_step(student, device)
+        self._teacher = _teacher(model, student, teacher, device)
+        self._student = Model(student, 1, device)
+        self._guided = Guidance("cfg", TEACHER_GUIDANCE)
         self._lock = threading.Lock()
         self._last: tuple[tuple[str, str | None, int], Picture] | None = None
         # the first calls also set up kernels and memory
         self.student("", "", "none", 0.0, 0)
-        pipeline_images(self._pipeline, [""], [0], 1, TEACHER_GUIDANCE)
+        self._teacher.draw([""], [0], self._guided)
 
     def default_scale(self, method: str) -> float:
         """Scale of NASA or NAG that suits the student; 0 without a method."""
-        return make_method(method, self._network).scale if method in METHODS else 0.0
+        rule = _guidance(method).rule(self._student.network)
+        return rule.scale if rule is not None else 0.0
 
     def student(self, prompt: str, negative: str, method: str, scale: float, seed: int | None) -> Picture:
         """One step; the negative prompt acts by `method` ("none", "nasa", "nag") with that scale.
@@ -64,9 +62,8 @@ class SideBySide:
         Raises:
             UserError: the seed or the scale is out of range.
         """
-        rule = make_method(method, self._network, scale) if method in METHODS else None
-        text = (negative.strip() or None) if rule else None
-        return self._timed(lambda: self._one_step(prompt, _checked(seed), text, rule))
+        guidance, number = _guidance(method, scale), _checked(seed)
+        return self._timed(lambda: self._student.draw([prompt], [number], guidance, negative))
 
     def teacher(self, prompt: str, negative: str, method: str, seed: int | None) -> Picture:
         """The guided teacher; a negative prompt takes the place of the empty one, if there is a method.
@@ -76,23 +73,21 @@ class SideBySide:
         Raises:
             UserError: the seed is out of range.
         """
-        text = (negative.strip() or None) if method in METHODS else None
+        text = (negative.strip() or None) if _guidance(method) != OFF else None
         key = (prompt, text, _checked(seed))
         if self._last is None or self._last[0] != key:
-            picture = self._timed(lambda: pipeline_images(
-                self._pipeline, [prompt], [key[2]], TEACHER_STEPS, TEACHER_GUIDANCE, negative_prompt=text
-            ))  # fmt: skip
-            self._last = key, picture
+            draw = self._teacher.draw
+            self._last = key, self._timed(lambda: draw([prompt], [key[2]], self._guided, text))
         return self._last[1]
 
     def _timed(self, draw: Callable[[], Tensor]) -> Picture:
         with self._lock:
             start = time.perf_counter()
             pixels = draw().cpu()  # waits for the GPU
-            return Picture(to_pillow(pixels[0]), 1000 * (time.perf_counter() - start))
+            return Picture(to_pil(pixels[0]), 1000 * (time.perf_counter() - start))
 
 
-def _teacher(model: str, student: LoadedStudent, path: str | None) -> DiffusionPipeline:
+def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) -> Model:
     """The teacher as a pipeline with DDIM sampling."""
     named = path or student.facts.get("teacher")
     if not named:
@@ -102,27 +97,12 @@ def _teacher(model: str, student: LoadedStudent, path: str | None) -> DiffusionP
     except UserError as error:
         hint = "" if path else f" It is the one that {model} names; --teacher gives another."
         raise UserError(f"The teacher can't be loaded: {error}{hint}") from error
-    return stock_pipeline(parts, ddim_scheduler(parts.scheduler))
+    return Model(stock_pipeline(parts, ddim_scheduler(parts.scheduler)), TEACHER_STEPS, device)
 
 
-def _one_step(student: LoadedStudent, device: str) -> tuple[OneStep, nn.Module]:
-    """How the student draws, as `generate` does, and its network."""
-    if has_few_step_sampler(student.parts.scheduler):
-        pipeline = stock_pipeline(student.parts).to(device)
-
-        def by_pipeline(prompt: str, seed: int, negative: str | None, rule: Method | None) -> Tensor:
-            if negative is None or rule is None:
-                return pipeline_images(pipeline, [prompt], [seed], 1, 1.0)
-            with negative_prompting(pipeline, negative, type(rule).__name__.lower(), rule.scale):
-                return pipeline_images(pipeline, [prompt], [seed], 1, 1.0)
-
-        return by_pipeline, student.parts.denoiser
-    generator = make_generator(student.parts, student.start_timestep).eval().to(device)
-
-    def by_generator(prompt: str, seed: int, negative: str | None, rule: Method | None) -> Tensor:
-        return generator.images([prompt], [seed], negative_prompt=negative, negative_method=rule)
-
-    return by_generator, generator.student
+def _guidance(method: Any, scale: float | None = None) -> Guidance:
+    """By a method of the page; none if it is no method."""
+    return Guidance(method, scale) if Guidance(method).by_attention else OFF
 
 
 def _checked(seed: int | None) -> int:

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: a RUN names no run, or the output cannot be written.
         SystemExit: with status 1 if a file of a run was damaged; the page is written without it.
     """
-    from callbacks.run_folder import write_text_atomically
+    from common.files import write_text_atomically
     from reports.comparison import find_runs, load_runs
     from reports.comparison_page import render_comparison
 

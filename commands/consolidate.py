@@ -1,26 +1,34 @@
 """`consolidate`: the folder of a checkpoint in shards becomes one .ckpt file."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common.errors import UserError, first_line
-from lightning_modules.checkpoints import check_format, consolidated, is_sharded
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `consolidate`."""
-    parser.add_argument("--checkpoint", required=True, type=Path, help="folder that a sharded run wrote")
-    parser.add_argument("--output", required=True, type=Path, help="the .ckpt file to write; must not exist")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `consolidate`.
+
+    Args:
+        checkpoint: folder that a sharded run wrote
+        output: the .ckpt file to write; must not exist
+    """
+
+    checkpoint: Path
+    output: Path
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Write the file, which any number of processes can continue from, without shards too.
 
     Raises:
         UserError: the folder is no such checkpoint or cannot be read; the file exists or cannot be written.
     """
+    import torch
+
+    from lightning_modules.checkpoints import check_format, consolidated, is_sharded
+
     folder, output = options.checkpoint, options.output
     if not is_sharded(folder):
         raise UserError(f"{folder} is not the folder of a checkpoint in shards (it has no meta.pt)")

@@ -15,9 +15,16 @@ from datamodules.order import ListedTexts, Places, Texts
 from datamodules.sources import PromptPools, PromptSource
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.prompt_cache.cache import Keys, Layout, text_keys
-from lightning_modules.networks.prompt_cache.text_identity import text_identity
-from lightning_modules.networks.prompt_cache.writer import cache_writer, own_names, readable
+from lightning_modules.networks.prompt_cache.cache import (
+    SHARDS,
+    Keys,
+    Layout,
+    cache_writer,
+    own_names,
+    readable,
+    text_keys,
+)
+from lightning_modules.networks.prompt_cache.lookup import text_identity
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHUNK = 65536  # texts read at a time
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print("Stopped. The same command goes on where this one ended.", file=sys.stderr)
             raise
-    written = sum(path.stat().st_size for path in options.output.glob("shard-*"))
+    written = sum(path.stat().st_size for path in options.output.glob(SHARDS))
     print(f"Wrote {options.output} ({readable(written)}). Train with --model.prompt_cache {options.output}")
     if encoder.truncated_prompts:
         print(f"{encoder.truncated_prompts:,} texts have more than {encoder.max_length} tokens and were cut.")

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -21,29 +21,23 @@ import jsonargparse
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import Logger
+from PIL import Image
 
 from callbacks.loggers import MetricsCSV, RunTensorBoard
-from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.binding import bind_metrics, describe_reference, framed_reference
+from callbacks.logging_media import Table, log_media
+from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
-from callbacks.metrics.manifest import (
-    KIND,
-    annotated,
-    evaluation_key,
-    make_report,
-    seeds_in_words,
-    send,
-    timing,
-)
-from callbacks.metrics.measure import Stopwatch, measure_pictures
-from callbacks.metrics.reference import ReferenceSource
+from callbacks.metrics.manifest import Subject, make_report, seeds_in_words, set_manifest
+from callbacks.metrics.measure import Results, Stopwatch, measure_pictures
+from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.unfinished import Unfinished
-from callbacks.run_folder import write_text_atomically
 from commands.config_errors import explain
+from commands.config_files import expand
 from commands.kept_pictures import KeptPictures
 from commands.quiet import quieten
+from common.environment import peak_memory_gib
 from common.errors import UserError
-from common.files import check_output_folder
+from common.files import check_output_folder, write_text_atomically
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.picture_files import match_files
@@ -51,23 +45,16 @@ from datamodules.tables import read_json
 from lightning_modules.drawing import Drawer, Recipe, given_pictures, model_drawer
 from lightning_modules.networks.model_names import REPOSITORY, asset_path
 from lightning_modules.networks.student import student_path
-from reports.run_report import result_table, write_report
+from reports.run_report import Report, render_text_table, result_table
 from reports.sheets import save_png
-from reports.text import render_text_table
+from reports.write import write_report
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "eval" / "emoji.yaml"
 CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfinished"
-_FILES = {
-    "manifest.json",
-    "report.json",
-    "report.md",
-    "report.html",
-    "metrics.csv",
-    CONFIG,
-    GRID,
-    IMAGES,
-    UNFINISHED,
-}
+KIND = "evaluation"
+"""Marks the manifests of this command."""
+_FILES = {"manifest.json", "report.json", "report.md", "report.html", "metrics.csv"}
+_FILES |= {CONFIG, GRID, IMAGES, UNFINISHED}
 
 
 def parse(args: Sequence[str], **description: Any) -> Any:
@@ -84,6 +71,7 @@ def parse(args: Sequence[str], **description: Any) -> Any:
     given = list(args)
     if not any(word == "--config" or word.startswith("--config=") for word in given):
         given = ["--config", str(DEFAULT_CONFIG), *given]
+    given = expand(given)
     try:
         settings = parser.parse_args(given)
     except argparse.ArgumentError as error:
@@ -203,27 +191,20 @@ def _check(options: Any) -> None:
     for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}: it must be at least {least}")
-    names = [metric.name for metric in options.metrics]
-    if len(set(names)) < len(names):
-        raise UserError(f"metrics holds the same metric twice: {', '.join(names)}; evaluate twice instead")
+    refuse_repeated(options.metrics)
 
 
 def _bind(options: Any, whole: EvaluationSet, device: torch.device) -> ReferenceSource | None:
     """Give every metric its network and its reference; returns the reference."""
     extractor = ClipExtractor(asset_path(options.scoring_clip)) if options.scoring_clip else None
-    reference = _reference(options, whole) if options.reference is not None else None
-    bind_metrics(options.metrics, extractor, reference, device)
-    for metric in options.metrics:
-        # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
-        metric.to(device if device.type == "cuda" else "cpu")
-    return reference
-
-
-def _reference(options: Any, whole: EvaluationSet) -> ReferenceSource:
-    least = options.min_reference
+    reference, least = None, options.min_reference
     if least is None and options.count is None:
         least = whole.published_references
-    return framed_reference(options.reference, whole.frame, least, options.skip_corrupt)
+    if options.reference is not None:
+        reference = framed_reference(options.reference, whole.frame, least, options.skip_corrupt)
+    bind_metrics(options.metrics, extractor, reference, device)
+    place_metrics(options.metrics, device)
+    return reference
 
 
 def _drawer(options: Any, chosen: EvaluationSet, device: torch.device) -> Drawer:
@@ -243,12 +224,13 @@ def _evaluate(
     output: Path,
     device: torch.device,
 ) -> None:
-    key = evaluation_key(chosen, drawer, options.metrics)
+    rank, world = rank_and_world_size()
+    model = {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity}
+    key = set_manifest(chosen, model, options.metrics)
     unfinished = Unfinished(output / UNFINISHED, key, options.save_every)
-    kept = KeptPictures(
-        output / (IMAGES if options.save_images else f"{UNFINISHED}/{IMAGES}"), options.save_images
-    )
-    if rank_and_world_size()[0] == 0:
+    pictures = output / (IMAGES if options.save_images else f"{UNFINISHED}/{IMAGES}")
+    kept = KeptPictures(pictures, options.save_images)
+    if rank == 0:
         if not unfinished.exists() and (output / IMAGES).is_dir():
             shutil.rmtree(output / IMAGES)  # of a former evaluation, which this one replaces
         unfinished.begin()
@@ -263,28 +245,63 @@ def _evaluate(
         _discard(unfinished, kept)
         raise
     seconds = time.perf_counter() - start
-    if rank_and_world_size()[0] > 0:
+    if rank > 0:
         return
     output.mkdir(parents=True, exist_ok=True)
     save_png(kept.grid(chosen.captions), output / GRID)
     if options.save_images:
         kept.write_list(chosen.captions, chosen.seeds)
-    manifest = key | {
-        "reference": describe_reference(reference, whole.captions),
-        "seeds": seeds_in_words(chosen, drawer),
-        "batch_size": options.batch_size,
-        "processes": rank_and_world_size()[1],
-    }
-    report = make_report(
-        annotated(results, chosen, drawer), chosen, drawer, manifest, timing(watch, seconds, len(chosen)),
-        {"First pictures": output / GRID}, device, output / CONFIG,
+    seeds = seeds_in_words(chosen.seeds) if drawer.seeded else "given pictures"
+    manifest = {"kind": KIND, **key} | {
+        "reference": describe_reference(reference, whole.captions), "seeds": seeds,
+        "batch_size": options.batch_size, "processes": world,
+    }  # fmt: skip
+    subject = Subject(
+        chosen.name, drawer.step, drawer.weights, drawer.model, output / CONFIG,
+        {"accelerator": device.type, "processes": world}, seeds, drawer.title,
     )  # fmt: skip
-    write_text_atomically(output / CONFIG, options.resolved)
-    own = [MetricsCSV(output), RunTensorBoard(output)]
-    send(report, [*own, *options.loggers], result_table(report))
-    path = write_report(report, output)
+    _publish(options, subject, results, manifest, _timing(watch, seconds, len(chosen)), chosen, output)
     unfinished.discard()
+
+
+def _timing(watch: Stopwatch, seconds: float, count: int) -> dict[str, Any]:
+    """Where the time went on this process; ``seconds`` is the wall time of all of it."""
+    return {
+        "seconds": seconds,
+        "images_per_second": count / seconds if seconds > 0 else None,
+        **{f"{name}_seconds": value for name, value in asdict(watch).items() if name != "images"},
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def _publish(
+    options: Any,
+    subject: Subject,
+    results: Results,
+    manifest: dict[str, Any],
+    timing: dict[str, Any],
+    chosen: EvaluationSet,
+    output: Path,
+) -> None:
+    """Write configuration and report, hand them to the loggers, print the table."""
+    pictures = {"First pictures": output / GRID}
+    report = make_report(subject, results, manifest, timing, pictures, evaluation_set=chosen)
+    write_text_atomically(output / CONFIG, options.resolved)
+    for logger in (MetricsCSV(output), RunTensorBoard(output), *options.loggers):
+        _send(report, logger)
+    path = write_report(report, output)
     print(f"\n{render_text_table(report)}\n\nReport: {path}", flush=True)
+
+
+def _send(report: Report, logger: Logger) -> None:
+    """Scalars ``test/NAME``, the table and the pictures, if the logger takes them."""
+    values = {f"test/{name}": result["value"] for name, result in report.content["metrics"].items()}
+    step = report.content["step"] or 0
+    logger.log_metrics(values, step=step)
+    log_media(logger, "results", Table(*result_table(report)), step)
+    for title, path in report.pictures.items():
+        log_media(logger, title, Image.open(path), step)
+    logger.finalize("success")
 
 
 def _discard(unfinished: Unfinished, kept: KeptPictures) -> None:

@@ -1,55 +1,55 @@
 """`export`: a training checkpoint, or a network that others trained, becomes a complete diffusers folder."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import NonNegativeInt
 
 from common.errors import UserError
-from lightning_modules.networks.cards import run_sections
-from lightning_modules.networks.network_file import is_network_file, load_network_file
-from lightning_modules.networks.pipeline_folder import DTYPES, LORA, export_student, one_step_call
-from lightning_modules.networks.student import LoadedStudent, load_student, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from lightning_modules.networks.cards import RunNotes
+    from lightning_modules.networks.student import LoadedStudent
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `export`."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="a .ckpt file, or best or last: that of the newest distillation under runs/; or a network alone "
-        "(.safetensors, .bin), as DMD2 publishes it, with --base and --start-timestep",
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder to write; a former export is replaced"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=["ema", "online"],
-        help="averaged or last weights (default: ema if the run had it)",
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the written weights")
-    parser.add_argument("--base", help="for a network alone: the model whose other parts it needs")
-    parser.add_argument(
-        "--start-timestep", type=int, help="for a network alone: where it starts, e.g. 399 for DMD2's SDXL"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `export`.
+
+    Args:
+        checkpoint: a .ckpt file, or best or last, that of the newest distillation under runs/; or a network
+            alone (.safetensors, .bin), as DMD2 publishes it, with --base and --start-timestep
+        output: folder to write; a former export is replaced
+        weights: averaged or last weights (ema if the run had it)
+        dtype: of the written weights
+        base: for a network alone, the model whose other parts it needs
+        start_timestep: for a network alone, where it starts, e.g. 399 for DMD2's SDXL
+    """
+
+    checkpoint: str
+    output: Path
+    weights: Literal["ema", "online"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    base: str | None = None
+    start_timestep: NonNegativeInt | None = None
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Write the folder and print the snippet that uses it.
 
     Raises:
         UserError: the checkpoint is missing or not one of ours, or the output can't be written.
     """
-    student, sections = _student(options)
+    import torch
+
+    from lightning_modules.networks.pipeline_folder import LORA, export_student, one_step_call
+
+    student, notes = _student(options)
     folder = export_student(
-        student.parts.denoiser,
-        student.parts,
-        student.start_timestep,
-        options.output,
-        DTYPES[options.dtype],
-        student.facts,
-        student.adapter,
-        sections,
-    )
+        student.parts.denoiser, student.parts, student.start_timestep, options.output,
+        getattr(torch, options.dtype), student.facts, student.adapter, notes,
+    )  # fmt: skip
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
         f'  pipe = DiffusionPipeline.from_pretrained("{options.output}")\n'
@@ -59,20 +59,27 @@ def run(options: argparse.Namespace) -> None:
         print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")
 
 
-def _student(options: argparse.Namespace) -> tuple[LoadedStudent, str]:
+def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
     """What is to be exported, and what the card says of the run that trained it."""
-    alone = (options.base, options.start_timestep)
-    if not is_network_file(options.checkpoint):
+    from lightning_modules.networks.cards import RunNotes, run_notes
+    from lightning_modules.networks.student import (
+        is_network_file,
+        load_network_file,
+        load_student,
+        resolve_checkpoint,
+    )
+
+    name, alone = options.checkpoint, (options.base, options.start_timestep)
+    if not is_network_file(name):
         if alone != (None, None):
             raise UserError("--base and --start-timestep are for a network alone (.safetensors, .bin).")
-        checkpoint = resolve_checkpoint(options.checkpoint)
-        if options.checkpoint in ("best", "last"):
-            print(f"Newest {options.checkpoint}.ckpt: {checkpoint}")
+        checkpoint = resolve_checkpoint(name)
+        if name in ("best", "last"):
+            print(f"Newest {name}.ckpt: {checkpoint}")
         student = load_student(checkpoint, options.weights)
-        return student, run_sections(checkpoint, student.facts)
-    if None in alone:
-        raise UserError(f"{options.checkpoint} is a network alone: give --base MODEL and --start-timestep T.")
+        return student, run_notes(checkpoint, student.facts)
+    if options.base is None or options.start_timestep is None:
+        raise UserError(f"{name} is a network alone: give --base MODEL and --start-timestep T.")
     if options.weights is not None:
-        raise UserError(f"{options.checkpoint} has one set of weights; leave --weights out.")
-    network = resolve_checkpoint(options.checkpoint)
-    return load_network_file(network, options.base, options.start_timestep), ""
+        raise UserError(f"{name} has one set of weights; leave --weights out.")
+    return load_network_file(resolve_checkpoint(name), options.base, options.start_timestep), RunNotes()

@@ -22,7 +22,6 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.loggers import StepAxis, run_loggers
 from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
-from callbacks.report import RunReport
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import (
     RunFolder,
@@ -31,15 +30,14 @@ from callbacks.run_folder import (
     new_version,
     read_checkpoint,
 )
-from callbacks.stage_report import StageReport
-from callbacks.start_summary import StartSummary
-from callbacks.throughput import Throughput
 from commands.config_errors import explain
+from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
 from common.errors import UserError
+from common.processes import say
+from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
-PARTS = ("trainer", "data")
 # One step is one student update, and validation counts steps: no epochs anywhere.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -60,19 +58,6 @@ def import_components() -> None:
             importlib.import_module(module.name)
 
 
-def experiment_name(args: list[str]) -> str:
-    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
-
-    Files in folders called trainer or data are parts that go with any experiment: they name it only
-    where there is no other.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    known, _ = parser.parse_known_args(args)
-    whole = [name for name in known.config if Path(name).parent.name not in PARTS]
-    return Path([*known.config, *whole][-1]).stem if known.config else "experiment"
-
-
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
 
@@ -87,7 +72,8 @@ class TrainerCLI(LightningCLI):
         quieten()
         import_components()
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        self.args = args
+        self.name = experiment_name(args)
+        self.args = expand(args)
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
         # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach
@@ -95,8 +81,9 @@ class TrainerCLI(LightningCLI):
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
             super().__init__(
-                args=args, subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False,
-                save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
+                args=self.args, subclass_mode_model=True, subclass_mode_data=True,
+                auto_configure_optimizers=False, save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
                 parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
             )  # fmt: skip
         except BaseException:
@@ -142,7 +129,7 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint; its hyper_parameters do not override the command line, as in Lightning."""
         settings = self.settings
-        settings.experiment = settings.experiment or experiment_name(self.args)
+        settings.experiment = settings.experiment or self.name
         which = settings.get("ckpt_path")
         if not which:
             return
@@ -155,14 +142,15 @@ class TrainerCLI(LightningCLI):
                     f"no checkpoint of the experiment {settings.experiment!r} under "
                     f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file"
                 )
-            _say(
+            say(
                 f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
                 f"{settings.trainer.default_root_dir} yet; starting afresh"
             )
 
     def before_instantiate_classes(self) -> None:
-        """Hand on the seed; check what can be checked before anything is built."""
+        """Hand on the seed, choose the precision, check what can be checked before anything is built."""
         self._share_seed()
+        self._choose_precision()
         trainer = self.settings.trainer
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
@@ -170,6 +158,21 @@ class TrainerCLI(LightningCLI):
             raise UserError(
                 "trainer.max_steps is not set, so training would never end; "
                 "give --trainer.max_steps N or set it in the config"
+            )
+
+    def _choose_precision(self) -> None:
+        """bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
+
+        The choice becomes part of the run's configuration.
+        """
+        trainer = self.settings.trainer
+        is_slow = is_slow_in_bf16(str(trainer.accelerator))
+        if trainer.precision is None and not trainer.plugins:  # a plugin may be the precision
+            trainer.precision = "32-true" if is_slow else "bf16-mixed"
+        elif is_slow and "bf16" in str(trainer.precision):
+            say(
+                f"trainer.precision is {trainer.precision}, but this processor has no bf16 units: that takes "
+                "about 40 times as long as float32; --trainer.precision=32-true (or none at all) is fast"
             )
 
     def _share_seed(self) -> None:
@@ -226,26 +229,20 @@ class TrainerCLI(LightningCLI):
     def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
         """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
         settings, is_fit = self.settings, self.subcommand == "fit"
-        current = yaml.safe_load(self._resolved_config())
+        config = self._resolved_config()
         if checkpoint is not None and is_fit:
-            print_differences(checkpoint, current, self.checkpoint_path)
-        own_folder = self.checkpoint_path.parent.parent if self.checkpoint_path else None
-        continues = own_folder is not None and (not is_fit or settings.ckpt_path == "last")
-        if continues and not (own_folder and own_folder.name.startswith("version_")):
-            continues = False
+            print_differences(checkpoint, yaml.safe_load(config), self.checkpoint_path)
+        own = self.checkpoint_path.parent.parent if self.checkpoint_path else Path()
+        continues = own.name.startswith("version_") and (not is_fit or settings.ckpt_path == "last")
         folder: Path | None = None
-        made: list[Path] = []
         if getattr(rank_zero_only, "rank", 0) == 0:
-            if continues and own_folder is not None:
-                check_writable(own_folder)
-                folder = own_folder
+            if continues:
+                check_writable(own)
+                folder = own
             else:
-                made = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
-                folder = made[0]
-        config = self._resolved_config() if is_fit else None
-        self.run_folder = RunFolder(folder, config, made)
-        step = int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
-        return folder, step
+                folder = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+        self.run_folder = RunFolder(folder, config if is_fit else None, is_new=not continues)
+        return folder, int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
 
     def _resolved_config(self) -> str:
         """Return the configuration as YAML that starts the same run (so without `last`)."""
@@ -258,9 +255,8 @@ class TrainerCLI(LightningCLI):
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""
         if configured is False:
             return False
-        extra = (
-            [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
-        )
+        extra = configured if isinstance(configured, list) else [configured]
+        extra = [logger for logger in extra if logger is not None and logger is not True]
         return [*run_loggers(folder, resume_step, self.subcommand or "fit"), *extra]
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
@@ -276,13 +272,9 @@ class TrainerCLI(LightningCLI):
             callbacks.append(RunCheckpoint())
         if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
             callbacks.append(PredictionFiles())
-        # of a distillation; all but the last speak in `fit` alone, but others read their checkpoints
-        kinds: dict[type[Callback], str] = {
-            StartSummary: "memory_parts", Throughput: "memory_parts", RunReport: "evaluation_weights",
-            StageReport: "evaluation_weights",
-        }  # fmt: skip
-        for kind, method in kinds.items():
-            if callable(getattr(self.model, method, None)) and not _has(callbacks, kind):
+        for path in getattr(self.model, "default_callbacks", ()):  # the model says what its runs bring
+            kind = pkgutil.resolve_name(path)
+            if not _has(callbacks, kind):
                 callbacks.append(kind())
         return callbacks
 
@@ -308,8 +300,3 @@ class TrainerCLI(LightningCLI):
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

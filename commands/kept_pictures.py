@@ -1,7 +1,6 @@
 """The pictures of an evaluation that stay on disk: the first few for the sample grid, or all of them."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 from callbacks.metrics.measure import Images
-from callbacks.run_folder import write_text_atomically
+from common.files import write_text_atomically, written_whole
 from datamodules.picture_files import read_pictures
 from reports.sheets import labelled_grid, to_pil
 
@@ -37,9 +36,8 @@ class KeptPictures:
         for place, image in zip(places, images):
             if self.every or place < self.for_grid:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                partial = self.folder / f".{place}.{os.getpid()}.partial"
-                to_pil(image).save(partial, format="PNG")
-                partial.replace(self.path(place))
+                with written_whole(self.path(place)) as partial:
+                    to_pil(image.float().cpu()).save(partial, format="PNG")
 
     def grid(self, captions: Sequence[str]) -> Image.Image:
         """The first pictures with their captions; of several sizes those as large as the first."""

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         metavar="START:STOP:STEP",
         help="also draw and measure for these lambdas (and that of --weight), e.g. 0:1:0.25; writes "
-        "merge.json, merge.md, merge.html, merge.png and merge_samples.png into the output folder",
+        "merge.json, merge.md, merge.html and merge_samples.png into the output folder",
     )
     group = parser.add_argument_group("with --evaluate")
     add = group.add_argument

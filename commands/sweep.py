@@ -6,12 +6,12 @@ from pathlib import Path
 from common.errors import UserError
 
 _EPILOG = """\
-A sweep's YAML names base (a config of fit, or several), space (config keys with grid, choices, range,
-log_range, int_range or int_log_range), metric, direction and trials; optional are overrides, pruning,
-sampler, seed, name, root, storage and launcher. docs/sweeps.md describes them all.
+A sweep's YAML names base (a config of fit, or several), space (config keys with Optuna's distributions),
+metric, direction and trials; optional are overrides, sampler and pruner (classes of Optuna), name, root,
+storage and launcher. docs/sweeps.md describes them all.
 
 Every trial is an ordinary fit that leaves a run folder under runs/<name>/. Ctrl-C (or a crash) loses nothing:
-the same command goes on. The same command on other machines that see the same storage shares the work.
+the same command goes on. Several machines share the work if each runs it with a database as storage.
 Exit status: 0 if all trials came to an end, 1 if some failed, 2 for a mistake in the settings.
 """
 
@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="trials at once on this machine; they share its cores and GPUs (default: 1)",
     )
+    parser.add_argument(
+        "--storage",
+        help="a database for several machines, such as postgresql://user@host/sweeps (default: the YAML's, "
+        "or a file beside the runs)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,36 +42,35 @@ def run(options: argparse.Namespace) -> None:
             has the metric.
         SystemExit: with status 1 if a trial failed.
     """
-    from commands.sweeping.settings import read_settings
-    from commands.sweeping.study import TrialBook, import_optuna
-
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; it must be at least 1")
-    import_optuna()
-    settings = read_settings(options.config)
+    try:
+        from commands.sweeping.settings import read_settings
+    except ImportError as error:
+        raise UserError('sweep needs Optuna, which is not installed: pip install -e ".[sweep]"') from error
+    settings = read_settings(options.config, options.storage)
     # here, because they import torch and Lightning: seconds that a mistake in the YAML need not take
     from commands.sweeping.check import check_keys
     from commands.sweeping.driver import Driver
-    from commands.sweeping.results import text_table, write_results
+    from commands.sweeping.results import ranked_table, write_results
+    from commands.sweeping.study import SweepStudy
     from commands.sweeping.trial_process import threads_per_worker, visible_gpus
 
-    print(f"Trying the {len(settings.space.dimensions)} search keys on the parser of fit …", flush=True)
+    print(f"Trying the {len(settings.space)} search keys on the parser of fit …", flush=True)
     check_keys(settings)
-    book = TrialBook.open(settings)
-    before = sum(trial.state.is_finished() for trial in book.live().values())
+    study = SweepStudy(settings)
+    before = sum(trial.state.is_finished() for trial in study.live())
     print(
         f"Sweep {settings.name}: {settings.trials} trials, {before} of them done; "
         f"{options.workers} at once with {threads_per_worker(options.workers)} threads each",
         flush=True,
     )
-    driver = Driver(
-        settings, book, options.workers, on_change=lambda: write_results(book), gpus=visible_gpus()
-    )
+    driver = Driver(study, options.workers, on_change=lambda: write_results(study), gpus=visible_gpus())
     try:
         driver.run()
     finally:
-        content = write_results(book)
-    print(f"\n{text_table(content)}\n\nSweep: {settings.folder / 'sweep.html'}")
+        content = write_results(study)
+    print(f"\n{ranked_table(content)}\n\nSweep: {settings.folder / 'sweep.html'}")
     if content["best_config"]:
         print(f"Best configuration: {content['best_config']}")
     if failed := content["counts"]["failed"]:

@@ -57,6 +57,34 @@ def check_writable_folder(output: Path, option: str = "--output") -> Path:
 
 
 @contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Yield a new name beside `file` to write to; on success it takes the place of `file`, else it goes.
+
+    A reader sees the old or the new content, never a part of it, also after a loss of power. What a killed
+    process leaves is found by `unfinished`.
+    """
+    partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The files that a killed process left behind in `written_whole`."""
+    return sorted(folder.glob(".*.partial"))
+
+
+def write_text_atomically(file: Path, text: str) -> None:
+    """Write a text file at once, see `written_whole`; its folder must exist."""
+    with written_whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def filled_at_once(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; on success its files are moved into `target`, one rename for each.
 

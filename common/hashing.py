@@ -24,6 +24,12 @@ def hash_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and bytes of tensors; the order of the names does not matter."""
     digest = hashlib.sha256()

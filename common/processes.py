@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 
 def in_use() -> bool:
@@ -31,3 +32,9 @@ def from_every_rank(value: Any) -> list[Any]:
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print once, on rank zero, also before torch.distributed is in use."""
+    print(text, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,17 @@ class Cleaning:
                 "numbers of characters, at least 1, the second not below the first"
             )
 
+    def describe(self, report: dict[str, Any]) -> str:
+        """One sentence of a `Cleaner.report`, like "3 of 5 prompts kept (dropped: 1 empty, 1 repeated)"."""
+        words = {
+            "empty": "empty",
+            "short": f"below {self.min_length} characters",
+            "long": f"above {self.max_length} characters",
+            "repeated": "repeated",
+        }
+        parts = ", ".join(f"{count:,} {words[reason]}" for reason, count in report["dropped"].items())
+        return f"{report['kept']:,} of {report['read']:,} prompts kept (dropped: {parts or 'none'})"
+
 
 class Cleaner:
     """Keeps the texts that a `Cleaning` wants, in their order, and counts the others."""
@@ -62,10 +74,22 @@ class Cleaner:
         self.num_kept += len(kept)
         return kept
 
-    def report(self) -> dict[str, int | dict[str, int]]:
+    def report(self) -> dict[str, Any]:
         """``{"read", "kept", "dropped": {reason: count}}``; reasons: empty, short, long, repeated."""
         dropped = {reason: count for reason, count in sorted(self.dropped.items()) if count}
         return {"read": self.num_read, "kept": self.num_kept, "dropped": dropped}
+
+    def check_kept(self, name: str) -> None:
+        """Refuse a source that was empty or of which nothing is kept.
+
+        Raises:
+            UserError: names the source.
+        """
+        if not self.num_read:
+            raise UserError(f"prompts file {name} is empty; write one prompt a line into it")
+        if not self.num_kept:
+            kept = self.cleaning.describe(self.report())
+            raise UserError(f"prompts file {name} is empty after cleaning: {kept}; add prompts or drop less")
 
 
 class _SeenTexts:
@@ -97,17 +121,3 @@ class _SeenTexts:
             run.sort(kind="stable")  # two sorted halves: merged, in half the memory of a copy
         if len(run):
             self._runs.append(run)
-
-
-def describe(report: dict[str, int | dict[str, int]], cleaning: Cleaning) -> str:
-    """One sentence of a `Cleaner.report`, such as "3 of 5 prompts kept (dropped: 1 empty, 1 repeated)"."""
-    words = {
-        "empty": "empty",
-        "short": f"below {cleaning.min_length} characters",
-        "long": f"above {cleaning.max_length} characters",
-        "repeated": "repeated",
-    }
-    dropped = report["dropped"]
-    assert isinstance(dropped, dict)
-    parts = ", ".join(f"{count:,} {words[reason]}" for reason, count in dropped.items())
-    return f"{report['kept']:,} of {report['read']:,} prompts kept (dropped: {parts or 'none'})"

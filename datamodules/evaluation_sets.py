@@ -219,10 +219,3 @@ def sample(size: int, count: int, seed: int, what: str) -> list[int]:
 def md5(path: str | Path) -> str:
     """MD5 of a file, the checksum that published lists are known by."""
     return hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def few(count: int, published: int | None) -> str | None:
-    """Name of a few-sample variant, e.g. ``5k`` for 5,000 of 30,000; None for the published count."""
-    if published is None or count == published:
-        return None
-    return f"{count / 1000:g}k" if count >= 1000 else str(count)

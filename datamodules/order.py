@@ -16,36 +16,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.errors import UserError
 
 LISTED_SIZE = 2**16
-"""Up to this size a permutation is drawn as a list (512 KiB); above, its entries are computed one by one."""
+"""Up to this size a permutation is drawn as a list (512 KiB); above, its entries are computed one by one: for
+100 million prompts a list would take 800 MB in each process."""
 _ROUNDS = 8
 
 Places = NDArray[np.int64]
 _Words = NDArray[Any]  # of uint64, which the type stubs of shifts don't keep
 
 
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """Return the order of one epoch of at most `LISTED_SIZE` prompts: long [size]."""
+@lru_cache(maxsize=64)
+def permutation(seed: int, epoch: int, size: int) -> Places:
+    """Return the order of one epoch of at most `LISTED_SIZE` prompts: int64 [size]."""
     generator = torch.Generator().manual_seed(
         (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9) % 2**63
     )
-    return torch.randperm(size, generator=generator)
-
-
-def permuted(seed: int, epoch: int, size: int, places: Places) -> Places:
-    """Return the entries at ``places`` (int64 [n], each in [0, size)) of the permutation of an epoch."""
-    if size <= LISTED_SIZE:
-        return _listed(seed, epoch, size)[places]
-    return feistel(seed, epoch, size, places)
-
-
-@lru_cache(maxsize=64)
-def _listed(seed: int, epoch: int, size: int) -> Places:
-    return permutation(seed, epoch, size).numpy()
+    return torch.randperm(size, generator=generator).numpy()
 
 
 def feistel(seed: int, epoch: int, size: int, places: Places) -> Places:
@@ -97,9 +86,13 @@ def derived_seed(seed: int, name: str) -> int:
 def entries(seed: int, size: int, places: Places) -> Places:
     """Return the entries in [0, size) at any places of the endless stream, epoch after epoch."""
     result, epochs = np.empty_like(places), places // size
-    for epoch in np.unique(epochs):
+    for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
-        result[chosen] = permuted(seed, int(epoch), size, places[chosen] % size)
+        within = places[chosen] % size
+        listed = size <= LISTED_SIZE
+        result[chosen] = (
+            permutation(seed, epoch, size)[within] if listed else feistel(seed, epoch, size, within)
+        )
     return result
 
 

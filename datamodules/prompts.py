@@ -1,4 +1,4 @@
-"""Prompts: all the data that distillation needs.
+"""Prompts: all the data that distillation needs, but for methods that want real pictures, too.
 
 The order of training is a pure function of the seed (see `datamodules.order`); a run continues from one
 stored number, the position in the stream, with any number of processes.
@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from common.errors import UserError
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
-from datamodules.readers import read_texts
+from datamodules.real_pictures import RealPictures, RealPictureSource
 from datamodules.sources import PromptPools, as_sources, listed_prompts
 from datamodules.streams import EvaluationPrompts, PromptStream
+from datamodules.tables import read_texts
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CAPTIONS = _ASSETS / "captions.txt"
@@ -75,6 +76,7 @@ class PromptDataModule(LightningDataModule):
         min_length: Training prompts with fewer characters are dropped.
         max_length: Training prompts with more characters are dropped.
         deduplicate: Training prompts that have come before are dropped.
+        real: Given pictures with captions, for methods that need them; the training is not image-free then.
 
     Raises:
         UserError: a source cannot be used (see `read_texts`), there are fewer prompts than one batch, or the
@@ -97,6 +99,7 @@ class PromptDataModule(LightningDataModule):
         min_length: int | None = None,
         max_length: int | None = None,
         deduplicate: bool = False,
+        real: RealPictures | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_size": eval_size,
@@ -105,7 +108,8 @@ class PromptDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed, self.real = seed, real
+        self.batches_per_step = 1  # an objective may ask for more
         cleaning = Cleaning(min_length, max_length, deduplicate)
         self._prompts = PromptPools(
             str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
@@ -187,16 +191,31 @@ class PromptDataModule(LightningDataModule):
             self._draws()
 
     def setup(self, stage: str) -> None:
-        """Check the sizes against the number of processes and open the prompts."""
+        """Check the sizes against the number of processes and open the prompts.
+
+        Raises:
+            UserError: the processes can't share a batch out, or a source can't be used.
+        """
         if stage == "fit":
             _ = self.micro_batch_size
             self._draws()
+            if self.real is not None:
+                self.real.places(self.rank, self.world_size)
+
+    def real_pictures(self, side: int) -> RealPictureSource | None:
+        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set.
+
+        Raises:
+            UserError: the pictures or captions can't be used.
+        """
+        return None if self.real is None else RealPictureSource(self.real, side)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The endless training stream, from the position reached so far."""
         _ = self.local_batch_size
         draws, negatives = self._draws()
-        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives)
+        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives,
+                              self.batches_per_step)  # fmt: skip
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -218,7 +237,7 @@ class PromptDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count a training batch when it is used (loaders fetch ahead, so fetching is not using)."""
         if self.trainer is not None and self.trainer.training and "is_padding" not in batch:
-            self.position += self.batch_size
+            self.position += self.batch_size * self.batches_per_step
         return batch
 
     def transfer_batch_to_device(

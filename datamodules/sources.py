@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import UserError
-from datamodules.cleaning import Cleaner, Cleaning, describe
+from datamodules.cleaning import Cleaner, Cleaning
 from datamodules.order import ListedTexts, PromptDraws, Texts, epoch_shares
-from datamodules.readers import is_compressed, is_dataset_folder, read_texts
-from datamodules.store import Part, chunks, no_prompt_left, open_store
+from datamodules.store import Part, chunks, names_of, open_store
+from datamodules.tables import is_compressed, is_dataset_folder
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
@@ -84,17 +85,20 @@ class PromptPool:
         return self.estimate <= IN_MEMORY_BYTES
 
     def open(self) -> Texts:
-        """Read the files, or open their store, which takes a while the first time."""
-        if not self.is_small:
-            return open_store(self.parts, self.cleaning, self.estimate)
-        cleaner = Cleaner(self.cleaning)
-        every = (text for path, column in self.parts for text in read_texts(path, column))
-        kept = [text for texts in chunks(every) for text in cleaner.keep(texts)]
-        if not kept:
-            raise UserError(no_prompt_left(self.parts, cleaner))
-        if len(kept) < cleaner.num_read:
-            _print(f"{self.parts[0][0]}: {describe(cleaner.report(), self.cleaning)}")
-        return ListedTexts(kept)
+        """Read the files, or open their store, which takes a while the first time; say what was read."""
+        texts: Texts
+        if self.is_small:
+            cleaner = Cleaner(self.cleaning)
+            texts = ListedTexts([text for chunk in chunks(self.parts) for text in cleaner.keep(chunk)])
+            cleaner.check_kept(names_of(self.parts))
+            report, place = cleaner.report(), ""
+        else:
+            texts = store = open_store(self.parts, self.cleaning, self.estimate)
+            report, place = store.report, f", in {store.folder}"
+        first = texts.take(np.zeros(1, np.int64))[0]
+        kept = self.cleaning.describe(report)
+        _print(f"{names_of(self.parts)}: {kept}{place}. The first: {first[:80]!r}")
+        return texts
 
 
 class PromptPools:
@@ -133,18 +137,16 @@ class PromptPools:
                 f"data.epoch_size is {epoch_size}; it is the number of draws in an epoch, to be given if the "
                 f"sources in {key} have weights, and only then"
             )
+        if epoch_size is not None:
+            self.shares = epoch_shares(weights, epoch_size)
+        pools = [[source] for source in sources] if weights else [sources] if sources else []
+        self.pools = [PromptPool(pool, column, cleaning) for pool in pools]
         if not sources:
             texts = listed_prompts([str(text) for text in given], key)
             cleaner = Cleaner(cleaning)
-            self.pools, self._texts = [], [ListedTexts(cleaner.keep(texts))]
-            if len(self._texts[0]) < len(texts):
-                _print(f"{key}: {describe(cleaner.report(), cleaning)}")
-        elif weights:
-            assert epoch_size is not None
-            self.shares = epoch_shares(weights, epoch_size)
-            self.pools = [PromptPool([source], column, cleaning) for source in sources]
-        else:
-            self.pools = [PromptPool(sources, column, cleaning)]
+            self._texts = [ListedTexts(cleaner.keep(texts))]
+            if cleaner.num_kept < len(texts):
+                _print(f"{key}: {cleaning.describe(cleaner.report())}")
 
     @property
     def is_small(self) -> bool:

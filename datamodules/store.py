@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from common.files import user_cache_dir
-from datamodules.cleaning import Cleaner, Cleaning, describe
+from common.hashing import hash_folder
+from datamodules.cleaning import Cleaner, Cleaning
 from datamodules.order import Places
-from datamodules.readers import optional_package, read_texts
+from datamodules.tables import read_texts
 
-FORMAT = 1  # raised when stores of an older version of this file must not be used
+FORMAT = 2  # raised when stores of an older version of this file must not be used
 CHUNK = 65536  # texts handled at a time
 _ARROW, _REPORT = "prompts.arrow", "report.json"
-_PURPOSE = "keeping many prompts on disk"
 
 Part = tuple[Path, str | None]
 """A source file (or dataset folder) and the column to read."""
@@ -45,17 +43,17 @@ class PromptStore:
     """The texts of a complete store folder, memory-mapped; as a list that takes no memory.
 
     Raises:
-        UserError: the folder holds no readable store, or the package `datasets` isn't installed.
+        UserError: the folder holds no readable store.
     """
 
     def __init__(self, folder: Path) -> None:
+        from datasets import Dataset  # takes seconds to import, so only where it is needed
+
         self.folder = folder
-        datasets = optional_package("datasets", _PURPOSE)
-        arrow = optional_package("pyarrow", _PURPOSE)
         try:
             self.report: dict[str, Any] = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-            self._data = datasets.Dataset.from_file(str(folder / _ARROW))
-        except (OSError, ValueError, arrow.ArrowInvalid) as error:
+            self._data = Dataset.from_file(str(folder / _ARROW))
+        except (OSError, ValueError) as error:  # an ArrowInvalid is a ValueError
             raise UserError(
                 f"the prompt store {folder} can't be read ({first_line(error)}); delete the folder, and it "
                 "will be made again"
@@ -86,26 +84,30 @@ def open_store(parts: list[Part], cleaning: Cleaning, estimate: int) -> PromptSt
     Raises:
         UserError: a source can't be read, changes meanwhile or holds no prompt; there is too little space.
     """
-    optional_package("datasets", _PURPOSE)
     key = _key(parts, cleaning)
     folder = stores_folder() / key[:16]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))  # goes with its holder, however that ends
+        try:
+            held = lock.acquire(timeout=0.1)
+        except Timeout:
+            print(f"waiting for another process that makes the prompt store {folder}", flush=True)
+            held = lock.acquire()
+        with held:
             if not (folder / _REPORT).is_file():
-                _make(parts, cleaning, estimate, folder, key)
+                _check_space(estimate, folder.parent)
+                _make(parts, cleaning, folder, key)
     except OSError as error:
         raise UserError(
             f"the prompt store {folder} can't be written: {error.strerror or error}; make room, or set "
             "ONE_STEP_CACHE to a folder on another disk"
         ) from error
-    store = PromptStore(folder)
-    _print(f"Prompt store {folder}: {describe(store.report, cleaning)}")
-    return store
+    return PromptStore(folder)
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder; computed again only when size or times have changed.
+    """SHA-256 of a file or dataset folder; computed again only when size or times have changed.
 
     Raises:
         UserError: it does not exist or can't be read.
@@ -113,16 +115,17 @@ def file_hash(path: Path) -> str:
     if not path.exists():
         raise UserError(f"prompts file {path} does not exist any more; bring it back or give another")
     try:
-        stamp = _stamp(path)
-        name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-        note = stores_folder() / "hashes" / f"{name}.json"
-        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        if known.get("stamp") == stamp:
-            return known["hash"]
+        # the time of the last change (ctime) can't be set back by hand
+        states = [file.stat() for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        stamp = [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
+        name = hashlib.sha256(f"{path.resolve()} {stamp}".encode()).hexdigest()[:32]
+        note = stores_folder() / "hashes" / name
+        if note.is_file():
+            return note.read_text(encoding="utf-8")
         digest = _digest(path)
         note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"path": str(path), "stamp": stamp, "hash": digest}), encoding="utf-8")
+        partial = note.with_suffix(f".{uuid4().hex}.partial")
+        partial.write_text(digest, encoding="utf-8")
         partial.replace(note)
     except OSError as error:
         raise UserError(
@@ -132,117 +135,71 @@ def file_hash(path: Path) -> str:
     return digest
 
 
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return hash_folder(path)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _key(parts: list[Part], cleaning: Cleaning) -> str:
     sources = [[file_hash(path), "".join(path.suffixes[-2:]), column] for path, column in parts]
     return hashlib.sha256(json.dumps([FORMAT, sources, vars(cleaning)]).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> list[list[int]]:
-    """Size and times of a file or of all files of a folder; the time of change can't be set back by hand."""
-    states = [file.stat() for file in _files(path)]
-    return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _digest(path: Path) -> str:
-    digest, files = hashlib.sha256(), _files(path)
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Hashing {path.name}", delay=2) as bar:
-        for file in files:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-                    bar.update(len(block))
-    return digest.hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make a store; the lock goes with its holder, however that ends."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"waiting for another process that makes the prompt store {folder}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _make(parts: list[Part], cleaning: Cleaning, estimate: int, folder: Path, key: str) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    sizes = f"about {_size(estimate)} of {_size(free)} free in {folder.parent}"
+def _check_space(estimate: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    needed, left = (f"{max(count / 2**30, 0.1):.1f} GiB" for count in (estimate, free))
+    sizes = f"about {needed} of {left} free in {folder}"
     if estimate > free:
         raise UserError(f"the prompt store takes {sizes}; make room, or set ONE_STEP_CACHE to another folder")
     print(f"Making a prompt store: {sizes}", flush=True)
+
+
+def _make(parts: list[Part], cleaning: Cleaning, folder: Path, key: str) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
-    if partial.exists():  # left by a process that was killed
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir()
     try:
         report = _write(parts, cleaning, partial)
         if _key(parts, cleaning) != key:
             raise UserError(
-                f"{_names(parts)} changed while being read; start again when the files are complete"
+                f"{names_of(parts)} changed while being read; start again when the files are complete"
             )
         (partial / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
         partial.replace(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(parts: list[Part], cleaning: Cleaning, folder: Path) -> dict[str, Any]:
     """Write the Arrow file; return the report."""
-    datasets = optional_package("datasets", _PURPOSE)
-    writing = optional_package("datasets.arrow_writer", _PURPOSE)
-    features = datasets.Features({"prompt": datasets.Value("string")})
-    cleaner = Cleaner(cleaning)
-    total = sum(size for path, _ in parts for size, *_ in _stamp(path))
+    from datasets import Features, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    cleaner, features = Cleaner(cleaning), Features({"prompt": Value("string")})
     with (
-        writing.ArrowWriter(features=features, path=str(folder / _ARROW), writer_batch_size=CHUNK) as writer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="Prompt store") as bar,
+        ArrowWriter(features=features, path=str(folder / _ARROW), writer_batch_size=CHUNK) as writer,
+        tqdm(desc="Prompt store", unit=" prompts", unit_scale=True) as bar,
     ):
-        for texts in chunks(text for path, column in parts for text in read_texts(path, column, bar.update)):
+        for texts in chunks(parts):
             if kept := cleaner.keep(texts):
                 writer.write_batch({"prompt": kept})
-            bar.set_postfix_str(f"{cleaner.num_kept:,} prompts", refresh=False)
+            bar.update(len(texts))
         writer.finalize()
-    if not cleaner.num_kept:
-        raise UserError(no_prompt_left(parts, cleaner))
+    cleaner.check_kept(names_of(parts))
     sources = [{"path": str(path), "column": column} for path, column in parts]
     size = (folder / _ARROW).stat().st_size
     return {**cleaner.report(), "bytes": size, "sources": sources, "cleaning": vars(cleaning)}
 
 
-def no_prompt_left(parts: list[Part], cleaner: Cleaner) -> str:
-    """The message when the sources are empty or nothing of them is kept."""
-    if not cleaner.num_read:
-        return f"prompts file {_names(parts)} is empty; write one prompt a line into it"
-    kept = describe(cleaner.report(), cleaner.cleaning)
-    return f"prompts file {_names(parts)} is empty after cleaning: {kept}; add prompts or drop less"
-
-
-def _names(parts: list[Part]) -> str:
+def names_of(parts: list[Part]) -> str:
+    """The first paths, for messages."""
     return ", ".join(str(path) for path, _ in parts[:3]) + (" …" if len(parts) > 3 else "")
 
 
-def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of up to `CHUNK` texts."""
-    iterator = iter(texts)
-    while chunk := list(islice(iterator, CHUNK)):
+def chunks(parts: Iterable[Part]) -> Iterator[list[str]]:
+    """Yield the texts of the sources, one after the other, in lists of up to `CHUNK`."""
+    texts = (text for path, column in parts for text in read_texts(path, column))
+    while chunk := list(islice(texts, CHUNK)):
         yield chunk
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-@rank_zero_only
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -22,25 +22,32 @@ class PromptStream(IterableDataset[dict[str, Any]]):
         rank: Number of this process.
         world_size: Number of processes; divides `batch_size`.
         negatives: Negative prompts, drawn at the same places.
+        batches: Batches of a student update, one after the other in each item.
     """
 
     def __init__(self, draws: PromptDraws, batch_size: int, position: int = 0, rank: int = 0,
-                 world_size: int = 1, negatives: PromptDraws | None = None) -> None:  # fmt: skip
+                 world_size: int = 1, negatives: PromptDraws | None = None,
+                 batches: int = 1) -> None:  # fmt: skip
         self.draws, self.negatives, self.batch_size, self.position = draws, negatives, batch_size, position
+        self.batches = batches
         share = batch_size // world_size
         self.first, self.last = rank * share, (rank + 1) * share
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        start = self.position + number * self.batch_size  # loaders take from their workers in turn
+        step = self.batch_size * self.batches
+        start = self.position + number * step  # loaders take from their workers in turn
+        indices = torch.arange(self.first, self.last).repeat(self.batches)
         while True:
-            places = np.arange(start + self.first, start + self.last)
-            batch = {"prompts": self.draws.at(places), "indices": torch.arange(self.first, self.last)}
+            places = np.concatenate([
+                np.arange(self.first, self.last) + start + k * self.batch_size for k in range(self.batches)
+            ])  # fmt: skip
+            batch = {"prompts": self.draws.at(places), "indices": indices}
             if self.negatives is not None:
                 batch["negative_prompts"] = self.negatives.at(places)
             yield batch
-            start += count * self.batch_size
+            start += count * step
 
 
 class EvaluationPrompts(IterableDataset[dict[str, Any]]):

@@ -1,69 +1,67 @@
-"""The parts of a batch that fit into memory, and the negative prompts that go with them."""
+"""A step's prompts, cut into batches and into the parts of them that fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from common.errors import UserError
-from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.guidance import negative_attention
-from lightning_modules.guidance.methods import Nasa
-
-if TYPE_CHECKING:
-    from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.objectives.base import Inputs, StudentSample
 
 
-class MicroBatch(NamedTuple):
-    """What one pass takes.
+@dataclass
+class Part:
+    """What one pass takes, and what became of it within the step.
 
     Attributes:
         prompts: b prompts.
         indices: their places in the global batch, [b].
         share: b as a share of this process's batch.
-        negatives: b negative prompts, if the objective uses some.
+        number: of the batch within the step.
+        place: of the part among this process's parts of the batch.
+        passes: the number of those.
+        negatives: b negative prompts, if there are some.
+        random: of the step, for these samples.
+        inputs: prompts encoded, once for all turns.
+        sample: of the student, without its graph, once a turn has made it.
     """
 
     prompts: list[str]
     indices: Tensor
     share: float
-    negatives: list[str] | None
+    number: int = 0
+    place: int = 0
+    passes: int = 1
+    negatives: list[str] | None = None
+    random: StepRandom | None = None
+    inputs: Inputs | None = None
+    sample: StudentSample | None = None
 
 
-def micro_batches(module: OneStepDistillation, batch: dict[str, Any]) -> Iterator[MicroBatch]:
-    """Cut this process's batch into parts of the data module's ``micro_batch_size``.
+def cut(batch: Mapping[str, Any], batches: int, size: int | None) -> list[list[Part]]:
+    """The parts of each of the step's batches, `size` prompts each (None: the whole batch at once).
 
-    Raises:
-        UserError: the objective needs negative prompts and the data has none.
+    Args:
+        batch: "prompts", their "indices" in the global batch, and perhaps "negative_prompts", of all the
+            step's batches, one batch after the other.
+        batches: their number.
+        size: prompts of a pass.
     """
     prompts, indices, negatives = batch["prompts"], batch["indices"], batch.get("negative_prompts")
-    if not module.objective.uses_negatives:
-        negatives = None
-    elif negatives is None:
-        raise UserError(
-            f"{type(module.objective).__name__} is set to use negative prompts, and there are none: set "
-            "data.negative_prompts, e.g. to assets/negative_prompts.txt"
-        )
-    size = getattr(module.trainer.datamodule, "micro_batch_size", None) or len(prompts)  # type: ignore[attr-defined]
-    for start in range(0, len(prompts), size):
-        part = slice(start, start + size)
-        chosen = None if negatives is None else negatives[part]
-        yield MicroBatch(prompts[part], indices[part], len(prompts[part]) / len(prompts), chosen)
-
-
-def student_negatives(
-    module: OneStepDistillation, negative: Condition | None, random: StepRandom
-) -> AbstractContextManager[None]:
-    """NASA-T (SNOOPI, arXiv 2412.02687): the student's attention at the objective's alpha, if it has one.
-
-    Gradient checkpointing draws again in the backward pass, so that it must happen inside.
-    """
-    alpha = module.objective.student_negative_scale(random)
-    if negative is None or alpha is None:
-        return nullcontext()
-    assert module.student is not None
-    return negative_attention(module.student, negative, Nasa(alpha))
+    whole = len(prompts) // batches
+    size = size or whole
+    parts: list[list[Part]] = []
+    for number in range(batches):
+        places = [
+            slice(start, min(start + size, (number + 1) * whole))
+            for start in range(number * whole, (number + 1) * whole, size)
+        ]
+        parts.append([
+            Part(prompts[at], indices[at], len(prompts[at]) / whole, number, place, len(places),
+                 negatives[at] if negatives else None)
+            for place, at in enumerate(places)
+        ])  # fmt: skip
+    return parts

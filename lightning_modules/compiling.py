@@ -9,29 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
-from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.objectives.base import Objective
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BACKEND = "inductor"
-
-
-def check_negative_scale(objective: Objective, seed: int) -> None:
-    """Refuse a negative prompt's scale that changes from step to step: each would be another graph.
-
-    After a few of them torch.compile gives up without a word, and the student runs as it is.
-
-    Raises:
-        UserError: the scales of the first two steps differ.
-    """
-    first, second = (
-        objective.student_negative_scale(StepRandom(seed, step, torch.arange(1))) for step in (0, 1)
-    )
-    if first != second:
-        raise UserError(
-            "compile does not work with a random student_negatives: the student would be compiled in every "
-            "step. Set compile to false, or student_negatives to a number."
-        )
 
 
 class CompiledNetworks:
@@ -39,7 +19,7 @@ class CompiledNetworks:
 
     Outside they run as they are: evaluations draw batches of many sizes, and each would be compiled anew,
     which takes minutes. A network has one graph for each of its uses; guidance scale, prompts and timesteps
-    are no part of it. A negative prompt's scale is, see `check_negative_scale`. Names in state dicts stay as
+    are no part of it. A negative prompt's scale is, see `StudentSampler`. Names in state dicts stay as
     they are.
 
     Args:

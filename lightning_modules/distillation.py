@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,43 +11,56 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from lightning_modules.batch import MicroBatch, micro_batches, student_negatives
-from lightning_modules.checkpointing import COUNTERS, add_to_checkpoint, take_from_checkpoint
-from lightning_modules.compiling import CompiledNetworks, check_negative_scale
-from lightning_modules.diffusion.condition import Condition
-from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.generator import OneStepGenerator, make_generator
+from common.processes import from_every_rank
+from datamodules.real_pictures import RealPictureSource
+from lightning_modules.batch import Part, cut
+from lightning_modules.build import NetworkSettings, build_networks, check_turns
+from lightning_modules.compiling import CompiledNetworks
+from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
 from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
-from lightning_modules.image_pairs import ImagePairs, PairRegression
-from lightning_modules.judging import not_finite, objective_terms, pair_term, student_terms
-from lightning_modules.memory import Part, memory_by_part
+from lightning_modules.memory import Part as MemoryPart
+from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
-from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
-from lightning_modules.networks.roles import ScoreModels
-from lightning_modules.networks.student_start import make_student
-from lightning_modules.networks.weights import hide_from_state_dict
-from lightning_modules.objectives.base import Objective, StudentSample
+from lightning_modules.networks.student import architecture
+from lightning_modules.networks.weights import check_fit
+from lightning_modules.objectives.base import (
+    NEGATIVE_PROMPTS,
+    REAL_PICTURES,
+    Inputs,
+    Objective,
+    Real,
+    StudentSample,
+)
+from lightning_modules.objectives.pair_regression import PairRegression
 from lightning_modules.optimization import RoleOptimization, StepNumbers, UpdateGuard
-from lightning_modules.parallel import FullySharded, same_on_all_processes, shard_networks, without_sync
-from lightning_modules.score_views import score_views
+from lightning_modules.parallel import (
+    FullySharded,
+    mean_over_processes,
+    same_on_all_processes,
+    shard_networks,
+    without_sync,
+)
+from lightning_modules.sampler import StudentSampler, check_negative_scale
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype, keep_freed_memory
 
 Batch = dict[str, Any]
+SHOWN_PROMPTS = 3
 
 
 class OneStepDistillation(L.LightningModule):
-    """Student, frozen teacher and fake score (LoRA teacher), trained in turn by two optimizers.
+    """Student, frozen teacher and fake score (LoRA teacher), each trained in its turns by its own optimizer.
 
-    One training step is one student update on the global batch, then one fake-score update on the same
-    samples. ``global_step`` counts student updates. Nothing but prompts goes in, unless ``image_pairs`` are
-    given.
+    One training step is one student update on the global batch, and the other updates that the objective
+    plans beside it. ``global_step`` counts student updates. Nothing but prompts goes in, unless ``data.real``
+    is given.
 
     Args:
         objective: the method; see ``lightning_modules/objectives``.
         student: optimization of the student.
-        fake_score: optimization of the fake score and of networks that the objective owns.
+        fake_score: optimization of the fake score and of networks that the objective owns; null where the
+            objective has no fake score.
+        further_roles: optimization of each further role that the objective names.
         teacher: diffusers folder or hub name; relative paths also from the repository.
         start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
             errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
@@ -55,7 +69,7 @@ class OneStepDistillation(L.LightningModule):
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
         image_losses: auxiliary losses on decoded pictures; see ``lightning_modules/image_losses``.
-        image_pairs: pictures with captions for a regression term; the training isn't image-free then.
+        pair_regression: a regression term on the real pictures of ``data.real``.
         ema_decay: largest decay of the student's moving average; null for none.
         gradient_checkpointing: recompute activations of the trained networks in the backward pass: takes less
             memory and more time.
@@ -69,18 +83,27 @@ class OneStepDistillation(L.LightningModule):
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
 
+    default_callbacks: tuple[str, ...] = (
+        "callbacks.start_summary.StartSummary",
+        "callbacks.throughput.Throughput",
+        "callbacks.report.RunReport",
+        "callbacks.stage_report.StageReport",
+    )
+    """Callbacks that every run of it has, unless it names its own; others read their checkpoints, too."""
+
     def __init__(
         self,
         objective: Objective,
         student: RoleOptimization,
-        fake_score: RoleOptimization,
+        fake_score: RoleOptimization | None = None,
         teacher: str = "assets/emoji-sd",
         start_timestep: int = 999,
         lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - read only
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
+        further_roles: dict[str, RoleOptimization] | None = None,
         image_losses: ImageLossSettings | None = None,
-        image_pairs: ImagePairs | None = None,
+        pair_regression: PairRegression | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
         frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -97,31 +120,40 @@ class OneStepDistillation(L.LightningModule):
                  "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
-        self.student_optimization, self.fake_score_optimization = student, fake_score
-        self.teacher_path, self.start_timestep, self.lora = teacher, start_timestep, lora
-        self.student_init, self.student_lora = student_init, student_lora
-        self.image_losses, self.image_pairs = image_losses, image_pairs
-        self.ema_decay, self.gradient_checkpointing = ema_decay, gradient_checkpointing
-        self.frozen_weights, self.decode_slice = frozen_weights, decode_slice
-        self.prompt_cache, self.seed = prompt_cache, seed
-        self.compile_mode = compile
-        self.student_steps = self.fake_score_steps = 0
-        self._prompts: list[str] = []  # of the update in progress
+        given = {"student": student, "fake_score": fake_score, **(further_roles or {})}
+        self.num_batches = check_turns(objective, list(further_roles or {}))
+        if missing := [role for role in objective.roles if given[role] is None]:
+            raise UserError(f"{type(objective).__name__} trains a {missing[0]}: give model.{missing[0]}")
+        self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
+        self.network_settings = NetworkSettings(
+            teacher, start_timestep, lora, student_init, student_lora, prompt_cache, gradient_checkpointing
+        )
+        self.start_timestep = start_timestep
+        self.image_losses, self.regression = image_losses, pair_regression
+        self.ema_decay, self.compile_mode = ema_decay, compile
+        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed
+        self.updates = dict.fromkeys(self.optimization, 0)
+        self._prompts: list[str] = []  # of the step in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
-        self.student_base: StudentBase | None = None
         self.image_terms: ImageTerms | None = None
-        self.pair_regression: PairRegression | None = None
+        self.real_pictures: RealPictureSource | None = None
         self.ema: StudentEMA | None = None
 
     @property
-    def skipped_updates(self) -> int:
-        """Updates of either role so far whose gradient was not finite."""
-        return self._guard.skipped
+    def student_steps(self) -> int:
+        """Student updates so far."""
+        return self.updates["student"]
 
-    @skipped_updates.setter
-    def skipped_updates(self, count: int) -> None:
-        self._guard.skipped = count
+    @property
+    def fake_score_steps(self) -> int:
+        """Fake-score updates so far."""
+        return self.updates.get("fake_score", 0)
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of any role so far whose gradient was not finite."""
+        return self._guard.skipped
 
     # --- construction ---------------------------------------------------------------------------------------
 
@@ -130,69 +162,96 @@ class OneStepDistillation(L.LightningModule):
         check_trainer(self.trainer)
         return []
 
+    def setup(self, stage: str) -> None:
+        """Ask the data for as many batches of prompts as the objective plans for a step."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or self.num_batches == 1:
+            return
+        if not hasattr(data, "batches_per_step"):
+            raise UserError(
+                f"{type(self.objective).__name__} takes {self.num_batches} batches a step, which "
+                f"{type(data).__name__} does not give: use datamodules.prompts.PromptDataModule"
+            )
+        data.batches_per_step = self.num_batches
+
     def configure_model(self) -> None:
         """Load the teacher and build the other roles from it, once; Lightning calls this in every stage.
 
         Raises:
-            UserError: the teacher can't be used, or the objective's settings don't fit its schedule.
+            UserError: the teacher can't be used, or settings don't fit it or each other.
         """
         if self.student is not None:
             return
         if self.compile_mode:
             check_negative_scale(self.objective, self.seed)
-        offloaded = () if self.prompt_cache is None else ("text_encoders",)
-        self.parts = load_parts(self.teacher_path, without=offloaded)
-        schedule = noise_schedule(self.parts.scheduler)
-        try:
-            self.objective.check_schedule(schedule)
-        except ValueError as error:
-            raise UserError(
-                f"{type(self.objective).__name__} does not fit {self.parts.path}: {error}"
-            ) from error
-        student, self.student_base = make_student(
-            self.parts, self.teacher_path, self.start_timestep, self.student_init, self.student_lora
-        )
-        self.student = student
-        self.scores = ScoreModels(self.parts.denoiser, schedule, self.lora)
-        if self.gradient_checkpointing:
-            student.enable_gradient_checkpointing()  # type: ignore[operator]
-            self.scores.enable_gradient_checkpointing()
-        generator = make_generator(self.parts, self.start_timestep, student)
-        if self.prompt_cache is not None:  # drops text encoders without weights, which Lightning can't move
-            use_prompt_cache(generator.prompt_encoder, self.parts, self.prompt_cache)
-        self.generator: OneStepGenerator = generator
-        hide_from_state_dict(self.generator)  # its student is stored under ``student``, the rest is frozen
+        built = build_networks(self.network_settings, self.objective)
+        self.parts, self.student, self.student_base = built.parts, built.student, built.student_base
+        self.scores, self.generator, self.networks = built.scores, built.generator, built.networks
+        self.objective.mean = mean_over_processes
+        trainer = self._trainer
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)
-            if self._trainer is not None:
-                check_judges(self.image_losses.losses, self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.image_pairs is not None:
-            processes = self.trainer.world_size if self._trainer is not None else 1
-            self.pair_regression = PairRegression(self.image_pairs, self.parts, processes)
-        for part in (self.generator, self.image_terms):
-            if part is not None:
-                part.decoder.slice_size = self.decode_slice
-        frozen = [self.scores, self.generator, *([self.image_terms] if self.image_terms is not None else [])]
-        cast_frozen(frozen, frozen_dtype(self._trainer, self.frozen_weights))
-        if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            shard_networks([student, *self.scores.networks()], mesh)
-        self.ema = StudentEMA(student, self.ema_decay) if self.ema_decay is not None else None
-        self._compiled = CompiledNetworks([student, *self.scores.networks()], self.compile_mode)
+            if trainer is not None:
+                check_judges(self.image_losses.losses, trainer.callbacks)  # type: ignore[attr-defined]
+        self.real_pictures = self._real_pictures()
+        judges = [] if self.image_terms is None else [self.image_terms]
+        for part in (self.generator, *judges):
+            part.decoder.slice_size = self.decode_slice  # type: ignore[union-attr]
+        cast_frozen([self.scores, self.generator, *judges], frozen_dtype(trainer, self.frozen_weights))
+        trained = [self.student, *self.scores.networks()]
+        if trainer is not None and isinstance(trainer.strategy, FullySharded):
+            shard_networks(trained, trainer.strategy.device_mesh["data_parallel"])
+        self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None
+        self._compiled = CompiledNetworks(trained, self.compile_mode)
+        self._sampler = StudentSampler(
+            self.student, self.networks.student, self.start_timestep, self.parts.latent_shape
+        )
+
+    def _real_pictures(self) -> RealPictureSource | None:
+        """The stream of given pictures; None where nothing needs them, or outside a training.
+
+        Raises:
+            UserError: something needs them and there are none, or the other way round.
+        """
+        data: Any = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        settings: Any = getattr(data, "real", None)
+        needed = self.regression is not None or REAL_PICTURES in self.objective.needs
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return None
+        if needed == (settings is not None):
+            return data.real_pictures(self.parts.picture_size[1]) if needed else None
+        if needed:
+            raise UserError("real pictures are needed (by the objective or pair_regression): set data.real")
+        raise UserError(
+            f"data.real is set, and neither {type(self.objective).__name__} nor pair_regression uses it"
+        )
 
     def configure_optimizers(self) -> Any:
-        assert self.student is not None
         steps = int(self.trainer.max_steps)
-        fake_groups = [{"params": self.scores.fake_parameters()}, *self.objective.extra_parameter_groups()]
         if self.image_terms is not None:
             self.image_terms.weights(0, steps)  # a schedule without an end shows here, before any training
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        student, schedule = self.student_optimization.build([{"params": trained}], steps)
-        fake, fake_schedule = self.fake_score_optimization.build(fake_groups, steps)
-        schedules = {"student": schedule, "fake_score": fake_schedule}
-        return [student, fake], [
-            {"scheduler": item, "name": f"learning_rate/{role}"} for role, item in schedules.items()
+        built = {
+            role: item.build(self._parameter_groups(role), steps) for role, item in self.optimization.items()
+        }
+        return [optimizer for optimizer, _ in built.values()], [
+            {"scheduler": schedule, "name": f"learning_rate/{role}"} for role, (_, schedule) in built.items()
         ]
+
+    def _parameter_groups(self, role: str) -> list[dict[str, Any]]:
+        """What moves in turns of a role.
+
+        Raises:
+            UserError: nothing does.
+        """
+        assert self.student is not None
+        networks = {"student": self.student.parameters(), "fake_score": self.scores.fake_parameters()}
+        trained = [p for p in networks.get(role, ()) if role != "student" or p.requires_grad]
+        own: list[Any] = list(self.objective.parameters_of(role))
+        groups = [{"params": trained}] if trained else []
+        groups += own if own and isinstance(own[0], dict) else [{"params": own}] if own else []
+        if not groups:
+            raise UserError(f"{type(self.objective).__name__} names the role {role}, but gives it no weights")
+        return groups
 
     def on_fit_start(self) -> None:
         """Say so if the training is not image-free; processes begin with the same weights."""
@@ -200,80 +259,193 @@ class OneStepDistillation(L.LightningModule):
             keep_freed_memory()
         if isinstance(self.trainer.strategy, FullySharded):
             same_on_all_processes(p for p in self.parameters() if p.requires_grad)
-        if self.pair_regression is not None:
-            self.print(self.pair_regression.notice)
+        if self.real_pictures is not None:
+            self.print(self.real_pictures.notice)
 
     # --- training -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Student turn, then fake-score turn on the same samples (SwiftBrush, arXiv 2312.05239, algorithm 1).
+        """The turns that the objective plans, one of them the student's.
 
         A skipped student update is no step: neither counters nor learning rates move.
         """
-        student_optimizer, fake_optimizer = self.optimizers()  # type: ignore[attr-defined]
-        # Lightning counts every optimizer's steps in global_step; only the student's are to count.
-        fake_optimizer._on_before_step = fake_optimizer._on_after_step = lambda: None
         step, self._prompts = self.student_steps, batch["prompts"]
         self.numbers.clear()
+        parts = self._parts(batch, step)
         with without_sync(self.trainer.strategy.model), self._compiled.active():
-            samples = [self._student_turn(part, step) for part in micro_batches(self, batch)]
-            if (term := pair_term(self, step)) is not None:
-                self.manual_backward(term)
-            if updated := self._update(student_optimizer, self.student_optimization, "student"):
-                self.student_steps += 1
-                if self.ema is not None:
-                    self.ema.update()
-            for sample in samples:
-                self._fake_score_turn(*sample)
-            if self._update(fake_optimizer, self.fake_score_optimization, "fake_score"):
-                self.fake_score_steps += 1
-        for schedule in self.lr_schedulers() if updated else ():  # type: ignore[union-attr]
-            schedule.step()
-        for name in COUNTERS:
-            self.numbers.note(f"counts/{name}", float(getattr(self, name)))
+            for turn in self.objective.turns(step):
+                for part in parts[turn.batch]:
+                    if turn.role == "student":
+                        self._student_turn(part)
+                    else:
+                        self._turn(turn.role, part)
+                if self._update(turn.role):
+                    self.updates[turn.role] += 1
+                    self._after_update(turn.role)
+        if self.student_steps > step:
+            for config in self.trainer.lr_scheduler_configs:
+                config.scheduler.step()  # type: ignore[call-arg]
+        for name, count in self._counters().items():
+            self.numbers.note(f"counts/{name}", float(count))
         self.numbers.log(self)
 
-    def _student_turn(self, part: MicroBatch, step: int) -> tuple[StudentSample, StepRandom, float]:
-        """Draw samples, have them judged and backpropagate into the student; returns them detached."""
-        random = StepRandom(self.seed, step, part.indices, self.device)
+    def _parts(self, batch: Batch, step: int) -> list[list[Part]]:
+        """The step's batches in parts that fit into memory, prompts encoded, with their random numbers.
+
+        Raises:
+            UserError: the objective needs negative prompts and the data has none.
+        """
+        needs_negatives = NEGATIVE_PROMPTS in self.objective.needs
+        if needs_negatives and "negative_prompts" not in batch:
+            raise UserError(
+                f"{type(self.objective).__name__} is set to use negative prompts, and there are none: set "
+                "data.negative_prompts, e.g. to assets/negative_prompts.txt"
+            )
+        size = getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None)
+        parts = cut(batch, self.num_batches, size)
         encode = self.generator.prompt_encoder.encode
-        condition = encode(part.prompts)
-        negative = None if part.negatives is None else encode(part.negatives)
-        with student_negatives(self, negative, random):
-            return self._judged_sample(part, random, condition, negative)
+        for number, part in ((n, part) for n, of_batch in enumerate(parts) for part in of_batch):
+            part.random = StepRandom(self.seed, step, part.indices, self.device, number)
+            part.inputs = Inputs(
+                encode(part.prompts), encode(part.negatives or []) if needs_negatives else None
+            )
+        return parts
 
-    def _judged_sample(
-        self, part: MicroBatch, random: StepRandom, condition: Condition, negative: Condition | None
-    ) -> tuple[StudentSample, StepRandom, float]:
-        """The student's forward pass, its terms and its backward pass."""
-        share = part.share
-        x0 = self.generator.latents(random.normal("start", self.generator.latent_shape), condition)
-        # The terms are differentiated at the student's output first: that yields the norm of each term's
-        # gradient, and whatever the objective did inside reaches no other weight.
-        leaf = x0.detach().requires_grad_()
-        sample = StudentSample(leaf, condition, negative)
-        terms = student_terms(self, sample, part.prompts, random, share)
-        parts = {n: torch.autograd.grad(term, leaf, retain_graph=True)[0] for n, term in terms.items()}
-        del terms, sample  # and with them what they keep for backward passes
-        self.manual_backward(share * (x0 * torch.stack([*parts.values()]).sum(0)).sum())
-        for name, gradient in parts.items():
-            # Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size.
-            self.numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(leaf) ** 0.5, share)
-        self.numbers.note("latents/mean", leaf.mean(), share)
-        self.numbers.note("latents/std", leaf.std(), share)
-        return StudentSample(x0.detach(), condition, negative), random, share
+    def _student_turn(self, part: Part) -> None:
+        """Draw samples, have them judged, backpropagate into the student; keep them without their graph."""
+        assert part.inputs is not None and part.random is not None
+        with self._sampler.turn() as student:
+            sample = self.objective.sample(student, part.inputs, part.random, "student")
+            # The terms are differentiated at the student's output first: that yields the norm of each term's
+            # gradient, and whatever the objective did inside reaches no other weight.
+            leaf = sample.x0.detach().requires_grad_()
+            gradient = self._gradient_at(leaf, replace(sample, x0=leaf), part)
+            if gradient is not None:
+                self.manual_backward(part.share * (sample.x0 * gradient).sum())
+        self.numbers.note("latents/mean", leaf.mean(), part.share)
+        self.numbers.note("latents/std", leaf.std(), part.share)
+        part.sample = _detached(sample)
 
-    def _fake_score_turn(self, sample: StudentSample, random: StepRandom, share: float) -> None:
-        """Train the fake score, and networks of the objective, on detached samples."""
-        terms = objective_terms(self, "fake_score", sample, random, share)
-        self.manual_backward(share * torch.stack([*terms.values()]).sum())
+    def _gradient_at(self, leaf: Tensor, sample: StudentSample, part: Part) -> Tensor | None:
+        """Gradient of the student's terms at its samples; what calls the student itself goes on from there.
 
-    def _update(self, optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
+        None where no term depends on the samples.
+        """
+        calls = self.networks.student.calls_with_gradient
+        terms = self._student_terms(sample, part)
+        whole = torch.stack([*terms.values()]).sum()
+        if len(terms) > 1 and (self.student_steps + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for name, term in terms.items():  # one by one only where the norms are logged
+                self._note_norm(name, _gradient(term, leaf, keep=True), part.share)
+        if self.networks.student.calls_with_gradient == calls:
+            gradient = _gradient(whole, leaf)
+        else:
+            self.manual_backward(part.share * whole)
+            gradient = None if leaf.grad is None else leaf.grad / part.share
+        if len(terms) == 1:
+            self._note_norm(next(iter(terms)), gradient, part.share)
+        return gradient
+
+    def _note_norm(self, name: str, gradient: Tensor | None, share: float) -> None:
+        """Terms are means over the batch; times sqrt(B) their gradient's norm does not depend on its size."""
+        if gradient is not None:
+            self.numbers.note(f"gradient_at_output/{name}", gradient.norm() * len(gradient) ** 0.5, share)
+
+    def _turn(self, role: str, part: Part) -> None:
+        """Backpropagate the terms of another role, on samples without a gradient."""
+        assert part.inputs is not None and part.random is not None
+        if part.sample is None:
+            with torch.no_grad(), self._sampler.turn() as student:
+                part.sample = _detached(self.objective.sample(student, part.inputs, part.random, role))
+        terms = self._objective_terms(role, self._with_real(part.sample, part), part)
+        self.manual_backward(part.share * torch.stack([*terms.values()]).sum())
+
+    def _update(self, role: str) -> bool:
         """Clip and step, unless the gradient is not finite; whether it was (the same on all processes)."""
-        suspects = partial(not_finite, self.numbers, self._prompts, role)
-        finite, norm = self._guard.step(optimizer, optimization, role, self.student_steps, suspects)
+        # Lightning counts the steps of the optimizers that it wraps: the student's
+        wrapped = self.optimizers(use_pl_optimizer=role == "student")
+        optimizers = dict(
+            zip(self.optimization, wrapped if isinstance(wrapped, list) else [wrapped], strict=True)
+        )
+        for other, optimizer in optimizers.items():
+            if other != role:  # what a backward pass left in weights whose turn it is not
+                optimizer.zero_grad(set_to_none=True)
+        suspects = partial(self._not_finite, role)
+        finite, norm = self._guard.step(
+            optimizers[role], self.optimization[role], role, self.student_steps, suspects
+        )
         self.numbers.note(f"gradient_norm/{role}", norm)
         return finite
+
+    def _after_update(self, role: str) -> None:
+        """What follows an update that was not skipped."""
+        if role == "student" and self.ema is not None:
+            self.ema.update()
+        self.objective.after_update(role, self.networks)
+
+    def _student_terms(self, sample: StudentSample, part: Part) -> dict[str, Tensor]:
+        """The objective's terms, the regression on given pictures, and image losses of weight above zero.
+
+        Raises:
+            UserError: two terms have one name.
+        """
+        assert part.random is not None
+        sample = self._with_real(sample, part)
+        terms = self._objective_terms("student", sample, part)
+        if self.regression is not None:
+            assert sample.real is not None
+            pairs = self.regression.loss(sample.real, self.networks, self._sampler.start_timestep)
+            terms |= self._noted("student", {"pairs": pairs}, part.share)
+        if self.image_terms is None:
+            return terms
+        whole = round(len(part.prompts) / part.share) * self.trainer.world_size
+        images, numbers = self.image_terms.judge(
+            sample.x0, part.prompts, part.random, whole, int(self.trainer.max_steps)
+        )
+        if both := terms.keys() & images.keys():
+            raise UserError(f"objective and image losses both have a term {sorted(both)[0]!r}: rename one")
+        self.numbers.note_all("image_losses", numbers, part.share, self.trainer.world_size)
+        return terms | self._noted("student", images, part.share)
+
+    def _objective_terms(self, role: str, sample: StudentSample, part: Part) -> dict[str, Tensor]:
+        """The objective's terms for one role, noted together with its numbers."""
+        assert part.random is not None
+        terms = self.objective.loss(role, sample, self.networks, part.random)
+        self.numbers.note_all("objective", terms.numbers, part.share, self.trainer.world_size)
+        return self._noted(role, terms.losses, part.share)
+
+    def _noted(self, role: str, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+        """The terms; one that is not finite makes its gradient so: then every process skips the update."""
+        for name, value in terms.items():
+            self.numbers.note(f"train/{role}_{name}", value, share)
+        return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _with_real(self, sample: StudentSample, part: Part) -> StudentSample:
+        """The sample with the part's given pictures as latents, if the run has some."""
+        if self.real_pictures is None:
+            return sample
+        places = self.real_pictures.settings.places(
+            self.global_rank, self.trainer.world_size, part.place, part.passes
+        )
+        random = StepRandom(self.seed, self.student_steps, places, self.device, part.number)
+        images, captions = self.real_pictures.take(random.uniform("image_pair").cpu())
+        latents = self.generator.decoder.encode(images.to(self.device))
+        return replace(sample, real=Real(latents, self.generator.prompt_encoder.encode(captions)))
+
+    def _not_finite(self, role: str) -> str:
+        """Which terms of the update in progress are not finite, and its first prompts. Collective.
+
+        Those of the first process that has such a term; where none has, the network's backward pass made it
+        so.
+        """
+        kinds = (f"train/{role}_", *(["gradient_at_output/"] if role == "student" else []))
+        names = [name.partition("/")[2] for name in self.numbers.nonfinite() if name.startswith(kinds)]
+        terms = list(dict.fromkeys(name.removeprefix(f"{role}_") for name in names))
+        found = from_every_rank((terms, self._prompts[:SHOWN_PROMPTS]))
+        terms, shown = next((one for one in found if one[0]), found[0])
+        what = f"terms: {', '.join(terms)}" if terms else "no term: in the network's backward pass"
+        return f" ({what}; prompts: {', '.join(map(repr, shown))} …)"
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -291,20 +463,92 @@ class OneStepDistillation(L.LightningModule):
 
     test_step = predict_step = validation_step
 
+    @torch.no_grad()
     def score_views(self, prompts: list[str], seeds: list[int], at: float = 0.5) -> dict[str, Tensor]:
-        """Pictures [B, 3, H, W] of what each role sees as x0; see `score_views`."""
-        return score_views(self, prompts, seeds, at)
+        """Pictures [B, 3, H, W] in [0, 1] of what each role sees as x0.
 
-    def memory_parts(self) -> dict[str, Part]:
+        The student's sample, and what teacher and fake score, unguided, make of it when noised to ``at``
+        times the schedule's length.
+        """
+        schedule, condition = self.networks.schedule, self.generator.prompt_encoder.encode(prompts)
+        with self.evaluation_weights():
+            x0 = self.generator.latents(self.generator.noise(seeds), condition)
+        t = torch.full((len(x0),), int(at * schedule.num_timesteps), device=x0.device)
+        noise = seeded_noise([seed + 1_000_000 for seed in seeds], x0.shape[1:], x0.device)
+        x_t = schedule.add_noise(x0, noise, t)
+        views = {"student": x0, "teacher x0": self.networks.teacher(x_t, t, condition).x0}
+        if self.scores.with_fake_score:
+            views["fake score x0"] = self.networks.fake_score(x_t, t, condition).x0
+        return {name: self.generator.decoder.decode(latents) for name, latents in views.items()}
+
+    def memory_parts(self) -> dict[str, MemoryPart]:
         """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""
-        return memory_by_part(self)
+        assert self.student is not None
+        kept = {role: item.state_per_weight(self.device) for role, item in self.optimization.items()}
+        return memory_by_part(
+            self.student, self.scores, self.objective, self.parts.vae,
+            self.generator.prompt_encoder.text_encoders, self.image_terms, self.ema, kept,
+        )  # fmt: skip
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
+    def _counters(self) -> dict[str, int]:
+        counts = {f"{role}_steps": count for role, count in self.updates.items()}
+        return {**counts, "skipped_updates": self.skipped_updates}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `add_to_checkpoint`."""
-        add_to_checkpoint(self, checkpoint)
+        """Add the moving average, the counters and what generate and export need to rebuild the student."""
+        assert self.student is not None
+        settings = self.network_settings
+        checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
+        checkpoint["counters"] = self._counters()
+        checkpoint["one_step"] = {
+            "method": type(self.objective).__name__,
+            "teacher": settings.teacher,
+            "start_timestep": settings.start_timestep,
+            "architecture": architecture(self.student),
+            "weights": self.ema is not None,
+            "student_steps": self.student_steps,
+        }
+        if settings.student_init is not None:
+            checkpoint["one_step"]["student_init"] = settings.student_init
+        if self.real_pictures is not None:
+            checkpoint["one_step"]["trained_on"] = self.real_pictures.trained_on
+        if settings.student_lora is not None and self.student_base is not None:
+            checkpoint["one_step"]["student_lora"] = asdict(settings.student_lora)
+            checkpoint["one_step"]["student_base"] = asdict(self.student_base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `take_from_checkpoint`."""
-        take_from_checkpoint(self, checkpoint)
+        """Take over average and counters. Without an average in it, one starts from the student's weights.
+
+        Raises:
+            UserError: the checkpoint is of another model, or of an adapter on other weights.
+        """
+        # sharded checkpoints have no weights here: the strategy has loaded them already
+        if "state_dict" in checkpoint:
+            check_fit(checkpoint["state_dict"], self.state_dict())
+        if self.student_base is not None and "student_base" in (stored := checkpoint.get("one_step", {})):
+            StudentBase(**stored["student_base"]).check(self.student_base.hash, "the checkpoint")
+        counters = checkpoint.get("counters", {})
+        self.updates = {role: int(counters.get(f"{role}_steps", 0)) for role in self.updates}
+        self._guard.skipped = int(counters.get("skipped_updates", 0))
+        if self.ema is None:
+            return
+        if checkpoint.get("ema"):
+            self.ema.load_state_dict(checkpoint["ema"])
+        else:
+            weights = checkpoint.get("state_dict") or self.state_dict()
+            student = {k.removeprefix("student."): v for k, v in weights.items()}
+            self.ema.shadow = {name: student[name].float().clone() for name in self.ema.shadow}
+
+
+def _gradient(term: Tensor, leaf: Tensor, keep: bool = False) -> Tensor | None:
+    """Gradient of a scalar at the student's samples; None where it does not depend on them."""
+    if not term.requires_grad:
+        return None
+    return torch.autograd.grad(term, leaf, retain_graph=keep, allow_unused=True)[0]
+
+
+def _detached(sample: StudentSample) -> StudentSample:
+    x_t = None if sample.x_t is None else sample.x_t.detach()
+    return replace(sample, x0=sample.x0.detach(), x_t=x_t)

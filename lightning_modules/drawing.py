@@ -1,37 +1,238 @@
-"""What an evaluation looks at: pictures drawn by a checkpoint or a pipeline folder, or given ones."""
+"""How a model draws, answered once for `generate`, `evaluate` and `app`; also pictures that exist already."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from callbacks.metrics.measure import Draw
-from commands.generate import has_few_step_sampler, is_own_family, load_any_pipeline
 from common.errors import UserError
-from common.hashing import hash_folder, hash_texts
+from common.hashing import hash_file, hash_texts
 from datamodules.picture_files import Frame, read_pictures
-from lightning_modules.generator import make_generator, pipeline_images, stock_pipeline
+from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.guidance import negative_prompting
-from lightning_modules.guidance.methods import METHODS, make_method
-from lightning_modules.networks.loading import asset_path, pipeline_folder
-from lightning_modules.networks.student import Weights, is_checkpoint, load_student
+from lightning_modules.guidance.methods import METHODS, Method, make_method
+from lightning_modules.guidance.prompting import pipeline_network
+from lightning_modules.networks.loading import asset_path, model_hash
+from lightning_modules.networks.student import LoadedStudent, Weights, is_checkpoint, load_student
+from lightning_modules.pipelines import (
+    has_few_step_sampler,
+    is_own_family,
+    load_any_pipeline,
+    pipeline_images,
+    stock_pipeline,
+)
 
-GenerateWithNegatives = Callable[[list[str], list[int], list[str] | None], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """Where the pictures come from.
+class Guidance:
+    """What a negative prompt acts by.
 
     Attributes:
-        draw: places in the list of captions to pictures.
+        method: "nasa" or "nag" by attention; "cfg" by guidance in kappa form, with the empty prompt where
+            there is no negative one; "none".
+        scale: its strength, of cfg kappa (1 is off); None: the network's default.
+    """
+
+    method: Literal["none", "nasa", "nag", "cfg"] = "none"
+    scale: float | None = None
+
+    @property
+    def by_attention(self) -> bool:
+        """Whether the negative prompt acts through attention."""
+        return self.method in METHODS
+
+    @property
+    def kappa(self) -> float:
+        """The guidance scale; 1.0 is off."""
+        return float(self.scale) if self.method == "cfg" and self.scale is not None else 1.0
+
+    def rule(self, network: nn.Module) -> Method | None:
+        """The method by attention, with the network's defaults.
+
+        Raises:
+            UserError: the scale is out of range.
+        """
+        return make_method(self.method, network, self.scale) if self.by_attention else None
+
+    def facts(self, network: nn.Module) -> dict[str, Any]:
+        """The method and its settings, by name; nothing if it is off."""
+        if self.method == "none":
+            return {}
+        rule = self.rule(network)
+        settings = {"scale": self.scale} if rule is None else asdict(rule)
+        return {"negative_guidance": self.method} | {f"negative_{k}": v for k, v in settings.items()}
+
+
+OFF = Guidance()
+
+
+class Model:
+    """A model that draws.
+
+    One step of a known family is taken by our own generator, from the student's start (a stock folder's
+    last timestep). More steps, models that come with a few-step sampler, and other pipelines are drawn by the
+    stock pipeline with its own sampler.
+
+    Args:
+        source: what draws.
+        steps: network steps.
+        device: where.
+
+    Attributes:
+        facts: what is known of it: `weights`, `student_steps`, `sampler`, `start_timestep`.
+    """
+
+    def __init__(
+        self, source: LoadedStudent | DiffusionPipeline, steps: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        self.steps = steps
+        self.generator: OneStepGenerator | None = None
+        self.facts: dict[str, Any] = {"weights": "as stored"}
+        if isinstance(source, LoadedStudent):
+            student = source
+            self.facts = {"weights": student.weights, "student_steps": student.facts.get("student_steps")}
+            if steps == 1 and not has_few_step_sampler(student.parts.scheduler):
+                self.generator = make_generator(student.parts, student.start_timestep).eval().to(device)
+                self.facts |= {"sampler": "one step", "start_timestep": student.start_timestep}
+                return
+            source = stock_pipeline(student.parts)
+        self.pipeline = source.to(device)
+        self.facts["sampler"] = type(source.scheduler).__name__
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network.
+
+        Raises:
+            UserError: the pipeline has none.
+        """
+        return self.generator.student if self.generator is not None else pipeline_network(self.pipeline)
+
+    def draw(
+        self,
+        prompts: list[str],
+        seeds: Sequence[int],
+        guidance: Guidance = OFF,
+        negative: str | Sequence[str | None] | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W], float32 in [0, 1], one per prompt and seed.
+
+        A negative prompt (one for all, or one for each picture) has no effect without guidance.
+
+        Raises:
+            UserError: the guidance does not fit the network, or the number of negative prompts the pictures.
+        """
+        unwanted = None if guidance.method == "none" else negative
+        if self.generator is not None:
+            return self.generator.images(
+                prompts,
+                seeds,
+                guidance_scale=guidance.kappa,
+                negative_prompt=unwanted,
+                negative_method=guidance.rule(self.network),
+            )
+        if guidance.by_attention:
+            with negative_prompting(self.pipeline, unwanted, guidance.method, guidance.scale):
+                return pipeline_images(self.pipeline, prompts, seeds, self.steps, 1.0)
+        return pipeline_images(
+            self.pipeline, prompts, seeds, self.steps, guidance.kappa, negative_prompt=unwanted
+        )
+
+
+def open_model(
+    name: str, steps: int = 1, device: torch.device | str = "cpu", weights: Weights | None = None
+) -> Model:
+    """Load a checkpoint, an exported folder, or any stock pipeline, to draw in that many steps.
+
+    Args:
+        name: a .ckpt file, a folder or a hub name.
+        steps: network steps.
+        device: where it draws.
+        weights: which of a checkpoint's; None: the average if there is one.
+
+    Raises:
+        UserError: the model can't be loaded, or has no such weights.
+    """
+    if is_checkpoint(name) or is_own_family(name):
+        return Model(load_student(name, weights), steps, device)
+    if weights is not None:
+        raise UserError(f"{name} is a folder, which has one set of weights; leave --weights out")
+    return Model(load_any_pipeline(name), steps, device)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an evaluation draws with a model.
+
+    Attributes:
+        model: a .ckpt file, a folder or a hub name.
+        steps: network steps; guidance_scale: kappa form, 1 is off.
+        weights: which of a checkpoint's; None: the average if there is one.
+        dtype: "float32", or "bfloat16": the networks run under autocast.
+        negative_guidance, negative_scale: what the negative prompts act by, see `Guidance`.
+    """
+
+    model: str
+    steps: int = 1
+    guidance_scale: float = 1.0
+    weights: Weights | None = None
+    dtype: str = "float32"
+    negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
+    negative_scale: float | None = None
+
+    @property
+    def guidance(self) -> Guidance:
+        """Guidance of every picture."""
+        if self.negative_guidance != "none":
+            return Guidance(self.negative_guidance, self.negative_scale)
+        return Guidance("cfg", self.guidance_scale) if self.guidance_scale != 1 else OFF
+
+    def check(self, has_negatives: bool) -> None:
+        """Refuse what would have no effect or no meaning.
+
+        Raises:
+            UserError: it says what to give instead.
+        """
+        if self.negative_guidance == "none":
+            if self.negative_scale is not None:
+                raise UserError("--negative_scale has no effect without --negative_guidance nasa, nag or cfg")
+            return
+        if not has_negatives:
+            raise UserError(
+                f"--negative_guidance {self.negative_guidance} needs negative prompts: give "
+                "--negative_prompt, or a set of prompt pairs"
+            )
+        if self.guidance_scale != 1:
+            raise UserError("--guidance_scale and --negative_guidance exclude each other; leave one out")
+        if self.negative_guidance == "cfg" and (self.negative_scale is None or self.negative_scale <= 1):
+            raise UserError("--negative_guidance cfg needs --negative_scale, a guidance scale above 1")
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        name = Path(self.model).stem if is_checkpoint(self.model) else Path(self.model).name
+        parts = [name, f"{self.steps} step{'' if self.steps == 1 else 's'}"]
+        if self.guidance_scale != 1:
+            parts.append(f"guidance {self.guidance_scale:g}")
+        if self.negative_guidance != "none":
+            scale = "" if self.negative_scale is None else f" {self.negative_scale:g}"
+            parts.append(f"negative prompts by {self.negative_guidance}{scale}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Where the pictures of an evaluation come from.
+
+    Attributes:
+        draw: places in the list of captions to pictures [3, H, W] in [0, 1], which may differ in size.
         title: for the table. ``model``: what the user named.
         weights: "ema", "online", "as stored" or "given pictures".
         step: student updates, where they are known.
@@ -39,7 +240,7 @@ class Drawer:
         seeded: whether seeds mean anything.
     """
 
-    draw: Draw
+    draw: Callable[[list[int]], Tensor | Sequence[Tensor]]
     title: str
     model: str
     weights: str
@@ -62,61 +263,6 @@ def given_pictures(folder: str, files: Sequence[Path], frame: Frame | None) -> D
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model draws.
-
-    Attributes:
-        model: a .ckpt file, a folder or a hub name.
-        steps: network steps; guidance_scale: kappa form, 1 is off.
-        weights: which of a checkpoint's; None: the average if there is one.
-        dtype: "float32", or "bfloat16": the networks run under autocast.
-        negative_guidance: what the negative prompts act by: none, nasa, nag (attention) or cfg (guidance).
-        negative_scale: its strength, of cfg the guidance scale; None: the network's default.
-    """
-
-    model: str
-    steps: int = 1
-    guidance_scale: float = 1.0
-    weights: Weights | None = None
-    dtype: str = "float32"
-    negative_guidance: str = "none"
-    negative_scale: float | None = None
-
-    def check(self, has_negatives: bool) -> None:
-        """Refuse what would have no effect or no meaning.
-
-        Raises:
-            UserError: it says what to give instead.
-        """
-        if self.negative_guidance == "none":
-            if self.negative_scale is not None:
-                raise UserError("--negative_scale has no effect without --negative_guidance nasa, nag or cfg")
-            return
-        if not has_negatives:
-            raise UserError(
-                f"--negative_guidance {self.negative_guidance} needs negative prompts: give "
-                "--negative_prompt, or a "
-                "set of prompt pairs"
-            )
-        if self.guidance_scale != 1:
-            raise UserError("--guidance_scale and --negative_guidance exclude each other; leave one out")
-        if self.negative_guidance == "cfg" and (self.negative_scale is None or self.negative_scale <= 1):
-            raise UserError("--negative_guidance cfg needs --negative_scale, a guidance scale above 1")
-
-    @property
-    def title(self) -> str:
-        """For the table."""
-        name = Path(self.model).stem if is_checkpoint(self.model) else Path(self.model).name
-        parts = [name, f"{self.steps} step{'' if self.steps == 1 else 's'}"]
-        if self.guidance_scale != 1:
-            parts.append(f"guidance {self.guidance_scale:g}")
-        if self.negative_guidance != "none":
-            scale = "" if self.negative_scale is None else f" {self.negative_scale:g}"
-            parts.append(f"negative prompts by {self.negative_guidance}{scale}")
-        return ", ".join(parts)
-
-
 def model_drawer(
     recipe: Recipe,
     captions: Sequence[str],
@@ -125,9 +271,6 @@ def model_drawer(
     device: torch.device,
 ) -> Drawer:
     """Pictures of a checkpoint, an exported folder, or a stock pipeline at chosen steps and guidance.
-
-    One step of a Stable Diffusion is taken by our generator (from the student's start, or the last timestep
-    of a stock folder); more steps, and other pipelines, by the stock pipeline with the folder's own sampler.
 
     Args:
         recipe: the model and how it draws.
@@ -138,18 +281,19 @@ def model_drawer(
         UserError: the model can't be loaded, or an option does not fit it.
     """
     recipe.check(negatives is not None)
-    generate, facts = _open(recipe, device)
+    model = open_model(recipe.model, recipe.steps, device, recipe.weights)
+    # a guidance scale by itself is against the empty prompt, whatever the set's negative prompts
+    unwanted = None if recipe.negative_guidance == "none" else negatives
 
     def draw(places: list[int]) -> Tensor:
-        autocast = nullcontext()
-        if recipe.dtype != "float32":
-            autocast = torch.autocast(device.type, dtype=DTYPES[recipe.dtype])  # type: ignore[assignment]
-        unwanted = None
-        if negatives is not None and recipe.negative_guidance != "none":
-            unwanted = [negatives[i] for i in places]
+        precision = DTYPES[recipe.dtype]
+        autocast = torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext()
         with torch.no_grad(), autocast:
-            return generate([captions[i] for i in places], [seeds[i] for i in places], unwanted).float()
+            prompts, numbers = [captions[i] for i in places], [seeds[i] for i in places]
+            away = None if unwanted is None else [unwanted[i] for i in places]
+            return model.draw(prompts, numbers, recipe.guidance, away).float()
 
+    facts = dict(model.facts)
     settings = {k: v for k, v in asdict(recipe).items() if k not in ("model", "weights")}
     return Drawer(
         draw=draw,
@@ -161,62 +305,8 @@ def model_drawer(
     )
 
 
-def _open(recipe: Recipe, device: torch.device) -> tuple[GenerateWithNegatives, dict[str, Any]]:
-    """How to draw with a model, and what is known of it."""
-    if not is_checkpoint(recipe.model) and not is_own_family(recipe.model):
-        pipeline = _any_pipeline(recipe).to(device)
-        return _stock(pipeline, recipe), _sampler_of(pipeline) | {"weights": "as stored"}
-    student = load_student(recipe.model, recipe.weights)
-    facts: dict[str, Any] = {"weights": student.weights, "student_steps": student.facts.get("student_steps")}
-    if recipe.steps > 1 or has_few_step_sampler(student.parts.scheduler):
-        pipeline = stock_pipeline(student.parts).to(device)
-        return _stock(pipeline, recipe), facts | _sampler_of(pipeline)
-    generator = make_generator(student.parts, student.start_timestep).eval().to(device)
-    by_attention = recipe.negative_guidance in METHODS
-    rule = (
-        make_method(recipe.negative_guidance, generator.student, recipe.negative_scale)
-        if by_attention
-        else None
-    )
-
-    def one_step(prompts: list[str], seeds: list[int], negatives: list[str] | None) -> Tensor:
-        return generator.images(
-            prompts, seeds, guidance_scale=_kappa(recipe), negative_prompt=negatives, negative_method=rule
-        )
-
-    return one_step, facts | {"sampler": "one step", "start_timestep": student.start_timestep}
-
-
-def _stock(pipeline: DiffusionPipeline, recipe: Recipe) -> GenerateWithNegatives:
-    def draw(prompts: list[str], seeds: list[int], negatives: list[str] | None) -> Tensor:
-        if recipe.negative_guidance in METHODS:
-            with negative_prompting(pipeline, negatives, recipe.negative_guidance, recipe.negative_scale):
-                return pipeline_images(pipeline, prompts, seeds, recipe.steps, 1.0)
-        return pipeline_images(
-            pipeline, prompts, seeds, recipe.steps, _kappa(recipe), negative_prompt=negatives
-        )
-
-    return draw
-
-
-def _kappa(recipe: Recipe) -> float:
-    """The guidance scale, which negative prompts by cfg name in their own option."""
-    return float(recipe.negative_scale or 1.0) if recipe.negative_guidance == "cfg" else recipe.guidance_scale
-
-
-def _sampler_of(pipeline: DiffusionPipeline) -> dict[str, str]:
-    return {"sampler": type(pipeline.scheduler).__name__}
-
-
-def _any_pipeline(recipe: Recipe) -> DiffusionPipeline:
-    if recipe.weights is not None:
-        raise UserError(f"{recipe.model} is a folder, which has one set of weights; leave --weights out")
-    return load_any_pipeline(recipe.model)
-
-
 def _content_hash(model: str) -> str:
     """Of a checkpoint file or a model folder."""
     if is_checkpoint(model):
-        with asset_path(model).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return hash_folder(pipeline_folder(model))
+        return hash_file(asset_path(model))
+    return model_hash(model)

@@ -1,30 +1,25 @@
 """One-step generation: prompts and noise -> latents -> pictures; one object for training and tools."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.guidance.encoding import NegativePrompts
 from lightning_modules.guidance.methods import Method
-from lightning_modules.guidance.prompting import negative_attention
-from lightning_modules.networks.backbones.calling import embedded_guidance, run_network
-from lightning_modules.networks.backbones.pixart import call_options
+from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
+from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
 from lightning_modules.networks.student import Weights, load_student
+from lightning_modules.pipelines import in_batches
 
 
 class OneStepGenerator(nn.Module):
@@ -101,7 +96,6 @@ class OneStepGenerator(nn.Module):
         prompts: list[str],
         seeds: Sequence[int],
         batch_size: int | None = None,
-        progress: bool = False,
         guidance_scale: float = 1.0,
         negative_prompt: str | None | Sequence[str | None] = None,
         negative_method: Method | None = None,
@@ -115,7 +109,7 @@ class OneStepGenerator(nn.Module):
             ValueError: as many seeds as prompts are needed, at least one.
             UserError: the negative prompts are of another number.
         """
-        _check_lengths(prompts, seeds)
+        batches = in_batches(prompts, seeds, batch_size)
         negatives = NegativePrompts(negative_prompt)
         texts = negatives.per_image(len(prompts), 1)
         # one negative prompt for all is encoded, and put into attention, once for all batches
@@ -123,7 +117,7 @@ class OneStepGenerator(nn.Module):
         differ = not shared and not negatives.empty
         pictures = []
         with self._away_from(shared, negative_method) as common:
-            for part in _batches(len(prompts), batch_size, progress):
+            for part in batches:
                 condition, noise = self.prompt_encoder.encode(prompts[part]), self.noise(seeds[part])
                 with self._away_from(texts[part] if differ else [], negative_method) as own:
                     latents = self.latents(noise, condition, guidance_scale, own if differ else common)
@@ -167,97 +161,3 @@ def load_generator(path: str | Path, weights: Weights | None = None) -> OneStepG
     """
     loaded = load_student(path, weights)
     return make_generator(loaded.parts, loaded.start_timestep).eval()
-
-
-def stock_pipeline(parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
-    """Stock diffusers pipeline of the parts (shared, not copied), without safety checker and progress bar."""
-    sampler = copy.deepcopy(parts.scheduler if scheduler is None else scheduler)
-    if sampler.config.get("timestep_spacing") == "trailing":
-        # has no effect in trailing spacing, but the pipeline insists
-        sampler.register_to_config(steps_offset=1)
-    return parts.backbone.pipeline(parts, sampler)
-
-
-def ddim_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
-    """DDIM sampler with the constants of another scheduler (a DDIM scheduler keeps its settings)."""
-    if isinstance(scheduler, DDIMScheduler):
-        return DDIMScheduler.from_config(scheduler.config)
-    # Latents have no fixed range, so they are not clipped; trailing spacing starts at the last timestep.
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
-
-
-def multistep_images(
-    parts: TextToImageParts,
-    prompts: list[str],
-    seeds: Sequence[int],
-    steps: int = 25,
-    guidance_scale: float = 4.5,
-    batch_size: int | None = None,
-    progress: bool = False,
-    negative_prompt: str | None = None,
-    scheduler: SchedulerMixin | None = None,
-) -> Tensor:
-    """Pictures [B, 3, H, W], float32 in [0, 1], of the stock diffusers pipeline from our seeded noise.
-
-    `scheduler` None is DDIM (arXiv 2010.02502) with the model's constants.
-    """
-    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler) if scheduler is None else scheduler)
-    return pipeline_images(
-        pipeline, prompts, seeds, steps, guidance_scale, batch_size, progress, negative_prompt
-    )
-
-
-@torch.no_grad()
-def pipeline_images(
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    seeds: Sequence[int],
-    steps: int,
-    guidance_scale: float,
-    batch_size: int | None = None,
-    progress: bool = False,
-    negative_prompt: str | Sequence[str] | None = None,
-) -> Tensor:
-    """Pictures [B, 3, H, W], float32 in [0, 1], of any stock text-to-image pipeline, one seed per picture.
-
-    One CPU generator per picture makes the start noise of `seeded_noise`, whatever the batch size. The
-    negative prompt is one for all, or one per picture. A network that takes the guidance scale as an input
-    (an LCM) is given a usual one instead of 1.
-    """
-    _check_lengths(prompts, seeds)
-    if guidance_scale == 1:
-        guidance_scale = embedded_guidance(getattr(pipeline, "unet", None)) or guidance_scale
-    pictures = []
-    for part in _batches(len(prompts), batch_size, progress):
-        options: dict[str, Any] = call_options(pipeline)
-        if isinstance(negative_prompt, str):
-            options["negative_prompt"] = [negative_prompt] * len(prompts[part])
-        elif negative_prompt is not None:
-            options["negative_prompt"] = list(negative_prompt[part])
-        output = pipeline(
-            prompt=prompts[part],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[part]],
-            output_type="pt",
-            **options,
-        )
-        pictures.append(output.images.float().clamp(0.0, 1.0))
-    return torch.cat(pictures)
-
-
-def _batches(count: int, batch_size: int | None, progress: bool) -> Iterator[slice]:
-    """Slices of at most `batch_size` that cover `count` items, with a bar that counts pictures if wanted."""
-    size = batch_size or count
-    bar = tqdm(total=count, unit="image", disable=not progress)
-    with bar:
-        for start in range(0, count, size):
-            yield slice(start, start + size)
-            bar.update(min(size, count - start))
-
-
-def _check_lengths(prompts: list[str], seeds: Sequence[int]) -> None:
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt and at least one is needed"
-        )

@@ -167,13 +167,14 @@ def same_on_all_processes(parameters: Iterable[nn.Parameter]) -> None:
             dist.broadcast(parameter.data, src=0)
 
 
-def on_all_processes(value: Any) -> list[Any]:
-    """Every process's value, in the order of the ranks. Collective."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+@torch.no_grad()
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over the processes. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from reports.plots import Series, read_series
-from reports.run_report import ARROWS
 
 _FILES = ("report.json", "config.yaml", "metrics.csv")
 _GRID = re.compile(r"step_(\d+)\.png")
@@ -213,13 +212,6 @@ def differences(contents: Sequence[dict[str, Any] | None]) -> dict[str, list[str
         if len({value for value, one in zip(values, flat) if one is not None}) > 1:
             found[key] = values
     return found
-
-
-def direction(metric: str) -> int:
-    """-1 where lower values are better, 1 where higher ones are, 0 where nobody says."""
-    name = metric.removeprefix("val/").removeprefix("test/")
-    arrow = ARROWS.get(name) or ARROWS.get(name.partition("/")[0])  # hpsv2/anime as hpsv2
-    return {"↓": -1, "↑": 1}.get(arrow or "", 0)
 
 
 def best_of(values: Sequence[float | None], better: int) -> set[int]:

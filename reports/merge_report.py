@@ -1,24 +1,22 @@
-"""What `merge --evaluate` writes beside the merged model: numbers, plot and pictures against lambda."""
+"""What `merge --evaluate` writes beside the merged model: numbers, plots and pictures against lambda."""
 
-import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from numpy.typing import ArrayLike
 
-from reports.html import _STYLE, _list
-from reports.plots import Point, Series, line_plot, plot_image
-from reports.run_report import ARROWS, format_value
+from reports.html import Row, Table, image_source, render
+from reports.plots import Point, Series, line_figure
+from reports.run_report import metric_notes, with_arrow
 from reports.sheets import labelled_grid, save_png
-from reports.text import _bullets
+from reports.text import bullets, format_value, markdown_table
+from reports.text import text_table as plain_table
 
 X_NAME = "λ (0: second model, 1: first model)"
-PLOT, SAMPLES = "merge.png", "merge_samples.png"
-_DIRECTION = {"↓": "lower is better", "↑": "higher is better"}
+SAMPLES = "merge_samples.png"
 _BEST: dict[str, tuple[str, Callable[..., Any]]] = {
     "frechet_distance": ("Lowest Fréchet distance", min),
     "clip_score": ("Highest CLIP score", max),
@@ -31,7 +29,7 @@ class MergePoint:
 
     weight: float
     metrics: dict[str, dict[str, Any]]
-    pictures: Tensor
+    pictures: ArrayLike
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class MergeReport:
 
 
 def write_merge_report(report: MergeReport, folder: Path) -> None:
-    """Write merge.json, merge.md, merge.html, merge.png and merge_samples.png."""
+    """Write merge.json, merge.md, merge.html and merge_samples.png."""
     content = {
         **report.facts,
         "points": [{"weight": point.weight, "metrics": point.metrics} for point in report.points],
@@ -72,9 +70,6 @@ def write_merge_report(report: MergeReport, folder: Path) -> None:
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
     (folder / "merge.json").write_text(text, encoding="utf-8")
-    # Pillow's own font has neither Greek letters nor arrows.
-    curves = {f"{name} ({_DIRECTION[ARROWS[name]]})": report.curve(name) for name in report.names}
-    save_png(plot_image(curves, "lambda (0: second model, 1: first model)"), folder / PLOT)
     views = {f"lambda {point.weight:g}": point.pictures for point in report.points}
     save_png(labelled_grid(views, report.prompts, columns=1), folder / SAMPLES)
     (folder / "merge.md").write_text(_markdown(report), encoding="utf-8")
@@ -91,16 +86,13 @@ def findings(report: MergeReport) -> list[str]:
         ends = [f"{word} alone {format_value(values[end])}" for end, word in ((1, "first"), (0, "second"))
                 if end in values]  # fmt: skip
         beside = f" ({', '.join(ends)})" if ends else ""
-        said.append(f"{words} {format_value(values[weight])} at {_lambda(weight)}{beside}")
+        said.append(f"{words} {format_value(values[weight])} at λ = {weight:g}{beside}")
     return said
 
 
 def notes(report: MergeReport) -> list[str]:
     """What a reader must know to read the numbers."""
-    results = [result for point in report.points for result in point.metrics.items()]
-    found = [
-        f"{name}: {result['details']['note']}" for name, result in results if "note" in result["details"]
-    ]
+    found = metric_notes(point.metrics for point in report.points)
     if not report.manifest["reference"]["captions_are_those_of_the_evaluation"]:
         found.append(
             "frechet_distance: the captions are not those of the reference pictures, so compare it "
@@ -111,7 +103,7 @@ def notes(report: MergeReport) -> list[str]:
 
 def result_table(report: MergeReport) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the model that was written is marked."""
-    header = ["λ", *(_title(name) for name in report.names), "images measured"]
+    header = ["λ", *(with_arrow(name) for name in report.names), "images measured"]
     cells = []
     for point in report.points:
         known = [(0.0, "second model"), (1.0, "first model"), (report.facts["merge_weight"], "written")]
@@ -124,21 +116,7 @@ def result_table(report: MergeReport) -> tuple[list[str], list[list[str]]]:
 
 def text_table(report: MergeReport) -> str:
     """The table in plain text, for a terminal."""
-    header, cells = result_table(report)
-    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    lines = []
-    for row in [header, *cells]:
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]))
-    return "\n".join(lines)
-
-
-def _title(name: str) -> str:
-    return f"{name} {ARROWS.get(name, '')}".strip()
-
-
-def _lambda(weight: float) -> str:
-    return f"λ = {weight:g}"
+    return plain_table(*result_table(report))
 
 
 def _heading(report: MergeReport) -> str:
@@ -146,49 +124,37 @@ def _heading(report: MergeReport) -> str:
 
 
 def _markdown(report: MergeReport) -> str:
-    header, cells = result_table(report)
     lines = [f"# {_heading(report)}", "", "θ = λ · first + (1 − λ) · second", ""]
     lines += [*(f"- {text}" for text in findings(report)), ""]
-    lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += [*("| " + " | ".join(row) + " |" for row in cells), ""]
+    lines += [*markdown_table(*result_table(report)), ""]
     lines += [*(f"- {text}" for text in notes(report)), ""]
-    lines += [f"![plot]({PLOT})", "", f"![pictures]({SAMPLES})", ""]
-    for title, values in _lists(report):
-        lines += [f"## {title}", "", *_bullets(values), ""]
+    lines += ["Plots over λ: merge.html.", "", f"![pictures]({SAMPLES})", ""]
+    for title, values in _lists(report).items():
+        lines += [f"## {title}", "", *bullets(values), ""]
     return "\n".join(lines)
 
 
 def _html(report: MergeReport, samples: Path) -> str:
     header, cells = result_table(report)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    rows = []
-    for point, row in zip(report.points, cells, strict=True):
-        kind = ' class="student"' if point.weight == report.facts["merge_weight"] else ""
-        rows.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
-    series = [Series(name, report.curve(name)) for name in report.names]
-    drawn = [line_plot(_title(one.name), [one], x_name=X_NAME) for one in series]
-    plots = "".join(f'<div class="plot">{svg}</div>' for svg in drawn)
-    data = base64.b64encode(samples.read_bytes()).decode()
-    title = escape(_heading(report))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>\n"
-        f'<h1>{title}</h1><p class="faint">θ = λ · first + (1 − λ) · second</p>'
-        f'<ul class="findings">{"".join(f"<li>{escape(text)}</li>" for text in findings(report))}</ul>'
-        f'<div class="plots">{plots}</div><h2>Results</h2>'
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        + "".join(f'<p class="note">{escape(text)}</p>' for text in notes(report))
-        + '<h2>Pictures</h2><figure><img alt="One row for each prompt, one column for each λ" '
-        f'src="data:image/png;base64,{data}"></figure>'
-        + "".join(f"<h2>{escape(name)}</h2>{_list(values)}" for name, values in _lists(report))
-        + "\n</main></body></html>\n"
+    kinds = ["marked" if point.weight == report.facts["merge_weight"] else "" for point in report.points]
+    return render(
+        "merge.html",
+        _heading(report),
+        findings_=findings(report),
+        figures=[
+            line_figure(with_arrow(name), [Series(with_arrow(name), report.curve(name))], x_name=X_NAME)
+            for name in report.names
+        ],
+        results=Table(header, [Row(row, kind) for row, kind in zip(cells, kinds, strict=True)]),
+        notes_=notes(report),
+        samples=image_source(samples.read_bytes()),
+        lists=_lists(report),
     )
 
 
-def _lists(report: MergeReport) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        ("The model that was written", report.facts),
-        ("How it was measured", report.manifest),
-        ("Environment", report.environment),
-    ]
+def _lists(report: MergeReport) -> dict[str, dict[str, Any]]:
+    return {
+        "The model that was written": report.facts,
+        "How it was measured": report.manifest,
+        "Environment": report.environment,
+    }

@@ -1,10 +1,13 @@
 """Published numbers, and what a measurement must share with them to stand beside them."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datamodules.evaluation_sets import EvaluationSet, few
+if TYPE_CHECKING:
+    from datamodules.evaluation_sets import EvaluationSet
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,14 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def label(name: str, evaluation_set: EvaluationSet) -> str:
     """Name of a metric in tables; with its sample count where that is not the published one (FID-5k)."""
-    short = few(len(evaluation_set), evaluation_set.published_count)
-    if name != "fid":
-        return name if short is None else f"{name}-{short}"
-    return "FID" if short is None else f"FID-{short}"
+    plain, count = "FID" if name == "fid" else name, len(evaluation_set)
+    if not _is_few_samples(evaluation_set):
+        return plain
+    return f"{plain}-{count / 1000:g}k" if count >= 1000 else f"{plain}-{count}"
+
+
+def _is_few_samples(evaluation_set: EvaluationSet) -> bool:
+    return evaluation_set.published_count not in (None, len(evaluation_set))
 
 
 def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationSet) -> list[str] | None:
@@ -127,7 +134,7 @@ def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationS
     if protocol is None or metric not in protocol.details:
         return None
     found, details = [], result["details"]
-    if few(len(evaluation_set), evaluation_set.published_count):
+    if _is_few_samples(evaluation_set):
         found.append(f"{len(evaluation_set):,} pictures instead of {evaluation_set.published_count:,}")
     references = details.get("reference_num_images")
     wanted = evaluation_set.published_references

@@ -1,20 +1,14 @@
-"""A report on disk: report.json, report.md, report.html and the manifest that stands beside them.
+"""What a report says, whatever it is written as: its tables, findings and notes."""
 
-Used at the end of a run, and by anything else that has measured something.
-"""
-
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from callbacks.run_folder import write_text_atomically
+from reports.text import format_value, text_table
 
 _LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
 _HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
-ARROWS = dict.fromkeys(_LOWER, "↓") | dict.fromkeys(_HIGHER, "↑")
 
 
 @dataclass(frozen=True)
@@ -39,23 +33,6 @@ class Report:
     published: tuple[tuple[str, str, float, str], ...] = ()
 
 
-def write_report(report: Report, folder: Path) -> Path:
-    """Write manifest.json, report.json, report.md and report.html, each whole; returns the last."""
-    from reports.html import render_html
-    from reports.text import render_markdown
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / "manifest.json", _json(report.manifest))
-    write_text_atomically(folder / "report.json", _json(report.content))
-    write_text_atomically(folder / "report.md", render_markdown(report, folder))
-    write_text_atomically(folder / "report.html", render_html(report))
-    return folder / "report.html"
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
 def headline(report: Report) -> str:
     """Title of the report: what, and after how many student updates where that is known."""
     step = report.content["step"]
@@ -64,11 +41,14 @@ def headline(report: Report) -> str:
 
 def row_title(row: str, report: Report) -> str:
     """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
-    steps = row.removeprefix("steps_")
     guidance = (report.manifest.get("guidance") or {}).get(row)
-    return f"Teacher, {steps} step{'' if steps == '1' else 's'}" + (
-        f", guidance {guidance:g}" if guidance else ""
-    )
+    return f"Teacher, {steps_in_words(row)}" + (f", guidance {guidance:g}" if guidance else "")
+
+
+def steps_in_words(row: str) -> str:
+    """``steps_25`` as ``25 steps``."""
+    steps = row.removeprefix("steps_")
+    return f"{steps} step{'' if steps == '1' else 's'}"
 
 
 def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
@@ -100,8 +80,23 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def _column(name: str, result: Mapping[str, Any] | None) -> str:
     """Name of a metric, as FID-5k where that is told, and which way is better."""
-    label = name if result is None else result["details"].get("label", name)
-    return f"{label} {ARROWS.get(name.partition('/')[0], '')}".strip()
+    return with_arrow(name, name if result is None else result["details"].get("label", name))
+
+
+def direction(metric: str) -> int:
+    """-1 where lower values are better, 1 where higher ones are, 0 where nobody says."""
+    kind = metric.removeprefix("val/").removeprefix("test/").partition("/")[0]  # hpsv2/anime as hpsv2
+    return (kind in _HIGHER) - (kind in _LOWER)
+
+
+def with_arrow(metric: str, label: str | None = None) -> str:
+    """A metric's name or label, and which way is better."""
+    return (label or metric) + ("", " ↑", " ↓")[direction(metric)]
+
+
+def render_text_table(report: Report) -> str:
+    """The table of results in plain text, for a terminal."""
+    return text_table(*result_table(report))
 
 
 def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
@@ -139,29 +134,25 @@ def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
     return ["", "here", "published", "model", "source"], cells
 
 
-def format_value(value: float) -> str:
-    """Four significant digits, no exponent for everyday sizes."""
-    if value == 0:
-        return "0"
-    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3e}"
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-
-
 def notes(report: Report) -> list[str]:
     """What a reader must know to read the numbers: notes of the metrics, captions of another set."""
-    found = [
-        f"{name}: {result['details']['note']}"
-        for _, results in result_rows(report)
-        for name, result in results.items()
-        if "note" in result["details"]
-    ]
+    found = metric_notes(results for _, results in result_rows(report))
     reference = report.manifest.get("reference") or {}
     if reference.get("captions_are_those_of_the_evaluation") is False:
         found.append(
             "frechet_distance: the captions are not those of the reference pictures, so it is not comparable."
         )
     return list(dict.fromkeys(found))
+
+
+def metric_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The notes of the metrics of several rows."""
+    return [
+        f"{name}: {result['details']['note']}"
+        for results in rows
+        for name, result in results.items()
+        if "note" in result["details"]
+    ]
 
 
 def findings(report: Report) -> list[str]:

@@ -6,22 +6,26 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-
-from common.hashing import to_uint8
 
 _MARGIN, _GAP, _FONT_SIZE, _LINE = 14, 4, 13, 17
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """A picture [3, H, W] in [0, 1] as a Pillow image."""
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+def to_pil(image: ArrayLike) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as a Pillow image; rounded to nearest, as diffusers does.
+
+    Args:
+        image: anything that numpy reads, e.g. a tensor in main memory.
+    """
+    pixels = np.rint(np.asarray(image, np.float32).clip(0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 def labelled_grid(
-    views: Mapping[str, Tensor], prompts: Sequence[str], columns: int = 4, least_size: int = 128
+    views: Mapping[str, ArrayLike], prompts: Sequence[str], columns: int = 4, least_size: int = 128
 ) -> Image.Image:
     """Cards, one for each prompt: the views side by side, their names above them and the prompt above all.
 
@@ -34,11 +38,11 @@ def labelled_grid(
     Raises:
         ValueError: no view, or numbers of pictures and prompts differ.
     """
-    if not views or any(len(images) != len(prompts) for images in views.values()):
-        raise ValueError(
-            f"{ {name: len(images) for name, images in views.items()} } pictures for {len(prompts)} prompts"
-        )
-    height, width = next(iter(views.values())).shape[-2:]
+    arrays = {name: np.asarray(images) for name, images in views.items()}
+    if not views or any(len(images) != len(prompts) for images in arrays.values()):
+        counts = {name: len(images) for name, images in arrays.items()}
+        raise ValueError(f"{counts} pictures for {len(prompts)} prompts")
+    height, width = next(iter(arrays.values())).shape[-2:]
     factor = max(1, -(-least_size // max(height, width)))
     height, width = height * factor, width * factor
     card_width = len(views) * width + (len(views) - 1) * _GAP
@@ -56,7 +60,7 @@ def labelled_grid(
         top = _MARGIN + (i // columns) * (card_height + _MARGIN)
         for k, line in enumerate(lines):
             draw.text((left, top + k * _LINE), line, _INK, font=font)
-        for k, (name, images) in enumerate(views.items()):
+        for k, (name, images) in enumerate(arrays.items()):
             x = left + k * (width + _GAP)
             draw.text((x, top + label_height), name, _FAINT, font=font)
             picture = to_pil(images[i]).resize((width, height), Image.Resampling.NEAREST)

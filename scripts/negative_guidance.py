@@ -13,7 +13,7 @@ six background colours and for each style where the shipped student draws the fe
 100 pictures and the detector is right on the real pictures. Another student needs others.
 
 Writes results.json, results.md, sweep_nasa.png and sweep_nag.png (rows prompts, columns scales), and
-plot_nasa.png and plot_nag.png.
+plot_nasa.html and plot_nag.html (the camera above a plot saves it as PNG).
 """
 
 import argparse
@@ -38,7 +38,8 @@ from callbacks.metrics.negative import REMOVAL_CASES, ClipScoreNegative, Negativ
 from callbacks.metrics.reference import ReferenceStatistics
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.drawing import Drawer, Recipe, model_drawer
-from reports.plots import plot_image
+from reports.html import plots_page
+from reports.plots import Series, line_figure
 from reports.sheets import labelled_grid, save_png
 
 BATCH = 50
@@ -162,8 +163,9 @@ def main() -> None:
         picture = sweep_picture(options.model, method, [0.0, *getattr(options, method)], removal.cases)
         save_png(picture, options.output / f"sweep_{method}.png")
         own = [row for row in rows if row["method"] in ("none", method)]
-        plots = {f"{name}, {method}": [(row["scale"], row[name]) for row in own] for name in QUALITY}
-        save_png(plot_image(plots, "scale"), options.output / f"plot_{method}.png")
+        curves = [Series(name, [(row["scale"], row[name]) for row in own]) for name in QUALITY]
+        plots = [line_figure(curve.name, [curve], x_name="scale") for curve in curves]
+        (options.output / f"plot_{method}.html").write_text(plots_page(method, plots), encoding="utf-8")
     print(table(rows))
     print(f"All in {options.output}")
 

@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.negative import background_colours
 from datamodules.pictures import BACKGROUNDS, STYLES, EvaluationPictures, PictureKey
-from lightning_modules.generator import load_generator, multistep_images
+from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.pipelines import multistep_images
 
 GROUP = 64
 Draw = Callable[[list[str], list[int]], Tensor]

@@ -12,30 +12,29 @@ randomise one score only. After every quarter of the updates the student draws 2
 All cells have the same settings; none was tuned. The student starts where its backbone's schedule has the
 noise of Stable Diffusion's timestep 625.
 
-Several of these may run at once on one output folder: a cell belongs to the process that holds its lock. A
-cell that was killed goes on from its last checkpoint; a finished one is never run again. Cells whose backbone
-is not there, and others not run, are shown as missing. Writes results.json, results.md and stability.png.
+A cell that was stopped goes on from its last checkpoint; a finished one is never run again. Cells whose
+backbone is not there, and others not run, are shown as missing. Writes results.json, results.md and
+stability.html.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from diffusers import DDIMScheduler
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,12 +42,14 @@ from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
-from commands.sweeping.trial_process import TrialProcess, environment, fit_command, read_values
+from commands.sweeping.trial_process import environment, fit_command, read_values
+from common.files import write_text_atomically
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.loading import asset_path, load_parts
-from reports.plots import Line, lines_image
-from reports.sheets import save_png
+from reports.html import plots_page
+from reports.plots import Series, line_figure
+from reports.text import markdown_table
 
 CONFIG = "configs/experiment/emoji_pgsb.yaml"
 BACKBONES = {"epsilon": "assets/emoji-sd", "v": "assets/emoji-sd-v", "pixart": "assets/emoji-pixart"}
@@ -63,16 +64,13 @@ GRID = list(RULES)[:4]
 ABLATION = ["fixed 4.5", *list(RULES)[4:], "U(0.5, 4)"]
 ABLATED = "epsilon"
 SEEDS = (0, 1)
-CAPTIONS = 256
+CAPTIONS, POINTS = 256, 4
 CLIP, REFERENCE = "assets/emoji-clip", "assets/cache/emoji-reference.safetensors"
 METRICS = ("val/frechet_distance", "val/clip_score")
-POINTS = 4
-POLL = 0.5  # seconds
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One run."""
 
     backbone: str
@@ -92,11 +90,8 @@ class Cell:
 
 def all_cells() -> list[Cell]:
     """Backbone by backbone, and seed by seed, so that what is there can be compared."""
-    cells = []
-    for backbone in BACKBONES:
-        rules = [*GRID, *ABLATION[1:-1]] if backbone == ABLATED else GRID
-        cells += [Cell(backbone, rule, seed) for seed in SEEDS for rule in rules]
-    return cells
+    rules = {backbone: list(RULES) if backbone == ABLATED else GRID for backbone in BACKBONES}
+    return [Cell(backbone, rule, seed) for backbone in rules for seed in SEEDS for rule in rules[backbone]]
 
 
 @lru_cache
@@ -110,11 +105,10 @@ def start_timestep(folder: str) -> int:
     return int((log_ratios[1] - log_ratios[0][625]).abs().argmin())
 
 
-def changes(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+def changes(cell: Cell, updates: int, batch_size: int) -> dict[str, Any]:
     """What the cell's configuration has instead of the common one."""
     teacher, fake = RULES[cell.rule]
-    folder = BACKBONES[cell.backbone]
-    interval = options.updates // POINTS
+    folder, interval = BACKBONES[cell.backbone], updates // POINTS
     return {
         "seed_everything": cell.seed,
         "model": {"init_args": {
@@ -122,7 +116,7 @@ def changes(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             "ema_decay": 0.95,
             "objective": {"init_args": {"guidance_scale": teacher, "fake_guidance_scale": fake}},
         }},
-        "data": {"init_args": {"batch_size": options.batch_size, "eval_size": CAPTIONS}},
+        "data": {"init_args": {"batch_size": batch_size, "eval_size": CAPTIONS}},
         "trainer": {
             "max_steps": interval * POINTS, "val_check_interval": interval,
             "callbacks": [
@@ -144,162 +138,99 @@ def start_distance(folder: str) -> float:
     return float(evaluate_model(generator.images, captions, [metric], 64)[metric.name]["value"])
 
 
-@dataclass
-class Study:
-    """The folder of a study and the cells that run."""
+def kept(path: Path) -> Any:
+    """What a JSON file says, None if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    options: argparse.Namespace
-    running: dict[int, tuple[Cell, TrialProcess, IO[str]]] = field(default_factory=dict)
-    failed: set[Cell] = field(default_factory=set)
 
-    def folder(self, cell: Cell) -> Path:
-        """Of one cell."""
-        return Path(self.options.output) / f"{self.options.updates}x{self.options.batch_size}" / cell.name
-
-    def start_of(self, backbone: str) -> float | None:
-        """`start_distance` of a backbone of which a cell is finished; measured once."""
-        cells = [cell for cell in all_cells() if cell.backbone == backbone and self.result(cell) is not None]
-        if not cells:
-            return None
-        path = self.folder(cells[0]).parent / f"start-{backbone}.json"
-        if not path.is_file():
-            path.write_text(json.dumps(start_distance(BACKBONES[backbone])), encoding="utf-8")
-        return float(json.loads(path.read_text(encoding="utf-8")))
-
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished cell has measured."""
-        path = self.folder(cell) / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def start(self, cell: Cell, worker: int) -> bool:
-        """Run a cell unless it is finished, failed here, cannot be run, or another process has it."""
-        folder = self.folder(cell)
-        if cell in self.failed or not asset_path(BACKBONES[cell.backbone]).is_dir():
-            return False
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        if self.result(cell) is not None:
-            lock.close()
-            return False
-        if not (folder / "version_0" / "checkpoints" / "last.ckpt").is_file():
-            shutil.rmtree(folder / "version_0", ignore_errors=True)  # too little to go on from
-        config = folder / "cell.yaml"
-        config.write_text(yaml.safe_dump(changes(cell, self.options), sort_keys=False), encoding="utf-8")
-        files = ["--config", str(asset_path(CONFIG)), "--config", str(config)]
-        command = [*fit_command(), *files, "--ckpt_path", "last"]
-        process = TrialProcess.start(
-            command, folder.parent, cell.name, METRICS[0], environment(self.options.workers, worker)
-        )
-        self.running[worker] = cell, process, lock
+def run_cell(cell: Cell, folder: Path, options: argparse.Namespace) -> bool:
+    """Run a cell unless it is finished or its backbone is not there; False if it failed."""
+    place = folder / cell.name
+    if kept(place / "result.json") is not None or not asset_path(BACKBONES[cell.backbone]).is_dir():
         return True
-
-    def start_next(self, waiting: list[Cell], worker: int) -> bool:
-        """Run the first of the waiting cells that can be run; takes it and those before it from the list."""
-        while waiting:
-            if self.start(waiting.pop(0), worker):
-                return True
+    if not (place / "version_0" / "checkpoints" / "last.ckpt").is_file():
+        shutil.rmtree(place / "version_0", ignore_errors=True)  # too little to go on from
+    place.mkdir(parents=True, exist_ok=True)
+    config = place / "cell.yaml"
+    config.write_text(yaml.safe_dump(changes(cell, options.updates, options.batch_size), sort_keys=False))
+    command = [
+        *fit_command(), "--config", str(asset_path(CONFIG)), "--config", str(config), "--ckpt_path", "last",
+        f"--trainer.default_root_dir={folder}", f"--experiment={cell.name}",
+    ]  # fmt: skip
+    log, began = place / "output.log", time.monotonic()
+    with log.open("wb") as output:  # Ctrl-C reaches the cell, too, which then ends with a checkpoint
+        env = environment(options.workers, 0)
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
+    if status != 0:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        print(f"{cell.name} failed: {' '.join(last)} (see {log})", flush=True)
         return False
-
-    def finish(self, worker: int) -> None:
-        """Keep the result of a cell that has ended."""
-        cell, process, lock = self.running.pop(worker)
-        if process.status() != 0:
-            self.failed.add(cell)
-            tqdm.write(f"{cell.name} failed: {process.error()}")
-        else:
-            values = {name: read_values(process.folder / "metrics.csv", name) for name in METRICS}
-            text = json.dumps({"values": values, "seconds": round(process.seconds, 1)}, indent=1)
-            partial = self.folder(cell) / "result.json.partial"
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.rename(partial.with_suffix(""))
-            shutil.rmtree(process.folder / "checkpoints")  # a hundred megabytes
-        lock.close()
-
-    def run(self, cells: list[Cell]) -> None:
-        """Work through the cells; stopped by Ctrl-C, it stops those that run."""
-        waiting = list(cells)
-        with tqdm(total=len(cells), unit="cell", desc="stability", dynamic_ncols=True) as bar:
-            try:
-                while waiting or self.running:
-                    ended = [w for w, (_, process, _) in self.running.items() if process.status() is not None]
-                    for worker in ended:
-                        self.finish(worker)
-                        write_report(self)
-                    free = [worker for worker in range(self.options.workers) if worker not in self.running]
-                    started = [worker for worker in free if self.start_next(waiting, worker)]
-                    if ended or started:
-                        bar.n = sum(self.result(cell) is not None for cell in cells)
-                        bar.set_postfix_str(", ".join(cell.name for cell, _, _ in self.running.values()))
-                    time.sleep(POLL if self.running else 0)
-            finally:
-                for _, process, _ in self.running.values():
-                    process.stop_and_wait(60)
+    seconds, run = round(time.monotonic() - began, 1), place / "version_0"
+    values = {name: read_values(run / "metrics.csv", name) for name in METRICS}
+    result = {"values": values, "seconds": seconds}
+    write_text_atomically(place / "result.json", json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(run / "checkpoints")  # a hundred megabytes
+    print(f"{cell.name}: {seconds:.0f} s", flush=True)
+    return True
 
 
-def write_report(study: Study) -> None:
-    """results.json, results.md and stability.png of the cells that are there."""
-    cells = all_cells()
-    folder = Path(study.options.output) / f"{study.options.updates}x{study.options.batch_size}"
-    found = {cell: study.result(cell) for cell in cells}
-    rows = [{**vars(cell), **(found[cell] or {"values": None})} for cell in cells]
-    starts = {backbone: study.start_of(backbone) for backbone in BACKBONES}
+def start_of(backbone: str, folder: Path) -> float:
+    """`start_distance` of a backbone, measured once."""
+    path = folder / f"start-{backbone}.json"
+    if not path.is_file():
+        write_text_atomically(path, json.dumps(start_distance(BACKBONES[backbone])))
+    return float(kept(path))
+
+
+def write_report(folder: Path, options: argparse.Namespace) -> None:
+    """results.json, results.md and stability.html of the cells that are there."""
+    found = {cell: kept(folder / cell.name / "result.json") for cell in all_cells()}
+    there = {cell.backbone for cell, result in found.items() if result is not None}
+    starts = {backbone: start_of(backbone, folder) for backbone in sorted(there)}
     settings = {
-        "updates": study.options.updates,
-        "batch_size": study.options.batch_size,
-        "captions": CAPTIONS,
-        "starts": starts,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+        "updates": options.updates, "batch_size": options.batch_size, "captions": CAPTIONS, "starts": starts
+    }  # fmt: skip
+    rows = [{**cell._asdict(), **(result or {"values": None})} for cell, result in found.items()]
     text = json.dumps({"settings": settings, "rows": rows}, indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / "results.json", text + "\n")
+    steps = [options.updates // POINTS * (i + 1) for i in range(POINTS)]
     panels = {TITLES[name]: (name, GRID) for name in BACKBONES}
     panels[f"Which score is random ({TITLES[ABLATED]})"] = (ABLATED, ABLATION)
-    tables, plots = [], {}
+    lines: list[str] = []
+    figures = []
     for title, (backbone, rules) in panels.items():
-        curves = {rule: curve(found, backbone, rule) for rule in rules}
-        tables.append(f"## {title}\n\n{table(curves, settings, starts[backbone])}")
-        plots[title] = [line(rule, points, starts[backbone]) for rule, points in curves.items()]
-    (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
-    save_png(lines_image(plots, "student updates; frechet_distance"), folder / "stability.png")
+        curves = {rule: distances(found, Cell(backbone, rule, 0), steps) for rule in rules}
+        start = starts.get(backbone)
+        lines += [f"## {title}", "", *table(curves, steps), ""]
+        lines += [] if start is None else [f"Before any update: {start:.2f}.", ""]
+        series = [line(rule, points, steps, start) for rule, points in curves.items() if points and start]
+        figures += [figure] if (figure := line_figure(f"{title}: frechet_distance", series)) else []
+    write_text_atomically(folder / "results.md", "\n".join(lines))
+    write_text_atomically(folder / "stability.html", plots_page("Stability", figures))
 
 
-def curve(found: dict[Cell, Any], backbone: str, rule: str) -> list[tuple[int, list[float]]]:
-    """Update, and the distance of each seed that is there, over one cell's points."""
-    results = [found[Cell(backbone, rule, seed)] for seed in SEEDS]
-    values = [result["values"][METRICS[0]] for result in results if result is not None]
-    return [(int(step), [one[step] for one in values]) for step in (values[0] if values else {})]
+def distances(found: dict[Cell, Any], cell: Cell, steps: list[int]) -> list[list[float]]:
+    """The distance of each seed that is there, for each step; empty if no cell was run."""
+    results = [result for seed in SEEDS if (result := found[cell._replace(seed=seed)])]
+    return [[one["values"][METRICS[0]][str(step)] for one in results] for step in steps] if results else []
 
 
-def line(rule: str, points: list[tuple[int, list[float]]], start: float | None) -> Line:
-    """A rule's line in the plot, from the start that all share; without points if no cell was run."""
-    if not points or start is None:
-        return Line(f"{rule} (missing)", [])
-    points = [(0, [start]), *points]
-    spread = [(min(ys), max(ys)) for _, ys in points]
-    return Line(rule, [(x, statistics.mean(ys)) for x, ys in points], spread)
-
-
-def table(
-    curves: dict[str, list[tuple[int, list[float]]]], settings: dict[str, Any], start: float | None
-) -> str:
+def table(curves: dict[str, list[list[float]]], steps: list[int]) -> list[str]:
     """Mean (lowest to highest) of the seeds in Markdown; cells that were not run are "missing"."""
-    quarter = settings["updates"] // POINTS
-    steps = [quarter * (i + 1) for i in range(POINTS)]
-    lines = ["| κ | seeds | " + " | ".join(f"update {step}" for step in steps) + " |",
-             "|---|---:|" + "---:|" * POINTS]  # fmt: skip
+    cells = []
     for rule, points in curves.items():
-        seeds = len(points[0][1]) if points else 0
-        texts = ["missing"] * POINTS
-        if points:
-            texts = [f"{statistics.mean(ys):.2f} ({min(ys):.2f}–{max(ys):.2f})" for _, ys in points]
-        lines.append(f"| {rule} | {seeds} of {len(SEEDS)} | " + " | ".join(texts) + " |")
-    before = "" if start is None else f"\nBefore any update: {start:.2f}.\n"
-    return "\n".join(lines) + "\n" + before
+        texts = [f"{statistics.mean(ys):.2f} ({min(ys):.2f}–{max(ys):.2f})" for ys in points]
+        seeds = f"{len(points[0]) if points else 0} of {len(SEEDS)}"
+        cells.append([rule, seeds, *(texts or ["missing"] * POINTS)])
+    return markdown_table(["κ", "seeds", *(f"update {step}" for step in steps)], cells)
+
+
+def line(rule: str, points: list[list[float]], steps: list[int], start: float) -> Series:
+    """A rule's line in the plot with the spread of its seeds, from the start that all share."""
+    heights = [[start], *points]
+    means = [(float(step), statistics.mean(ys)) for step, ys in zip([0, *steps], heights)]
+    return Series(rule, means, spread=[(min(ys), max(ys)) for ys in heights])
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -313,18 +244,20 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--long", action="store_true", help="2,000 updates of 48 prompts")
     add("--workers", type=int, default=1, help="cells at once, each on its share of the cores")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="backbone, rule or seed")
-    add("--output", default="outputs/stability")
+    add("--output", type=Path, default=Path("outputs/stability"))
     add("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(words)
     if options.long:
         options.updates, options.batch_size = 2000, 48
-    study, cells = Study(options), [cell for cell in all_cells() if cell.matches(options.only)]
+    folder = options.output / f"{options.updates}x{options.batch_size}"
+    cells, whole = [cell for cell in all_cells() if cell.matches(options.only)], [True]
     if not options.report_only:
-        study.run(cells)
-    write_report(study)
-    missing = [cell.name for cell in cells if study.result(cell) is None]
+        with ThreadPoolExecutor(options.workers) as pool:
+            whole = list(pool.map(lambda cell: run_cell(cell, folder, options), cells))
+    write_report(folder, options)
+    missing = [cell.name for cell in cells if kept(folder / cell.name / "result.json") is None]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells; missing: {', '.join(missing) or 'none'}")
-    sys.exit(1 if study.failed else 0)
+    sys.exit(0 if all(whole) else 1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import yaml
 
 from commands.sweeping.driver import Driver
-from commands.sweeping.settings import SweepSettings, read_settings
-from commands.sweeping.study import TrialBook
+from commands.sweeping.settings import read_settings
+from commands.sweeping.study import SweepStudy
 
 # Writes metrics.csv like a run: (x - 3)^2 + step / 100 at steps 10, 20, ... 50. Options: --delay between
 # steps, --fail_above x, --metric name of the column. Every start and every whole run is noted beside the
@@ -25,7 +26,7 @@ os.makedirs(folder)
 x = float(options["x"])
 def note(name):
     with open(os.path.join(options["trainer.default_root_dir"], name), "a") as file:
-        file.write(options["experiment"] + " " + repr(x) + " " + os.environ["OMP_NUM_THREADS"] + "\\n")
+        file.write(options["experiment"] + " " + repr(x) + " " + str(os.getpid()) + "\\n")
 def stop(*_):
     note("stopped")
     sys.exit(143)
@@ -46,12 +47,27 @@ note("ended")
 """
 
 
+def number(low: float, high: float, **more: Any) -> dict[str, Any]:
+    """What a YAML says of any number between two."""
+    return {"class_path": "FloatDistribution", "init_args": {"low": low, "high": high, **more}}
+
+
+def whole(low: int, high: int, **more: Any) -> dict[str, Any]:
+    """What a YAML says of whole numbers between two."""
+    return {"class_path": "IntDistribution", "init_args": {"low": low, "high": high, **more}}
+
+
+def choice(*values: Any) -> dict[str, Any]:
+    """What a YAML says of a list of values."""
+    return {"class_path": "CategoricalDistribution", "init_args": {"choices": list(values)}}
+
+
 def write_sweep(folder: Path, **changes: Any) -> Path:
     """A sweep's YAML over x in [0, 10], beside an empty base config."""
     base = folder / "base.yaml"
     base.write_text("trainer: {max_steps: 50}\n")
     content = {
-        "base": str(base), "space": {"x": {"range": [0, 10]}}, "metric": "val/score",
+        "base": str(base), "space": {"x": number(0, 10)}, "metric": "val/score",
         "direction": "minimize", "trials": 8, "overrides": {"delay": 0}, "root": str(folder / "runs"),
         "name": "sweep",
     }  # fmt: skip
@@ -70,21 +86,27 @@ def write_script(folder: Path) -> Path:
 
 def driver(path: Path, workers: int = 1, **settings: Any) -> Driver:
     """A driver whose trials are stand-ins."""
-    read = read_settings(path)
-    script = write_script(path.parent)
-    command = [sys.executable, "-S", "-E", str(script)]
-    return Driver(read, TrialBook.open(read), workers, command=command, poll=0.01, grace=5.0, **settings)
+    command = [sys.executable, "-S", "-E", str(write_script(path.parent))]
+    return Driver(study(path), workers, command=command, poll=0.01, grace=5.0, **settings)
 
 
-def book(path: Path) -> TrialBook:
+def study(path: Path) -> SweepStudy:
     """The trials as another process sees them."""
-    return TrialBook.open(read_settings(path))
+    return SweepStudy(read_settings(path))
 
 
-def noted(settings: SweepSettings, name: str) -> list[list[str]]:
-    """Experiment, x and threads of every trial that has `started`, `ended` or `stopped`."""
-    path = settings.folder / name
-    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+def noted(path: Path, name: str) -> list[list[str]]:
+    """Experiment, x and process of every trial that has `started`, `ended` or `stopped`."""
+    file = read_settings(path).folder / name
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def in_background(work: Callable[[], None]) -> Any:
@@ -100,9 +122,8 @@ def in_background(work: Callable[[], None]) -> Any:
 
 
 def states(path: Path) -> list[str]:
-    """How the trials that count have ended, in the order of their slots."""
-    live = book(path).live()
-    return [live[slot].state.name for slot in sorted(live)]
+    """How the trials that count have ended, in their order."""
+    return [trial.state.name for trial in study(path).live()]
 
 
 def content_of(path: Path) -> dict[str, Any]:

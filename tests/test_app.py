@@ -1,6 +1,5 @@
 """The command `app`: its pictures are those of `generate` and of the teacher; its page stays local."""
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -13,15 +12,18 @@ import torch
 from diffusers import LCMScheduler
 from PIL import ImageChops
 
+import cli
 from commands import app
 from commands.app_page import METHOD_CHOICES, build_page, drawing, slider
 from commands.app_pictures import SideBySide
-from commands.generate import to_pillow
+from commands.options import parse
 from common.errors import UserError
-from lightning_modules.generator import load_generator, multistep_images, pipeline_images, stock_pipeline
+from lightning_modules.generator import load_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nag, Nasa
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.pipelines import multistep_images, pipeline_images, stock_pipeline
+from reports.sheets import to_pil
 
 PROMPT, NEGATIVE, SEED = "a red cat", "a dog", 5
 KINDS = {
@@ -100,7 +102,7 @@ def models(tiny_sd: Path, tiny_sd_v: Path) -> SideBySide:
 
 
 def same(picture: Any, pixels: torch.Tensor) -> bool:
-    return ImageChops.difference(picture, to_pillow(pixels[0])).getbbox() is None
+    return ImageChops.difference(picture, to_pil(pixels[0])).getbbox() is None
 
 
 @pytest.mark.parametrize(("name", "rule"), [("nasa", Nasa(0.75)), ("nag", Nag(3.0, 2.5, 0.375))])
@@ -204,9 +206,7 @@ def gradio(monkeypatch: pytest.MonkeyPatch) -> Gradio:
 
 
 def call(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    app.add_arguments(parser)
-    app.run(parser.parse_args(words))
+    cli.main(["app", *words])
 
 
 def test_the_page_stays_on_this_computer(
@@ -224,7 +224,7 @@ def test_the_page_stays_on_this_computer(
 def test_mistakes_of_the_user(gradio: Gradio, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="Port 7999 .* is taken"):
         call("--model", str(tiny_sd), "--teacher", str(tiny_sd), "--port", "7999")
-    with pytest.raises(UserError, match="--port 0 is not a port"):
+    with pytest.raises(UserError, match="--port 0: must be >=1 and <=65535"):
         call("--port", "0")
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     with pytest.raises(UserError, match=r'pip install -e "\.\[app\]"'):
@@ -232,9 +232,7 @@ def test_mistakes_of_the_user(gradio: Gradio, tiny_sd: Path, monkeypatch: pytest
 
 
 def test_the_defaults_are_the_bundled_models() -> None:
-    parser = argparse.ArgumentParser()
-    app.add_arguments(parser)
-    options = parser.parse_args([])
+    options = parse(app.Options, [])
     assert (options.model, options.teacher, options.port) == ("assets/emoji-sd-swiftbrush", None, 7860)
     marker = Path(__file__).parent.parent / options.model / "one_step.json"
     assert '"teacher": "assets/emoji-sd"' in marker.read_text()

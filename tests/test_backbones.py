@@ -1,12 +1,10 @@
 """Every family from teacher to student: training, resuming, export, stock pipeline, the LoRA by itself."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -17,14 +15,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
+import cli
 from callbacks.metrics.teacher import Teacher
-from commands import export, generate, merge
 from commands.app_pictures import SideBySide
-from commands.generate import to_pillow
 from datamodules.prompts import PromptDataModule
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.drawing import Recipe, model_drawer
-from lightning_modules.generator import OneStepGenerator, ddim_scheduler, load_generator
+from lightning_modules.generator import OneStepGenerator, load_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance
@@ -32,6 +29,8 @@ from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.swiftbrush import SwiftBrush
+from lightning_modules.pipelines import ddim_scheduler
+from reports.sheets import to_pil
 from tests.backbones import TRAINED, call_options, stock_pipeline_of
 from tests.conftest import PICTURE
 from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation, prompt_data, snapshot, trainer
@@ -63,10 +62,9 @@ class Run:
     lora_folder: Path
 
 
-def call(command: ModuleType, *words: Any) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(word) for word in words]))
+def call(command: str, *words: Any) -> None:
+    """Run a command line."""
+    cli.main([command, *(str(word) for word in words)])
 
 
 def train(module: OneStepDistillation, place: Path, steps: int, data: Any = None, **options: Any) -> Path:
@@ -102,7 +100,7 @@ def run(request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], 
     )  # fmt: skip
     lora_checkpoint = train(lora, place / "lora", 2, negatives)
     for kind, path in (("student", checkpoint), ("lora_student", lora_checkpoint)):
-        call(export, "--checkpoint", path, "--output", place / kind)
+        call("export", "--checkpoint", path, "--output", place / kind)
     return Run(
         name, teacher, modules[0].score_views(TEXTS, SEEDS), snapshot(modules[0]), snapshot(modules[1]),
         checkpoint, place / "student", lora_checkpoint, place / "lora_student",
@@ -187,7 +185,7 @@ others = pytest.mark.parametrize("run", list(PIPELINES), indirect=True)
 @others
 def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     words = ["--prompt", TEXTS[0], "--seed", SEEDS[0], "--negative-prompt", "a blue mat"]
-    call(generate, "--model", run.folder, *words, "--negative-scale", 0.5, "--output", tmp_path / "out")
+    call("generate", "--model", run.folder, *words, "--negative-scale", 0.5, "--output", tmp_path / "out")
     ours = load_generator(run.folder)
     steered = ours.images(TEXTS, SEEDS, negative_prompt="a blue mat", negative_method=Nasa(0.5))
     pipe = stock_pipeline_of(run.folder)
@@ -195,7 +193,7 @@ def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
         torch.testing.assert_close(one_step(run.folder, ours, pipe), steered, rtol=0, atol=1e-4)
     assert (steered - ours.images(TEXTS, SEEDS)).abs().max() > 1e-3
     picture = (tmp_path / "out" / "0000.png").read_bytes()
-    to_pillow(steered[0]).save(tmp_path / "expected.png")
+    to_pil(steered[0]).save(tmp_path / "expected.png")
     assert picture == (tmp_path / "expected.png").read_bytes()
 
 
@@ -226,7 +224,7 @@ def test_the_teachers_rows(run: Run) -> None:
 @others
 def test_merge(run: Run, tmp_path: Path) -> None:
     pair = ("--first", run.checkpoint, "--second", run.lora_folder)
-    call(merge, *pair, "--weight", 0.25, "--output", tmp_path / "m")
+    call("merge", *pair, "--weight", 0.25, "--output", tmp_path / "m")
     paths = (run.checkpoint, run.lora_folder, tmp_path / "m")
     first, second, merged = (load_student(path).parts.denoiser.state_dict() for path in paths)
     for name, value in merged.items():
@@ -243,4 +241,4 @@ def test_app(run: Run, tmp_path: Path) -> None:
     steered = load_generator(run.folder).images(
         TEXTS[:1], SEEDS[:1], negative_prompt="a blue mat", negative_method=Nasa(0.5)
     )
-    assert picture.tobytes() == to_pillow(steered[0]).tobytes()
+    assert picture.tobytes() == to_pil(steered[0]).tobytes()

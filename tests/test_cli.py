@@ -65,18 +65,30 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
         cli.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for name, line in {**cli.TRAINER_COMMANDS, **cli.TOOL_COMMANDS}.items():
+    for name, (_, line) in cli.COMMANDS.items():
         assert f"  {name} " in text and line in text
     for name in ("fit", "validate", "test", "predict", "generate", "export"):
         assert f"  {name} " in text
 
 
-@pytest.mark.parametrize("command", [*cli.TRAINER_COMMANDS, *cli.TOOL_COMMANDS])
+@pytest.mark.parametrize("command", [*cli.COMMANDS])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["generate"], ["export"], ["consolidate"], ["app"]])
+def test_help_comes_without_torch(words: list[str]) -> None:
+    """It takes seconds to import; in a process of its own, as this one has it."""
+    code = (
+        "import sys, cli\n"
+        f"try: cli.main([*{words!r}, '--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_help_says_what_the_seed_is_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from callbacks.time_limit import parse_limit
+from commands import config_files, fit
 from commands.fit import TrainerCLI
+from common.errors import UserError
+from lightning_modules.trainer_settings import is_slow_in_bf16
 
 ROOT = Path(__file__).parent.parent
 # no configurations of fit: tests/test_sweep_command.py and tests/test_evaluate.py read them
@@ -93,6 +98,43 @@ def test_trainer_parts_go_with_any_experiment(
     assert settings.experiment == alone.experiment == Path(experiment).stem
 
 
+@pytest.mark.parametrize(
+    ("is_slow", "given", "chosen", "is_told"),
+    [(True, [], "32-true", False), (False, [], "bf16-mixed", False),
+     (True, ["--trainer.precision=bf16-mixed"], "bf16-mixed", True),
+     (False, ["--trainer.precision=32-true"], "32-true", False)],
+)  # fmt: skip
+def test_precision_is_chosen_where_none_is_given(
+    is_slow: bool, given: list[str], chosen: str, is_told: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The choice is part of the configuration that is saved; an own choice stays, and a slow one is told."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(fit, "is_slow_in_bf16", lambda accelerator: is_slow)
+
+    class Checked(ParseOnly):
+        def instantiate_classes(self) -> None:
+            self.before_instantiate_classes()
+
+    parsed = Checked(["fit", "--config", "configs/quickstart.yaml", *given])
+    assert yaml.safe_load(parsed._resolved_config())["trainer"]["precision"] == chosen
+    printed = capsys.readouterr().out
+    assert ("no bf16 units" in printed and "32-true" in printed) == is_told
+
+
+@pytest.mark.parametrize(("units", "gpu", "accelerator", "slow"), [
+    (False, False, "auto", True), (True, False, "auto", False), (False, True, "auto", False),
+    (False, True, "cpu", True), (False, False, "gpu", False),
+])  # fmt: skip
+def test_where_bf16_is_slow(
+    units: bool, gpu: bool, accelerator: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch is asked for the processor's units, Lightning for what "auto" is."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: gpu)
+    assert is_slow_in_bf16(accelerator) is slow
+
+
 def test_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     options = ["--trainer.callbacks+=TimeLimit", "--trainer.callbacks.limit=03:50:00"]
@@ -109,3 +151,45 @@ def test_a_misspelt_key_fails(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="did you mean 'width'"):
         ParseOnly(["fit", "--config", str(bad)])
+
+
+def test_a_file_says_what_differs_from_its_bases(tmp_path: Path) -> None:
+    """Bases first, nested ones before them, then the file, then later files and options."""
+    (tmp_path / "parts").mkdir()
+    files = {
+        "ground.yaml": "model: {class_path: tests.tiny_run.TinyModule, init_args: {width: 5}}\n"
+        "data: {class_path: tests.tiny_run.TinyData}\ntrainer: {max_steps: 1, devices: 1}\n",
+        "parts/middle.yaml": "base: ../ground.yaml\ntrainer: {max_steps: 2, log_every_n_steps: 3}\n",
+        "mine.yaml": "# mine\nbase: [parts/middle.yaml, configs/trainer/cpu.yaml]\n"
+        "model: {init_args: {learning_rate: 1.0e-3}}\ntrainer: {max_steps: 4}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    parsed = ParseOnly(["fit", "--config", str(tmp_path / "mine.yaml"), "--trainer.log_every_n_steps=7"])
+    settings = parsed.settings
+    assert settings.experiment == "mine"
+    assert (settings.trainer.max_steps, settings.trainer.log_every_n_steps) == (4, 7)
+    assert settings.trainer.accelerator == "cpu", "a base in the repository"
+    assert settings.model.init_args.width == 5 and settings.model.init_args.learning_rate == 1e-3
+    assert "base" not in yaml.safe_load(parsed._resolved_config())
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("b.yaml", "its own base: .*b.yaml"), ("none.yaml", "has the base none.yaml")]
+)
+def test_bases_that_cannot_be(base: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match=message):
+        ParseOnly(["fit", f"--config={tmp_path / 'a.yaml'}"])
+
+
+def test_a_class_that_has_moved_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config_files, "MOVED", {"tests.old.Tiny": "tests.tiny_run.TinyModule"})
+    old = tmp_path / "old.yaml"
+    old.write_text("model: {class_path: tests.old.Tiny}\ntrainer: {max_steps: 1}\n")
+    settings = ParseOnly(["fit", "--config", str(old)]).settings
+    assert settings.model.class_path == "tests.tiny_run.TinyModule" and settings.experiment == "old"
+    assert capsys.readouterr().out == f"{old}: tests.old.Tiny is now tests.tiny_run.TinyModule\n"

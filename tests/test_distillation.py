@@ -119,7 +119,9 @@ def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> N
             condition = module.generator.prompt_encoder.encode(batches[step])
             x0 = module.generator.latents(random.normal("start", (4, 8, 8)), condition)
             loss = sum(
-                module.objective.student_loss(StudentSample(x0, condition), module.scores, random).values()
+                module.objective.student_loss(
+                    StudentSample(x0, condition), module.networks, random
+                ).losses.values()
             )
             expected = torch.autograd.grad(loss, list(module.student.parameters()))
             for (name, gradient), other in zip(seen.items(), expected, strict=True):

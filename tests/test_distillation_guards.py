@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.objectives.base import Scores, StudentSample
+from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
@@ -28,20 +28,20 @@ class Broken(SwiftBrush):
         super().__init__()
         self.role, self.calls, self.how, self.count = role, calls, how, 0
 
-    def _break(self, role: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _break(self, role: str, terms: Terms) -> Terms:
         if role != self.role:
             return terms
         self.count += 1
         if self.count - 1 not in self.calls:
             return terms
         factor, offset = (float("nan"), 0.0) if self.how == "nan" else (1.0, float("inf"))
-        return {name: term * factor + offset for name, term in terms.items()}
+        return Terms({name: term * factor + offset for name, term in terms.losses.items()})
 
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        return self._break("student", super().student_loss(sample, scores, random))
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        return self._break("student", super().student_loss(sample, networks, random))
 
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        return self._break("fake_score", super().fake_score_loss(sample, scores, random))
+    def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        return self._break("fake_score", super().fake_score_loss(sample, networks, random))
 
 
 @pytest.mark.parametrize("how", ["nan", "inf"])
@@ -148,7 +148,7 @@ def test_bf16_run_with_frozen_weights_in_bf16(
     seen: list[torch.dtype] = []
 
     class Watch(SwiftBrush):
-        def student_loss(self, sample: StudentSample, *rest: Any) -> dict[str, Tensor]:
+        def student_loss(self, sample: StudentSample, *rest: Any) -> Terms:
             seen.append(sample.x0.dtype)
             return super().student_loss(sample, *rest)
 

@@ -16,6 +16,7 @@ from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.schedules import LinearWeight
 from lightning_modules.image_losses.terms import ImageLossSettings
+from lightning_modules.objectives.base import Terms
 from tests.test_distillation_runs import assert_identical, checkpoint
 from tests.test_distillation_runs import fit as fit_config
 from tests.tiny_distillation import (
@@ -65,7 +66,9 @@ def test_gradient_reaches_the_student_by_finite_differences(
         return update()
 
     watch_updates(module, watcher)
-    run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()), micro_batch_size=2)
+    run = fit(
+        module, tmp_path, 2, Hooks(on_start=lambda m: m.double()), micro_batch_size=2, log_every_n_steps=1
+    )
     assert len(slopes) == 2
     for along, slope in slopes:
         torch.testing.assert_close(along, slope, rtol=1e-4, atol=1e-7)
@@ -170,8 +173,8 @@ def test_a_schedule_over_the_training_needs_its_length(
 class Namesake(Pull):
     """An objective with a term called clip."""
 
-    def student_loss(self, *given: Any) -> dict[str, Tensor]:
-        return {"clip": super().student_loss(*given)["near"]}
+    def student_loss(self, *given: Any) -> Terms:
+        return Terms({"clip": super().student_loss(*given).losses["near"]})
 
 
 def test_two_terms_of_one_name(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
@@ -247,6 +250,6 @@ def test_frozen_judges_are_halved_in_bf16(
     monkeypatch.setattr("lightning_modules.distillation.frozen_dtype", lambda *_: torch.bfloat16)
     losses = ImageLossSettings([ClipLoss(str(tiny_clip), tau=0.9, weight=1.0)])
     module = distillation(tiny_sd, image_losses=losses)
-    run = fit(module, tmp_path, 2, precision="bf16-mixed")
+    run = fit(module, tmp_path, 2, precision="bf16-mixed", log_every_n_steps=1)
     assert {p.dtype for p in module.image_terms.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
     assert module.skipped_updates == 0 and run.callback_metrics["gradient_at_output/clip"] > 0

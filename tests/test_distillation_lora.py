@@ -213,7 +213,7 @@ def test_lora_on_an_exported_student_and_on_another_checkpoint(tiny_sd: Path, tm
                 again.latents(again.noise([7, 8]), condition), after, rtol=0, atol=1e-4
             )
         assert (after - expected).abs().max() > 1e-3
-        assert load_student(start).facts["student_init"] == module.student_init
+        assert load_student(start).facts["student_init"] == module.network_settings.student_init
 
 
 def test_a_full_students_checkpoint_does_not_fit(

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
 from common.errors import UserError
 from datamodules.prompts import PromptDataModule
@@ -14,7 +13,7 @@ from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.scales import UniformGuidance
-from lightning_modules.objectives.base import Scores, StudentSample
+from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.tiny_distillation import PROMPTS, changed, distillation, fit, snapshot, trainer
 
@@ -28,13 +27,13 @@ class Watch(SwiftBrush):
         super().__init__(teacher_negatives=True, student_negatives=UniformGuidance(0, 1), **settings)
         self.seen: list[StudentSample] = []
 
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         self.seen.append(sample)
-        return super().student_loss(sample, scores, random)
+        return super().student_loss(sample, networks, random)
 
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         self.seen.append(sample)
-        return super().fake_score_loss(sample, scores, random)
+        return super().fake_score_loss(sample, networks, random)
 
 
 def data(**settings: Any) -> PromptDataModule:

@@ -14,7 +14,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.objectives.base import StudentSample
+from lightning_modules.objectives.base import StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 from tests.tiny_distillation import (
@@ -156,7 +156,7 @@ def test_prompts_and_noise_do_not_depend_on_the_split(tiny_sd: Path, tmp_path: P
     latents: list[Tensor] = []
 
     class Watch(Pull):
-        def student_loss(self, sample: StudentSample, *rest: Any) -> dict[str, Tensor]:
+        def student_loss(self, sample: StudentSample, *rest: Any) -> Terms:
             latents.append(sample.x0.detach())
             return super().student_loss(sample, *rest)
 
@@ -172,7 +172,7 @@ def test_condition_reaches_the_objective(tiny_sd: Path, tmp_path: Path) -> None:
     seen: list[Condition] = []
 
     class Watch(Pull):
-        def student_loss(self, sample: StudentSample, *rest: Any) -> dict[str, Tensor]:
+        def student_loss(self, sample: StudentSample, *rest: Any) -> Terms:
             seen.append(sample.condition)
             return super().student_loss(sample, *rest)
 

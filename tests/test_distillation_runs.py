@@ -20,7 +20,7 @@ from callbacks.metrics.reference import compute_reference
 from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.objectives.base import Objective, Scores, StudentSample
+from lightning_modules.objectives.base import Networks, Objective, StudentSample, Terms
 from tests.tiny_distillation import PROMPTS, write_config
 
 ROOT = Path(cli.__file__).parent
@@ -175,15 +175,12 @@ class Nearest(Objective):
         self.colour, self.strength = colour, strength
         self.own = nn.Parameter(torch.zeros(1))
 
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        self.diagnostics["distance"] = (sample.x0 - self.colour).abs().mean()
-        return {"near": self.strength * (sample.x0 - self.colour).square().mean()}
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        near = self.strength * (sample.x0 - self.colour).square().mean()
+        return Terms({"near": near}, {"distance": (sample.x0 - self.colour).abs().mean()})
 
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        return {"own": (self.own - sample.x0.mean()).square().sum()}
-
-    def extra_parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [self.own]}]
+    def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        return Terms({"own": (self.own - sample.x0.mean()).square().sum()})
 
 
 def test_a_new_objective_needs_a_class_and_a_class_path(tiny_sd: Path, tmp_path: Path) -> None:

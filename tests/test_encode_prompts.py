@@ -21,8 +21,7 @@ from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEnco
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.prompt_cache import lookup as cached_prompts
 from lightning_modules.networks.prompt_cache.cache import PromptCache
-from lightning_modules.networks.prompt_cache.lookup import use_prompt_cache
-from lightning_modules.networks.prompt_cache.text_identity import text_identity
+from lightning_modules.networks.prompt_cache.lookup import text_identity, use_prompt_cache
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.trainer_settings import cast_frozen
 from tests.backbones import write_backbone
@@ -266,3 +265,12 @@ def test_an_encoder_is_known_by_what_it_does(tiny_sd: Path, own_sd: Path) -> Non
 def test_a_batch_of_nothing_is_refused(tiny_sd: Path, sources: Sources, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--batch-size is 0"):
         encode(tiny_sd, sources, tmp_path / "cache", "--batch-size", "0")
+
+
+def test_a_variant_is_an_encoder_of_its_own(own_sd: Path) -> None:
+    encoder = CLIPTextModel.from_pretrained(own_sd / "text_encoder")
+    encoder.half().save_pretrained(own_sd / "text_encoder", variant="fp16")
+    plain, half = identity(own_sd), identity(Path(f"{own_sd}#fp16"))
+    assert plain != half
+    (own_sd / "text_encoder" / "model.safetensors").unlink()
+    assert identity(Path(f"{own_sd}#fp16")) == half  # its weights alone count

@@ -191,7 +191,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def test_an_interrupted_evaluation_goes_on(
     evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = evaluate(output=tmp_path / "whole", save_images="true")
+    expected = evaluate(output=tmp_path / "whole", save_images="true", batch_size=4)
     with monkeypatch.context() as patch:
         interrupt(patch, after=8)
         with pytest.raises(Killed):

@@ -1,10 +1,8 @@
 """One- and few-step models that others trained: LCM, SDXL Turbo, DMD2."""
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from commands import export, generate, merge
+import cli
 from common.errors import UserError
 from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import load_generator
@@ -27,10 +25,9 @@ PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
 Folder = Callable[[str], Path]
 
 
-def call(command: ModuleType, *words: Any) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(word) for word in words]))
+def call(command: str, *words: Any) -> None:
+    """Run a command line."""
+    cli.main([command, *(str(word) for word in words)])
 
 
 def stock_images(pipe: Any, **options: Any) -> Tensor:
@@ -58,7 +55,7 @@ def test_they_draw_by_their_own_pipeline(
     folder = backbone_folder(name)
     expected = stock_images(stock_pipeline_of(folder), num_inference_steps=1, **options)
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    call(generate, "--model", folder, *prompts, "--seed", SEEDS[0], "--output", tmp_path / "out")
+    call("generate", "--model", folder, *prompts, "--seed", SEEDS[0], "--output", tmp_path / "out")
     for i, picture in enumerate(expected):
         assert (pixels(tmp_path / f"out/000{i}.png") - picture).abs().max() <= 0.51 / 255
     drawer = model_drawer(Recipe(str(folder)), PROMPTS, SEEDS, None, torch.device("cpu"))
@@ -75,7 +72,9 @@ def test_half_precision_files_are_drawn_in_float32(backbone_folder: Folder, tmp_
         expected = stock_images(pipe, num_inference_steps=steps)
         prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
         output = tmp_path / f"{steps}"
-        call(generate, "--model", folder, *prompts, "--seed", SEEDS[0], "--steps", steps, "--output", output)
+        call(
+            "generate", "--model", folder, *prompts, "--seed", SEEDS[0], "--steps", steps, "--output", output
+        )
         for i, picture in enumerate(expected):
             assert (pixels(output / f"000{i}.png") - picture).abs().max() <= 0.51 / 255
         drawer = model_drawer(Recipe(str(folder), steps), PROMPTS, SEEDS, None, torch.device("cpu"))
@@ -86,7 +85,7 @@ def test_half_precision_files_are_drawn_in_float32(backbone_folder: Folder, tmp_
 def test_they_merge(name: str, backbone_folder: Folder, tmp_path: Path) -> None:
     first, second = backbone_folder(name), private_copy(backbone_folder(name), tmp_path / "second")
     moved(first, 1).save_pretrained(second / "unet")
-    call(merge, "--first", first, "--second", second, "--weight", 0.5, "--output", tmp_path / "merged")
+    call("merge", "--first", first, "--second", second, "--weight", 0.5, "--output", tmp_path / "merged")
     ours = load_generator(tmp_path / "merged")
     assert ours.start_timestep == 999
     guidance = 8.5 if name == "lcm" else 1.0
@@ -109,14 +108,14 @@ def test_a_network_alone(backbone_folder: Folder, tmp_path: Path) -> None:
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     expected = stock_images(pipe, num_inference_steps=1, guidance_scale=0, timesteps=[399])
     place = ("--base", base, "--start-timestep", 399)
-    call(export, "--checkpoint", tmp_path / "dmd2.safetensors", *place, "--output", tmp_path / "out")
+    call("export", "--checkpoint", tmp_path / "dmd2.safetensors", *place, "--output", tmp_path / "out")
     drawn = load_generator(tmp_path / "out").images(PROMPTS, SEEDS)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     exported = stock_images(stock_pipeline_of(tmp_path / "out"), num_inference_steps=1, guidance_scale=1.0)
     torch.testing.assert_close(exported, expected, rtol=0, atol=1e-4)
     facts = json.loads((tmp_path / "out/one_step.json").read_text())
     assert (facts["start_timestep"], facts["network"]) == (399, "dmd2.safetensors")
-    call(export, "--checkpoint", tmp_path / "half.bin", *place, "--output", tmp_path / "half")
+    call("export", "--checkpoint", tmp_path / "half.bin", *place, "--output", tmp_path / "half")
     halves = load_student(tmp_path / "half").parts.denoiser.state_dict()
     torch.testing.assert_close(halves["conv_in.weight"], unet.conv_in.weight.half().float())
 
@@ -137,7 +136,7 @@ def test_a_network_alone_needs_a_base_that_fits(backbone_folder: Folder, tmp_pat
     ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):
-            call(export, "--checkpoint", *words, "--output", tmp_path / "out")
+            call("export", "--checkpoint", *words, "--output", tmp_path / "out")
     with pytest.raises(UserError, match="is a network alone. Make a model folder of it first: export"):
         load_student(file)
     assert not (tmp_path / "out").exists()

@@ -1,38 +1,41 @@
 """The commands `generate` and `export`, run as the command line runs them."""
 
-import argparse
 import functools
+import io
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import Tensor
 
+import cli
 from commands import export, generate
+from commands.options import parse
 from common.errors import UserError
-from lightning_modules.generator import load_generator, make_generator, pipeline_images, stock_pipeline
+from lightning_modules.generator import load_generator, make_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
+from lightning_modules.networks.cards import RunNotes, model_card
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.pipeline_folder import MARKER, export_student, one_step_scheduler
 from lightning_modules.networks.student import architecture, resolve_checkpoint
+from lightning_modules.pipelines import pipeline_images, stock_pipeline
+from reports.sheets import labelled_grid
 from tests.backbones import moved
 
 PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
 
 
-def call(command: ModuleType, *words: Any) -> None:
-    """Parse a command line and run the command."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(word) for word in words]))
+def call(command: str, *words: Any) -> None:
+    """Run a command line."""
+    cli.main([command, *(str(word) for word in words)])
 
 
 @functools.cache
@@ -83,7 +86,7 @@ def test_stock_diffusers_reproduces_the_student(
 ) -> None:
     teacher: Path = request.getfixturevalue(kind)
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", teacher, start)
-    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out")
+    call("export", "--checkpoint", checkpoint, "--output", tmp_path / "out")
     ours = make_generator(load_parts(teacher), start, student=other_unet(teacher, 2))
     expected = ours.images(PROMPTS, SEEDS)
     torch.testing.assert_close(stock_images(tmp_path / "out", ours.noise(SEEDS)), expected, rtol=0, atol=1e-4)
@@ -101,7 +104,7 @@ def test_the_start_timestep_makes_a_difference(tiny_sd: Path, tmp_path: Path) ->
 def test_weights_are_chosen(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
     for option, seed in (("ema", 2), ("online", 1)):
-        call(export, "--checkpoint", checkpoint, "--output", tmp_path / option, "--weights", option)
+        call("export", "--checkpoint", checkpoint, "--output", tmp_path / option, "--weights", option)
         written = load_parts(tmp_path / option).denoiser.state_dict()
         expected = other_unet(tiny_sd, seed).state_dict()
         assert written.keys() == expected.keys()
@@ -109,8 +112,8 @@ def test_weights_are_chosen(tiny_sd: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / option / MARKER).read_text())["weights"] == option
     plain = write_checkpoint(tmp_path / "b.ckpt", tiny_sd, ema=False)
     with pytest.raises(UserError, match="no EMA weights"):
-        call(export, "--checkpoint", plain, "--output", tmp_path / "x", "--weights", "ema")
-    call(export, "--checkpoint", plain, "--output", tmp_path / "x")
+        call("export", "--checkpoint", plain, "--output", tmp_path / "x", "--weights", "ema")
+    call("export", "--checkpoint", plain, "--output", tmp_path / "x")
     assert json.loads((tmp_path / "x" / MARKER).read_text())["weights"] == "online"
 
 
@@ -119,7 +122,7 @@ def test_half_precision_export_opens_without_and_with_a_dtype(
     tiny_sd: Path, tmp_path: Path, dtype: str
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
-    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--dtype", dtype)
+    call("export", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--dtype", dtype)
     wanted = getattr(torch, dtype)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=wanted)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {wanted}
@@ -147,10 +150,11 @@ def test_card_opens_with_a_snippet_that_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
-    call(export, "--checkpoint", checkpoint, "--output", "exports/mine", "--dtype", "float16")
+    call("export", "--checkpoint", checkpoint, "--output", "exports/mine", "--dtype", "float16")
     card = (tmp_path / "exports/mine/README.md").read_text()
-    assert card.startswith("```python\nfrom diffusers import DiffusionPipeline\n")
-    snippet = card.removeprefix("```python\n").split("```")[0]
+    text = ModelCard(card).text.strip()  # what is read, after the data for the hub
+    assert text.startswith("```python\nfrom diffusers import DiffusionPipeline\n")
+    snippet = text.removeprefix("```python\n").split("```")[0]
     assert "num_inference_steps=1, guidance_scale=1.0" in snippet
     exec(snippet, {})
     assert Image.open(tmp_path / "apple.png").size == (16, 16)
@@ -179,7 +183,7 @@ def test_best_and_last_are_those_of_the_newest_run(
     files["a/version_1", "best"].unlink()
     assert resolve_checkpoint("last").resolve() == files["a/version_1", "last"]
     assert resolve_checkpoint("best").resolve() == files["b/version_3", "best"]
-    call(export, "--checkpoint", "last", "--output", "out")
+    call("export", "--checkpoint", "last", "--output", "out")
     assert json.loads((tmp_path / "out" / MARKER).read_text())["start_timestep"] == 902
     assert "a/version_1/checkpoints/last.ckpt" in capsys.readouterr().out
 
@@ -210,12 +214,12 @@ def test_exports_tell_nothing_of_the_machine(
     """No absolute path in any file; a relative path to the teacher stays."""
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
-    call(export, "--checkpoint", "a.ckpt", "--output", tmp_path / "absolute")
+    call("export", "--checkpoint", "a.ckpt", "--output", tmp_path / "absolute")
     (tmp_path / "models").symlink_to(tiny_sd.parent)
     content = torch.load("a.ckpt", weights_only=True)
     relative = f"models/{tiny_sd.name}"
     torch.save({**content, "one_step": {**content["one_step"], "teacher": relative}}, "b.ckpt")
-    call(export, "--checkpoint", "b.ckpt", "--output", "relative")
+    call("export", "--checkpoint", "b.ckpt", "--output", "relative")
     for name, teacher in (("absolute", tiny_sd.name), ("relative", relative)):
         assert json.loads((tmp_path / name / MARKER).read_text())["teacher"] == teacher
         assert f"| teacher | {teacher} |" in (tmp_path / name / "README.md").read_text()
@@ -248,7 +252,7 @@ def write_run(run: Path, teacher: Path, **report: Any) -> Path:
 
 
 def card_of(checkpoint: Path, output: Path, *words: Any) -> str:
-    call(export, "--checkpoint", checkpoint, "--output", output, *words)
+    call("export", "--checkpoint", checkpoint, "--output", output, *words)
     return (output / "README.md").read_text(encoding="utf-8")
 
 
@@ -294,13 +298,13 @@ def test_other_weights_than_the_reports_are_not_measured(tiny_sd: Path, tmp_path
 def test_a_former_export_is_replaced_and_other_folders_are_not(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
     for weights in ("ema", "online"):
-        call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--weights", weights)
+        call("export", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--weights", weights)
     assert json.loads((tmp_path / "out" / MARKER).read_text())["weights"] == "online"
     (tmp_path / "out/notes.txt").touch()
     with pytest.raises(UserError, match=r"other files \(notes.txt\)"):
-        call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out")
+        call("export", "--checkpoint", checkpoint, "--output", tmp_path / "out")
     with pytest.raises(UserError, match="other files"):
-        call(export, "--checkpoint", checkpoint, "--output", tiny_sd)
+        call("export", "--checkpoint", checkpoint, "--output", tiny_sd)
 
 
 def test_bad_checkpoints_are_named_and_nothing_is_written(
@@ -324,10 +328,10 @@ def test_bad_checkpoints_are_named_and_nothing_is_written(
         "narrow.ckpt": "another architecture than the checkpoint says",
     }.items():
         with pytest.raises(UserError, match=message):
-            call(export, "--checkpoint", name, "--output", "out")
+            call("export", "--checkpoint", name, "--output", "out")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file"):
-        call(export, "--checkpoint", "good.ckpt", "--output", "file")
+        call("export", "--checkpoint", "good.ckpt", "--output", "file")
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
     with pytest.raises(UserError, match="start_timestep 1000 is not one of"):
         one_step_scheduler(load_parts(tiny_sd).scheduler, 1000)
@@ -342,11 +346,17 @@ def pixels(file: Path) -> Tensor:
     return torch.tensor(list(image.convert("RGB").tobytes())).reshape(*image.size[::-1], 3).permute(2, 0, 1)
 
 
+def png(image: Image.Image) -> bytes:
+    """The file that Pillow makes of it."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def test_pictures_prompts_and_seeds_belong_together(tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\ngrößer\n", encoding="utf-8")
     out = tmp_path / "out"
-    call(
-        generate, "--model", tiny_sd, "--prompt", "a red cat", "--prompt", "a dog", "--prompts-file",
+    call("generate", "--model", tiny_sd, "--prompt", "a red cat", "--prompt", "a dog", "--prompts-file",
         tmp_path / "prompts.txt", "--num-images", 3, "--seed", 40, "--output", out,
     )  # fmt: skip
     entries = json.loads((out / "generation.json").read_text(encoding="utf-8"))
@@ -364,23 +374,22 @@ def test_pictures_prompts_and_seeds_belong_together(tiny_sd: Path, tmp_path: Pat
     for entry, picture in zip(entries, expected, strict=True):
         # half a level from rounding to 8 bits, and half for another batch size
         assert (pixels(out / entry["file"]) - picture * 255).abs().max() <= 1.0
-    grid = pixels(out / "grid.png")
-    assert grid.shape == (3, 3 * 18 + 2, 4 * 18 + 2)  # 4 columns, 3 rows, 2 pixels between
-    assert torch.equal(grid[:, 2:18, 20:36], pixels(out / "0001.png"))
-    assert torch.equal(grid[:, 20:36, 2:18], pixels(out / "0004.png"))
+    shown = torch.stack([pixels(out / entry["file"]) / 255 for entry in entries])
+    sheet = labelled_grid({"": shown}, prompts, columns=4)
+    assert (out / "grid.png").read_bytes() == png(sheet), "each picture beside its prompt, 4 columns, 3 rows"
 
 
 def test_checkpoint_and_export_draw_the_same(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
-    call(export, "--checkpoint", checkpoint, "--output", tmp_path / "folder")
+    call("export", "--checkpoint", checkpoint, "--output", tmp_path / "folder")
     for name, model in (("x", checkpoint), ("y", tmp_path / "folder")):
-        call(generate, "--model", model, "--prompt", "a cat", "--output", tmp_path / name)
+        call("generate", "--model", model, "--prompt", "a cat", "--output", tmp_path / name)
     assert torch.equal(pixels(tmp_path / "x/0000.png"), pixels(tmp_path / "y/0000.png"))
 
 
 def test_several_steps_use_the_stock_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
-    call(generate, "--model", tiny_sd, *("--prompt", PROMPTS[0], "--prompt", PROMPTS[1]), "--seed", SEEDS[0],
-         "--steps", 3, "--output", tmp_path / "out")  # fmt: skip
+    call("generate", "--model", tiny_sd, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1],
+         "--seed", SEEDS[0], "--steps", 3, "--output", tmp_path / "out")  # fmt: skip
     expected = stock_images(tiny_sd, load_generator(tiny_sd).noise(SEEDS), steps=3) * 255
     for i in range(2):
         assert (pixels(tmp_path / f"out/000{i}.png") - expected[i]).abs().max() <= 0.6
@@ -393,7 +402,15 @@ def test_few_step_models_keep_their_own_sampler(own_sd: Path, tmp_path: Path, ki
     index = own_sd / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", kind.__name__]}))
     call(
-        generate, "--model", own_sd, "--prompt", PROMPTS[0], "--seed", SEEDS[0], "--output", tmp_path / "out"
+        "generate",
+        "--model",
+        own_sd,
+        "--prompt",
+        PROMPTS[0],
+        "--seed",
+        SEEDS[0],
+        "--output",
+        tmp_path / "out",
     )
     latents = load_generator(own_sd).noise(SEEDS)
     expected = stock_images(own_sd, latents)[0] * 255
@@ -402,19 +419,19 @@ def test_few_step_models_keep_their_own_sampler(own_sd: Path, tmp_path: Path, ki
 
 def test_cfg_guidance_moves_away_from_the_negative_prompt(tiny_sd: Path, tmp_path: Path) -> None:
     options = ("--model", tiny_sd, "--prompt", "a cat", "--negative-guidance", "cfg", "--negative-scale", 3)
-    call(generate, *options, "--negative-prompt", "red", "--output", tmp_path / "out")
+    call("generate", *options, "--negative-prompt", "red", "--output", tmp_path / "out")
     expected = (
         load_generator(tiny_sd).images(["a cat"], [0], guidance_scale=3.0, negative_prompt="red")[0] * 255
     )
     assert (pixels(tmp_path / "out/0000.png") - expected).abs().max() <= 0.6
-    call(generate, *options, "--steps", 2, "--output", tmp_path / "two")
+    call("generate", *options, "--steps", 2, "--output", tmp_path / "two")
     assert (tmp_path / "two/0000.png").is_file()
 
 
 def test_negative_prompts_by_attention(tiny_sd: Path, tmp_path: Path) -> None:
     """nasa if nothing else is said, with the model's scale; the stock pipeline draws the same in one step."""
     prompt = ("--model", tiny_sd, "--prompt", PROMPTS[0], "--seed", SEEDS[0])
-    call(generate, *prompt, "--negative-prompt", "red", "--output", tmp_path / "a")
+    call("generate", *prompt, "--negative-prompt", "red", "--output", tmp_path / "a")
     entry = json.loads((tmp_path / "a/generation.json").read_text())[0]
     del entry["milliseconds"]
     assert entry == {
@@ -432,7 +449,7 @@ def test_negative_prompts_by_attention(tiny_sd: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(some[:1], steered)
     assert torch.equal(some[1:], generator.images(PROMPTS[1:], SEEDS[1:]))
     nag = ("--negative-prompt", "red", "--negative-guidance", "nag", "--negative-scale", 6)
-    call(generate, *prompt, *nag, "--steps", 2, "--output", tmp_path / "b")
+    call("generate", *prompt, *nag, "--steps", 2, "--output", tmp_path / "b")
     entry = json.loads((tmp_path / "b/generation.json").read_text())[0]
     assert (entry["negative_scale"], entry["negative_tau"], entry["negative_alpha"]) == (6.0, 2.5, 0.375)
     pipeline = stock_pipeline(load_parts(tiny_sd))
@@ -445,14 +462,14 @@ def test_negative_prompts_by_attention(tiny_sd: Path, tmp_path: Path) -> None:
 def test_own_results_are_replaced_and_other_files_are_kept_safe(tiny_sd: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for count in (3, 1):
-        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--num-images", count, "--output", out)
+        call("generate", "--model", tiny_sd, "--prompt", "a cat", "--num-images", count, "--output", out)
     assert {p.name for p in out.iterdir()} == {"0000.png", "grid.png", "generation.json"}
     (out / "holiday.png").touch()
     with pytest.raises(UserError, match=r"other files \(holiday.png\)"):
-        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--output", out)
+        call("generate", "--model", tiny_sd, "--prompt", "a cat", "--output", out)
     (out / "generation.json").write_text("{")
     with pytest.raises(UserError, match="other files"):
-        call(generate, "--model", tiny_sd, "--prompt", "a cat", "--output", out)
+        call("generate", "--model", tiny_sd, "--prompt", "a cat", "--output", out)
 
 
 def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: Path) -> None:
@@ -467,28 +484,69 @@ def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: P
         (("--prompts-file", tmp_path / "latin"), "line 2"),
         ((*cat, "--model", tmp_path / "gone"), "gone does not exist"),
         ((*cat, "--model", tmp_path / "gone.ckpt"), "gone.ckpt does not exist"),
-        ((*cat, "--num-images", 0), "--num-images and --steps must be at least 1"),
-        ((*cat, "--seed", -1), "--seed must not be negative"),
+        ((*cat, "--num-images", 0), "--num-images 0: must be >0"),
+        ((*cat, "--seed", -1), "--seed -1: must be >=0"),
         ((*cat, "--negative-prompt", "red", "--negative-guidance", "none"), "no effect without guidance"),
         ((*cat, "--negative-scale", 2), "no effect without guidance"),
         ((*cat, "--negative-prompt", " "), "--negative-prompt is empty"),
         ((*cat, "--negative-guidance", "nasa"), "nasa needs --negative-prompt"),
         ((*cat, "--negative-guidance", "nag", "--negative-scale", 2), "nag needs --negative-prompt"),
-        ((*cat, "--negative-prompt", "red", "--negative-scale", "inf"), "inf is not a finite number"),
-        ((*cat, "--negative-prompt", "red", "--negative-scale", -1), "-1.0 is not a finite number"),
+        (
+            (*cat, "--negative-prompt", "red", "--negative-scale", "inf"),
+            "--negative-scale inf: must be >=0 and <inf",
+        ),
+        ((*cat, "--negative-prompt", "red", "--negative-scale", -1), "--negative-scale -1: must be >=0"),
         ((*cat, "--negative-guidance", "cfg"), "cfg needs --negative-scale"),
-        ((*cat, "--negative-guidance", "cfg", "--negative-scale", "nan"), "nan is not a finite number"),
+        (
+            (*cat, "--negative-guidance", "cfg", "--negative-scale", "nan"),
+            "--negative-scale nan: must be >=0",
+        ),
         ((*cat, "--negative-guidance", "cfg", "--negative-scale", 1, "--steps", 2), "no effect with --steps"),
         ((*cat, "--output", tmp_path / "file"), "is a file. Give a folder"),
+        ((*cat, "--steps", "many"), "--steps: .*'many'"),
+        ((*cat, "--negative-guidance", "naz"), "--negative-guidance naz: must be one of 'none', 'nasa'"),
+        ((*cat, "--num-image", 2), "num-image' on the command line; did you mean 'num-images'"),
+        (("--prompt",), "--prompt: expected at least one argument"),
     ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):
-            call(generate, "--model", tiny_sd, "--output", tmp_path / "out", *words)
+            call("generate", "--model", tiny_sd, "--output", tmp_path / "out", *words)
     assert {p.name for p in tmp_path.iterdir()} == {"file", "latin"}
 
 
 def test_the_default_output_and_model_are_the_documented_ones() -> None:
-    parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
-    options = parser.parse_args([])
+    options = parse(generate.Options, [])
     assert (options.model, options.output) == ("assets/emoji-sd-swiftbrush", Path("outputs/generate"))
+
+
+def test_options_are_written_with_hyphens_or_underscores(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num_images=2", "--negative_prompt", "a_b", "--prompt", "x_y", "z", "--prompt", "1"]
+    options = parse(generate.Options, words)
+    assert (options.num_images, options.negative_prompt, options.prompt) == (2, "a_b", ["x_y", "z", "1"])
+    assert parse(generate.Options, []).prompt == []
+    with pytest.raises(SystemExit):
+        parse(generate.Options, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--num-images" in shown and "pictures per prompt" in shown and "_images" not in shown
+    with pytest.raises(UserError, match="checkpoint"):
+        parse(export.Options, ["--output", "x"])
+
+
+def test_the_cards_data_for_the_hub(tiny_sd: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    card = ModelCard(card_of(write_run(run, tiny_sd), tmp_path / "out"))
+    assert card.data.to_dict() == {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "other",
+        "license_name": "that-of-the-teacher", "tags": ["one-step", "distillation"],
+        "metrics": ["frechet_distance", "clip_score"],
+    }  # fmt: skip
+    text = model_card(
+        Path("o"), {"teacher": "owner/sd@main", "method": "SwiftBrush"}, "", tmp_path, RunNotes()
+    )
+    data = ModelCard(text).data
+    assert data.base_model == "owner/sd" and "swiftbrush" in data.tags and data.metrics is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
+    text = model_card(Path("o"), {}, "", tmp_path, RunNotes())
+    assert ModelCard(text).data.license == "mit"
+    (tmp_path / "README.md").write_text("---\n- a: [\n---\n# A teacher\n")
+    assert ModelCard(model_card(Path("o"), {}, "", tmp_path, RunNotes())).data.license == "other"

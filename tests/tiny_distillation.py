@@ -14,7 +14,7 @@ from datamodules.prompts import PromptDataModule
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.lora import LoraSettings
-from lightning_modules.objectives.base import Objective, Scores, StudentSample
+from lightning_modules.objectives.base import Networks, Objective, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 
@@ -43,8 +43,8 @@ def watch_updates(module: OneStepDistillation, watcher: Callable[[str, Callable[
     """Put `watcher(role, update)` in place of every optimizer update; it must call `update()`."""
     update = module._update
 
-    def watched(optimizer: Any, optimization: RoleOptimization, role: str) -> bool:
-        return watcher(role, lambda: update(optimizer, optimization, role))
+    def watched(role: str) -> bool:
+        return watcher(role, lambda: update(role))
 
     module._update = watched  # type: ignore[method-assign]
 
@@ -70,18 +70,18 @@ class Pull(Objective):
         self.own = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.own.weight)
 
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         touched = self.own(torch.ones(1, 1)).sum()  # a way into the objective's network, never to be taken
-        return {"near": (sample.x0 - self.target).square().mean(), "own": touched * sample.x0.mean()}
+        return Terms({"near": (sample.x0 - self.target).square().mean(), "own": touched * sample.x0.mean()})
 
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         assert not sample.x0.requires_grad
         t = torch.full((len(sample.x0),), 100)
-        prediction = scores.fake_score(sample.x0, t, sample.condition).epsilon
-        return {"fit": prediction.square().mean(), "own": (self.own.weight - 1).square().sum()}
+        prediction = networks.fake_score(sample.x0, t, sample.condition).epsilon
+        return Terms({"fit": prediction.square().mean(), "own": (self.own.weight - 1).square().sum()})
 
-    def extra_parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [*self.own.parameters()], "lr": 0.25}]
+    def parameters_of(self, role: str) -> list[dict[str, Any]]:
+        return [{"params": [*self.own.parameters()], "lr": 0.25}] if role == "fake_score" else []
 
 
 def adam(learning_rate: float = 1e-2, **settings: Any) -> RoleOptimization:

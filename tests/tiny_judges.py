@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.image_losses.clip import ClipLoss
 from lightning_modules.image_losses.terms import ImageLossSettings
-from lightning_modules.objectives.base import Scores, StudentSample
+from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 
 CLIP = "lightning_modules.image_losses.clip.ClipLoss"
@@ -21,10 +21,8 @@ CLIP = "lightning_modules.image_losses.clip.ClipLoss"
 class NoDistillation(SwiftBrush):
     """Asks nothing of the student, so that image losses alone move it."""
 
-    def student_loss(
-        self, sample: StudentSample, scores: Scores, random: StepRandom
-    ) -> dict[str, torch.Tensor]:
-        return {"vsd": 0 * sample.x0.sum()}
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        return Terms({"vsd": 0 * sample.x0.sum()})
 
 
 def clip_settings(clip: Path, tau: float = 0.9, weight: Any = 1.0, **rest: Any) -> ImageLossSettings:

@@ -1,26 +1,10 @@
 """What an image metric is to the rest of the project.
 
-How a metric is used, in this order:
-
-1. ``metric = FID(mode="clean", reference=…)``: the constructor names the metric's settings, and by ``spec``
-   the network that sees the pictures; with ``spec`` None it is the one given to ``bind``.
-2. ``metric.bind(extractor=None, reference=None, device=None)``: ``extractor`` is the default network, for
-   metrics that name none; ``reference`` is a ``ReferenceStatistics`` or a ``ReferenceFolder`` (which computes
-   or finds the statistics of its pictures for any network), for metrics that name none themselves;
-   ``device`` is where the network goes. Metrics that name equal networks share one, and if all are given the
-   same tensor it sees each batch once.
-3. ``metric.prepare(captions, groups=None, negatives=None)``: optional; the whole evaluation list, for metrics
-   that group their pictures (``hpsv2``: groups are its styles) or look at negative prompts. Others ignore it.
-4. ``metric.update(images, prompts, is_padding=None, positions=None)`` for each batch: ``positions`` are the
-   places of the prompts in the list of ``prepare``; only metrics that were told groups need them.
-5. ``metric.results()``: ``{NAME: {"value", "num_images", "details"}}``, the same on every process: one entry
-   for most, ``hpsv2`` and ``hpsv2/<style>`` for HPSv2. ``metric.result()`` is the entry of ``metric.name``.
-   Collective under torch.distributed.
-6. ``metric.reset()`` forgets the pictures.
-
-``snapshot()`` and ``restore(snapshot)`` carry what this process has seen over an interruption; ``key()`` is
-everything but the pictures that the value depends on. ``metric.extractor.to(device)`` moves the network
-later.
+``metric.bind(…)`` gives it its network and reference; ``prepare(…)`` tells the whole evaluation list, for
+those that look at groups or negative prompts; ``update(…)`` takes in each batch; ``results()``, collective
+under torch.distributed, tells what was measured; ``reset()`` forgets the pictures. Metrics that name equal
+networks share one, and if all are given the same tensor it sees each batch once. ``snapshot()`` and
+``restore(…)`` carry what this process has seen over an interruption.
 """
 
 from abc import abstractmethod
@@ -32,8 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, shared_extractor
-from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics
-from callbacks.metrics.reference_folder import open_reference
+from callbacks.metrics.reference import ReferenceSource, ReferenceStatistics, open_reference
 from common.errors import UserError
 
 
@@ -42,8 +25,8 @@ class ImageMetric(Metric):
 
     A subclass sets ``name`` (the stable name in reports and logs), ``version`` (raised when the number
     changes meaning), adds its states in ``setup_states`` and implements ``_add``, ``_value`` and, if it has
-    more to tell, ``settings`` and ``details``. States are sums with ``dist_reduce_fx="sum"``, so every sample
-    counts once on any number of processes.
+    more to tell, ``settings`` and ``details``. States are sums (``add_sum``), so every sample counts once on
+    any number of processes.
 
     Args:
         spec: the network that sees the pictures; None: the one given to ``bind``.
@@ -105,8 +88,14 @@ class ImageMetric(Metric):
         self.__dict__["_extractor"] = chosen
         self.__dict__["reference"] = self._reference_for(chosen, reference) if self.needs_reference else None
         if "count" not in self._defaults:
+            self.add_sum("count", dtype=torch.long)
             self.setup_states(chosen.width)
         return self
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """Add a state of this shape that begins at zero and is summed over the processes."""
+        zeros = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def _reference_for(
         self, extractor: FeatureExtractor, given: ReferenceSource | None
@@ -169,7 +158,7 @@ class ImageMetric(Metric):
         # The whole batch goes through the extractor, whose memory of the last batch the metrics share.
         features = self.extractor.image_features(images)[keep]
         kept_places = None if positions is None else [places[i] for i in keep]
-        self._add_at(features, [prompts[i] for i in keep], kept_places)
+        self._add(features, [prompts[i] for i in keep], kept_places)
         self.count += len(keep)
 
     def _refuse_broken(self, images: Tensor, prompts: list[str], keep: list[int]) -> None:
@@ -177,8 +166,7 @@ class ImageMetric(Metric):
         broken = [i for i in keep if not finite[i]]
         if broken:
             raise UserError(
-                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or "
-                "infinity, "
+                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or infinity, "
                 f"the first one that of the prompt {prompts[broken[0]]!r}; look for the step where the "
                 "generator's output stops being finite (in half precision: try bf16 or fp32)"
             )
@@ -240,25 +228,60 @@ class ImageMetric(Metric):
 
     def details(self) -> dict[str, Any]:
         """What the value depends on."""
-        return {
+        details = {
             "extractor": self.extractor.name,
             "extractor_hash": self.extractor.content_hash,
             "preprocessing": self.extractor.preprocessing.describe(),
             "metric_version": self.version,
         } | self.settings()
+        if self.needs_reference:
+            details["reference_num_images"] = self._reference.num_images
+            details["reference_hash"] = self._reference.content_hash
+        return details
 
     @abstractmethod
     def setup_states(self, width: int) -> None:
-        """Add the states, ``count`` (a long scalar) among them; ``width`` is the number of features."""
-
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
-        """``_add`` for metrics that need the places of the prompts in the evaluation list."""
-        self._add(features, prompts)
+        """Add the states beside ``count``; ``width`` is the number of features."""
 
     @abstractmethod
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
-        """Take in features [B, D] of pictures that count, and their prompts."""
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+        """Take in features [B, D] of pictures that count, their prompts, and the places of these."""
 
     @abstractmethod
     def _value(self) -> Tensor:
         """The value, from the states summed over all processes."""
+
+
+def bind_metrics(
+    metrics: Sequence[ImageMetric],
+    extractor: FeatureExtractor | None,
+    reference: ReferenceSource | None,
+    device: torch.device,
+) -> None:
+    """Give all metrics network and reference; a folder goes through each network once. Collective.
+
+    Args:
+        metrics: what to measure.
+        extractor, reference, device: as for ``ImageMetric.bind``.
+
+    Raises:
+        UserError: there is no network or no reference where one is needed, or none that serves.
+    """
+    # statistics with the features of single pictures serve the metrics that need none of those
+    for metric in sorted(metrics, key=lambda metric: not metric.needs_reference_features):
+        metric.bind(extractor, reference, device)
+
+
+def place_metrics(metrics: Sequence[ImageMetric], device: torch.device) -> None:
+    """Move networks and sums of bound metrics to where this process draws."""
+    for metric in metrics:
+        metric.extractor.to(device)
+        # Sums are in float64, which Apple's GPUs lack; NCCL, though, sums only what lies on a GPU.
+        metric.to(device if device.type == "cuda" else "cpu")
+
+
+def refuse_repeated(metrics: Sequence[ImageMetric], owner: str = "metrics") -> None:
+    """Raise a UserError if two of the metrics have one name; ``owner`` is the setting that holds them."""
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise UserError(f"{owner} holds the same metric twice: {', '.join(names)}; evaluate twice instead")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.extractors import FeatureExtractor, TextImageExtractor
-from callbacks.metrics.open_clip_features import clip_network
+from callbacks.metrics.clip_features import TextImageExtractor, clip_network
+from callbacks.metrics.extractors import FeatureExtractor
 from common.errors import UserError
 
 
@@ -53,7 +53,6 @@ class ClipScore(ImageMetric):
 
     total: Tensor
     truncated: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -69,17 +68,16 @@ class ClipScore(ImageMetric):
         if (preset := PRESETS.get(model or "")) is not None:
             model, pretrained = preset.model, pretrained or preset.pretrained
             prefix = preset.prefix if prefix is None else prefix
-        super().__init__(None if model is None else clip_network(model, pretrained))
+        super().__init__(clip_network(model, pretrained))
         self.prefix, self.scale = prefix or "", float(scale)
         self.num_truncated = 0
 
     def setup_states(self, width: int) -> None:
-        """Sum of cosines, their number, and how many prompts were cut."""
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("truncated", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        """Sum of cosines, and how many prompts were cut."""
+        self.add_sum("total")
+        self.add_sum("truncated", dtype=torch.long)
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         extractor, texts = text_extractor(self.extractor, self.name), [self.prefix + p for p in prompts]
         self.total += cosines(features, extractor.text_features(texts)).sum().to(self.total.device)
         self.truncated += extractor.count_truncated(texts)

@@ -4,7 +4,6 @@ A metric names its extractor by a specification (a small frozen dataclass). Metr
 share one loaded network, and several metrics on one network cost one pass for each batch.
 """
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -81,21 +80,6 @@ class FeatureExtractor(ABC):
         """Features [B, D], fp32, of pictures [B, 3, H, W] in [0, 1], under ``no_grad`` and in fp32."""
 
 
-class TextImageExtractor(FeatureExtractor):
-    """A network with features of texts too, in the space of its image features: a CLIP."""
-
-    max_length: int
-    """Longest text in tokens, with the start and end tokens."""
-
-    @abstractmethod
-    def text_features(self, texts: list[str]) -> Tensor:
-        """Features [B, D], fp32, not normalised. Longer texts are cut and keep their end token."""
-
-    @abstractmethod
-    def count_truncated(self, texts: list[str]) -> int:
-        """How many of the texts are longer than ``max_length`` tokens."""
-
-
 class ExtractorSpec(Protocol):
     """What to load: a frozen dataclass, so that equal ones are one network."""
 
@@ -118,12 +102,6 @@ def shared_extractor(spec: ExtractorSpec) -> FeatureExtractor:
     if extractor is None:
         extractor = _LOADED[spec] = spec.load()
     return extractor
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

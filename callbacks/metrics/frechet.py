@@ -4,16 +4,17 @@ Dowson and Landau 1982; Heusel et al. 2017 (FID), equation 6.
 With clean-fid's resizing and Inception it is ``fid``; with any other network ``frechet_distance``, never FID.
 """
 
+import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.inception import inception_network
-from callbacks.metrics.open_clip_features import clip_network
 from callbacks.metrics.reference import mean_and_covariance
+from common.processes import rank_and_world_size
 
 COMFORTABLE_RATIO = 8
 """Below this many pictures per feature the estimate is dominated by its bias."""
@@ -51,15 +52,13 @@ class GaussianDistance(ImageMetric):
 
     total: Tensor
     outer: Tensor
-    count: Tensor
 
     def setup_states(self, width: int) -> None:
-        """Sum and sum of outer products of the features, in float64, and their number."""
-        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        """Sum and sum of outer products of the features, in float64."""
+        self.add_sum("total", width)
+        self.add_sum("outer", width, width)
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         rows = features.to(self.total.device).double()
         self.total += rows.sum(0)
         self.outer += rows.T @ rows
@@ -72,20 +71,17 @@ class GaussianDistance(ImageMetric):
 
     def _warn_if_few(self, width: int, num_references: int) -> None:
         for count, what in [(self.num_images, "pictures"), (num_references, "real pictures")]:
-            if count < width:
-                rank_zero_warn(
+            if count < width and rank_and_world_size()[0] == 0:
+                warnings.warn(
                     f"{self.name} of {count} {what} with {width} features: fewer pictures than features, so "
-                    "the value is dominated by its bias and comparable only at the same counts"
+                    "the value is dominated by its bias and comparable only at the same counts",
+                    stacklevel=2,
                 )
 
     def details(self) -> dict[str, Any]:
         """The extractor and the reference, and a note when there are too few pictures for a fair one."""
-        width, reference = self.extractor.width, self._reference
-        details = super().details() | {
-            "feature_width": width,
-            "reference_num_images": reference.num_images,
-            "reference_hash": reference.content_hash,
-        }
+        width = self.extractor.width
+        details = super().details() | {"feature_width": width}
         if self.num_images < COMFORTABLE_RATIO * width:
             details["note"] = (
                 f"{self.num_images} pictures are fewer than {COMFORTABLE_RATIO} x {width} features: "
@@ -110,7 +106,7 @@ class FrechetDistance(GaussianDistance):
     def __init__(
         self, model: str | None = None, pretrained: str | None = None, reference: str | None = None
     ) -> None:
-        super().__init__(None if model is None else clip_network(model, pretrained), reference)
+        super().__init__(clip_network(model, pretrained), reference)
 
 
 class FID(GaussianDistance):

@@ -3,20 +3,118 @@
 Wu et al. 2023 (arXiv 2306.09341); the benchmark has four styles of 800 prompts.
 """
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import TextImageExtractor
 from callbacks.metrics.clip_score import cosines, text_extractor
-from callbacks.metrics.hpsv2_features import HPSNetwork
-from lightning_modules.networks.loading import asset_path
+from common.errors import UserError
+from common.hashing import hash_file, to_uint8
+from lightning_modules.networks.clip_models import HPS_FILES, HPS_REPOSITORY, OpenClip
+from lightning_modules.networks.model_names import asset_path
 
 TENTHS = 10
 """The spread is the standard deviation over the means of this many consecutive parts of each style."""
+
+
+class LongestSidePreprocessing:
+    """Resize the longest side, centre on black, normalise: on pictures in [0, 1], not on 8-bit ones.
+
+    Args:
+        size: side of the square that the network reads.
+        mean, std: of the three channels.
+    """
+
+    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.size = size
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to pixel values [B, 3, size, size]."""
+        values = to_uint8(images).float() / 255
+        height, width = values.shape[-2:]
+        scale = self.size / max(height, width)
+        if scale != 1:
+            height, width = round(height * scale), round(width * scale)
+            values = TF.resize(values, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        left, top = (self.size - width) // 2, (self.size - height) // 2
+        padding = [left, top, self.size - width - left, self.size - height - top]
+        values = TF.pad(values, padding, fill=0)
+        return (values - self.mean.to(values.device)) / self.std.to(values.device)
+
+    def describe(self) -> str:
+        return f"8-bit in memory (no JPEG), longest side to {self.size} by antialiased bicubic, padded"
+
+
+@dataclass(frozen=True)
+class HPSNetwork:
+    """The network of HPSv2 as a specification.
+
+    Attributes:
+        version: "v2.0" or "v2.1".
+        checkpoint: its file, or a folder that holds it; None: HPSv2's folder, or the hub's cache.
+        architecture: open_clip's name.
+    """
+
+    version: str
+    checkpoint: Path | None = None
+    architecture: str = "ViT-H-14"
+
+    def __post_init__(self) -> None:
+        if self.version not in HPS_FILES:
+            raise UserError(
+                f"hpsv2: version {self.version!r} is unknown: choose one of {', '.join(HPS_FILES)} (their "
+                "scores can't be compared with each other)"
+            )
+
+    def load(self) -> TextImageExtractor:
+        """Find and load it, on the CPU.
+
+        Raises:
+            UserError: open_clip is not installed, the checkpoint is missing or no such checkpoint.
+        """
+        file = find_checkpoint(self.version, self.checkpoint)
+        clip = OpenClip(self.architecture, str(file))
+        size, mean, std = (clip.settings[name] for name in ("size", "mean", "std"))
+        preprocessing = LongestSidePreprocessing(size if isinstance(size, int) else size[0], mean, std)
+        name = f"HPS{self.version} (open_clip {self.architecture})"
+        content = hashlib.sha256(f"hps {self.architecture} {hash_file(file)}".encode()).hexdigest()
+        return TextImageExtractor(clip, preprocessing, name, file, content)
+
+
+def find_checkpoint(version: str, path: Path | None = None) -> Path:
+    """The checkpoint's file: the given one, else that in HPSv2's folder or the hub's cache.
+
+    Raises:
+        UserError: it is in none of these places; they are named, and how to get it.
+    """
+    name = HPS_FILES[version]
+    folder = Path(os.environ.get("HPS_ROOT") or Path.home() / ".cache" / "hpsv2")
+    if path is not None:
+        places = [path / name if path.is_dir() else path]
+    else:
+        hub = try_to_load_from_cache(HPS_REPOSITORY, name)
+        places = [folder / name, *([Path(hub)] if isinstance(hub, str) else [])]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        looked = str(places[0]) + ("" if path is not None else f" and the hub's cache of {HPS_REPOSITORY}")
+        raise UserError(
+            f"hpsv2 {version}: no checkpoint; looked for {looked}. Get it with "
+            f"`hf download {HPS_REPOSITORY} {name} --local-dir {folder}`, or name its file as `checkpoint`"
+        )
+    return found
 
 
 class HPSv2(ImageMetric):
@@ -42,7 +140,6 @@ class HPSv2(ImageMetric):
     totals: Tensor
     counts: Tensor
     truncated: Tensor
-    count: Tensor
 
     def __init__(self, version: str, checkpoint: str | None = None, architecture: str = "ViT-H-14") -> None:
         path = None if checkpoint is None else asset_path(checkpoint)
@@ -81,20 +178,12 @@ class HPSv2(ImageMetric):
 
     def setup_states(self, width: int) -> None:
         """Sums and numbers of cosines by style and tenth, and how many prompts were cut."""
-        shape = (max(1, len(self.styles)), TENTHS)
-        for name, size, dtype in [
-            ("totals", shape, torch.float64),
-            ("counts", shape, torch.long),
-            ("truncated", (), torch.long),
-            ("count", (), torch.long),
-        ]:
-            zeros = torch.zeros(size, dtype=dtype, device=self.device)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        shape = max(1, len(self.styles)), TENTHS
+        self.add_sum("totals", *shape)
+        self.add_sum("counts", *shape, dtype=torch.long)
+        self.add_sum("truncated", dtype=torch.long)
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
-        self._add_at(features, prompts, None)
-
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         if self._cells and positions is None:
             raise ValueError("hpsv2 was told the styles of the prompts: update() needs their positions")
         extractor = text_extractor(self.extractor, self.name)

@@ -18,12 +18,12 @@ from cleanfid.downloads_helper import check_download_inception, inception_url
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from callbacks.metrics.extractors import FeatureExtractor, file_hash, in_threads
+from callbacks.metrics.extractors import FeatureExtractor, in_threads
 from common.errors import UserError, first_line
 from common.files import user_cache_dir
-from common.hashing import to_uint8
+from common.hashing import hash_file, to_uint8
 from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
-from lightning_modules.networks.loading import asset_path
+from lightning_modules.networks.model_names import asset_path
 
 log = logging.getLogger(__name__)
 FILE = "inception-2015-12-05.pt"
@@ -52,7 +52,6 @@ class InceptionPreprocessing:
         return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
     def describe(self) -> str:
-        """One line for manifests."""
         return f"8-bit, clean-fid mode {self.mode}, 299x299"
 
 
@@ -83,7 +82,7 @@ class InceptionExtractor(FeatureExtractor):
                 f"Fetch {inception_url} again."
             ) from error
         self.preprocessing = InceptionPreprocessing(mode)
-        self.content_hash = hashlib.sha256(f"{file_hash(path)} {mode}".encode()).hexdigest()
+        self.content_hash = hashlib.sha256(f"{hash_file(path)} {mode}".encode()).hexdigest()
 
     def _image_features(self, images: Tensor) -> Tensor:
         pixels = self.preprocessing(images).to(self.device)

@@ -1,41 +1,119 @@
-"""The report of `evaluate`: manifest, what is told about each number, loggers, files."""
-
-from __future__ import annotations
+"""Reports of what was measured, and the manifests beside them: one builder for runs and for `evaluate`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from lightning.pytorch.loggers import Logger
-from PIL import Image
-
-from callbacks.loggers import MetricsCSV
-from callbacks.logging_media import Table, log_media
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.binding import describe_reference
-from callbacks.metrics.measure import Stopwatch
-from common.environment import environment, peak_memory_gib
+from callbacks.metrics.extractors import FeatureExtractor
+from callbacks.metrics.measure import Results
+from callbacks.metrics.reference import ReferenceSource, describe_reference
+from common.environment import environment
 from common.hashing import hash_texts
-from common.processes import rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet
-from lightning_modules.drawing import Drawer
+from datamodules.picture_files import Frame
 from reports.published import deviations, label, open_questions, published_rows
 from reports.run_report import Report
 
-if TYPE_CHECKING:
-    from callbacks.evaluation import Evaluation
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured, and where that ran.
+
+    Attributes:
+        experiment: its name. ``step``: student updates, where they are known.
+        weights: "ema", "online", "as stored" or "given pictures".
+        model: path or name. ``config_path``: of the file that repeats it.
+        machine: accelerator, processes and more, for the report's environment.
+        seeds: their rule, in words.
+        row: title in the table.
+    """
+
+    experiment: str
+    step: int | None
+    weights: str
+    model: str
+    config_path: Path
+    machine: Mapping[str, Any]
+    seeds: str
+    row: str = "Student, 1 step"
 
 
-Results = dict[str, dict[str, Any]]
-KIND = "evaluation"
+def make_report(
+    subject: Subject,
+    results: Results,
+    manifest: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    teacher: Mapping[str, Results] | None = None,
+    curves: Path | None = None,
+    evaluation_set: EvaluationSet | None = None,
+) -> Report:
+    """The report of one measurement.
+
+    Args:
+        subject: what was measured.
+        results: by metric; ``teacher``: the same for each of the teacher's rows.
+        manifest: what a comparable measurement must share.
+        timing: where the time went.
+        pictures: titles to PNG files; ``curves``: a metrics.csv.
+        evaluation_set: what was drawn, if it may have a published protocol; a run's own captions have none.
+    """
+    told = explained(results, subject.seeds, evaluation_set)
+    content = {
+        "experiment": subject.experiment,
+        "step": subject.step,
+        "weights": subject.weights,
+        "model": subject.model,
+        "metrics": told,
+        "teacher_metrics": dict(teacher or {}),
+        "timing": dict(timing),
+        "environment": environment() | dict(subject.machine),
+        "config_path": str(subject.config_path),
+    }
+    rows = [] if evaluation_set is None else published_rows(told, evaluation_set)
+    published = tuple((name, row.model, row.values[name], row.source) for name, row in rows)
+    return Report(content, dict(manifest), dict(pictures), curves, subject.row, published)
 
 
-def evaluation_key(
-    evaluation_set: EvaluationSet, drawer: Drawer, metrics: Sequence[ImageMetric]
+def explained(results: Results, seeds: str, evaluation_set: EvaluationSet | None = None) -> Results:
+    """The results with what a reader needs beside each: name, reference, seeds, deviations from its paper.
+
+    Times stay as they are.
+    """
+    told: Results = {}
+    for name, result in results.items():
+        details = dict(result["details"])
+        if "extractor" in details:
+            found = None
+            if evaluation_set is not None:
+                details["label"] = label(name, evaluation_set)
+                found = deviations(name, result, evaluation_set)
+                if found is not None:
+                    found = found + [f"open: {text}" for text in open_questions(name, evaluation_set)]
+            if "differs" in details:  # from the paper that introduced the metric
+                found = [*(found or []), str(details["differs"])]
+            count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))
+            details |= {
+                "reference": f"{count:,} real pictures ({digest[:12]})" if count is not None else "none",
+                "seeds": seeds,
+                "differs_from_published": found,
+            }
+        told[name] = result | {"details": details}
+    return told
+
+
+def set_manifest(
+    evaluation_set: EvaluationSet, model: Mapping[str, Any], metrics: Sequence[ImageMetric]
 ) -> dict[str, Any]:
-    """All that the numbers depend on: the core of the manifest, shared by what is unfinished."""
+    """All that the numbers of `evaluate` depend on; shared by what is unfinished.
+
+    Args:
+        evaluation_set: what is drawn.
+        model: all that the pictures depend on beside that.
+        metrics: bound.
+    """
     frame, negatives, groups = evaluation_set.frame, evaluation_set.negatives, evaluation_set.groups
     return {
         "evaluation_set": {
@@ -47,167 +125,55 @@ def evaluation_key(
             **({} if groups is None else {"hash_of_groups": hash_texts(groups)}),
             **evaluation_set.facts,
         },
-        "model": {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity},
+        "model": dict(model),
         "crop_and_resize": frame.describe() if frame is not None else "none before those of the networks",
         "metrics": {metric.name: metric.key() for metric in metrics},
     }
 
 
-def seeds_in_words(evaluation_set: EvaluationSet, drawer: Drawer) -> str:
-    """The rule of the seeds."""
-    if not drawer.seeded:
-        return "given pictures"
-    seeds = evaluation_set.seeds
-    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        return f"{seeds[0]} + place of the caption"
-    return f"{min(seeds)} to {max(seeds)}, listed by the set"
-
-
-def annotated(results: Results, evaluation_set: EvaluationSet, drawer: Drawer) -> Results:
-    """The results with what a reader needs beside each: name, reference, seeds, deviations."""
-    told: Results = {}
-    for name, result in results.items():
-        details = dict(result["details"])
-        count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))
-        found = deviations(name, result, evaluation_set)
-        if found is not None:
-            found = found + [f"open: {text}" for text in open_questions(name, evaluation_set)]
-        if "differs" in details:  # from the paper that introduced the metric
-            found = [*(found or []), str(details["differs"])]
-        told[name] = result | {
-            "details": details
-            | {
-                "label": label(name, evaluation_set),
-                "reference": f"{count:,} real pictures ({digest[:12]})" if count is not None else "none",
-                "seeds": seeds_in_words(evaluation_set, drawer),
-                "differs_from_published": found,
-            }
-        }
-    return told
-
-
-def timing(watch: Stopwatch, seconds: float, count: int) -> dict[str, Any]:
-    """Where the time went on this process; ``seconds`` is the wall time of all of it."""
-    return {
-        "seconds": seconds,
-        "images_per_second": count / seconds if seconds > 0 else None,
-        **{f"{name}_seconds": value for name, value in asdict(watch).items() if name != "images"},
-        "peak_memory_gib": peak_memory_gib(),
-    }
-
-
-def make_report(
-    results: Results,
-    evaluation_set: EvaluationSet,
-    drawer: Drawer,
-    manifest: Mapping[str, Any],
-    timing: Mapping[str, Any],
-    pictures: Mapping[str, Path],
-    device: torch.device,
-    config_path: Path,
-) -> Report:
-    """The report of one evaluation; ``results`` are the annotated ones."""
-    processes = rank_and_world_size()[1]
-    content = {
-        "experiment": evaluation_set.name,
-        "step": drawer.step,
-        "weights": drawer.weights,
-        "model": drawer.model,
-        "metrics": results,
-        "teacher_metrics": {},
-        "timing": dict(timing),
-        "environment": environment() | {"accelerator": device.type, "processes": processes},
-        "config_path": str(config_path),
-    }
-    published = tuple(
-        (name, row.model, row.values[name], row.source)
-        for name, row in published_rows(results, evaluation_set)
-    )
-    return Report(content, {"kind": KIND, **manifest}, dict(pictures), row=drawer.title, published=published)
-
-
-def send(report: Report, loggers: Sequence[Logger], table: tuple[list[str], list[list[str]]]) -> None:
-    """Scalars ``test/NAME``, the table and the pictures, to all loggers that take them."""
-    values = {f"test/{name}": result["value"] for name, result in report.content["metrics"].items()}
-    step = report.content["step"] or 0
-    images = {title: Image.open(path) for title, path in report.pictures.items()}
-    for logger in loggers:
-        if not (isinstance(logger, MetricsCSV) and logger.amend(values, step)):
-            logger.log_metrics(values, step=step)
-        log_media(logger, "results", Table(*table), step)
-        for title, image in images.items():
-            log_media(logger, title, image, step)
-        logger.finalize("success")
-
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FinalResults:
-    """What the last evaluation of a run found.
-
-    Attributes:
-        step: student updates done. ``weights``: "ema" or "online".
-        metrics: ``{name: {"value", "num_images", "details"}}`` of the student.
-        teacher_metrics: the same for each of the teacher's rows; empty if they were not asked for.
-        manifest: what a comparable measurement must share with this one.
-    """
-
-    step: int
-    weights: str
-    metrics: dict[str, Result]
-    teacher_metrics: dict[str, dict[str, Result]]
-    manifest: dict[str, Any]
-
-
-def told(results: dict[str, Result], first_seed: int) -> dict[str, Result]:
-    """Results with what a reader needs beside each number: reference, seeds, what differs from its paper.
-
-    A run's own captions belong to no published protocol. Times stay as they are.
-    """
-    found: dict[str, Result] = {}
-    for name, result in results.items():
-        details = dict(result["details"])
-        if "extractor" in details:
-            count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))
-            details |= {
-                "reference": f"{count:,} real pictures ({digest[:12]})" if count is not None else "none",
-                "seeds": f"{first_seed} + place of the caption",
-                "differs_from_published": [details["differs"]] if "differs" in details else None,
-            }
-        found[name] = result | {"details": details}
-    return found
-
-
 def run_manifest(
-    evaluation: Evaluation, captions: list[str], every: list[str], weights: str
+    metrics: Sequence[ImageMetric],
+    extractor: FeatureExtractor | None,
+    reference: ReferenceSource | None,
+    frame: Frame | None,
+    every: Sequence[str],
+    count: int,
+    first_seed: int,
+    guidance: Mapping[str, float | None],
+    weights: str,
 ) -> dict[str, Any]:
-    """What a measurement must share with the final one of a run to be comparable."""
-    sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in evaluation.metrics}
-    resize = {metric.name: metric.extractor.preprocessing.describe() for metric in evaluation.metrics}
-    if evaluation.extractor is not None:
-        sight = {"name": evaluation.extractor.name, "hash": evaluation.extractor.content_hash}
+    """What a measurement must share with one of a run to be comparable.
+
+    Args:
+        metrics: bound; ``extractor``: of those that name no network.
+        reference, frame: of the evaluation.
+        every: all evaluation captions of the run's data; the first ``count`` were drawn.
+        first_seed: caption i was drawn from ``first_seed + i``.
+        guidance: of student and teacher. ``weights``: "ema" or "online".
+    """
+    sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in metrics}
+    resize = [frame.describe()] if frame is not None else []
+    resize += dict.fromkeys(metric.extractor.preprocessing.describe() for metric in metrics)
+    if extractor is not None:
+        sight = {"name": extractor.name, "hash": extractor.content_hash}
     return {
         "captions": {
-            "count": len(captions),
-            "hash": hash_texts(captions),
+            "count": count,
+            "hash": hash_texts(every[:count]),
             "hash_of_all": hash_texts(every),
         },
-        "reference": describe_reference(evaluation.reference, every),
+        "reference": describe_reference(reference, every),
         "extractor": sight,
-        "crop_and_resize": "; ".join(
-            [
-                *([evaluation.frame.describe()] if evaluation.frame is not None else []),
-                *dict.fromkeys(resize.values()),
-            ]
-        ),
-        "seeds": {"first": evaluation.seed, "count": len(captions), "rule": "first + index of the caption"},
-        "guidance": {
-            "student": None,
-            f"steps_{evaluation.teacher_steps}": evaluation.teacher_guidance,
-            "steps_1": None,
-        },
-        "metric_versions": {metric.name: metric.version for metric in evaluation.metrics},
+        "crop_and_resize": "; ".join(resize),
+        "seeds": {"first": first_seed, "count": count, "rule": "first + index of the caption"},
+        "guidance": dict(guidance),
+        "metric_versions": {metric.name: metric.version for metric in metrics},
         "weights": weights,
     }
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """The rule of the seeds of an evaluation."""
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]} + place of the caption"
+    return f"{min(seeds)} to {max(seeds)}, listed by the set"

@@ -22,6 +22,32 @@ Images = Tensor | Sequence[Tensor]
 Draw = Callable[[list[int]], Images]
 """Places in the list of captions to pictures [3, H, W] in [0, 1], which may differ in size."""
 OnPictures = Callable[[list[int], Images], None]
+Result = dict[str, Any]
+"""``{"value", "num_images", "details"}``."""
+Results = dict[str, Result]
+"""By the metric's stable name."""
+
+
+def results_of(name: str, results: Results) -> Results:
+    """Those of one metric: its own, and those of its parts (``hpsv2/anime``)."""
+    return {key: result for key, result in results.items() if key.partition("/")[0] == name}
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """What the last evaluation of a run found.
+
+    Attributes:
+        step: student updates done. ``weights``: "ema" or "online".
+        metrics: results of the student; ``teacher_metrics``: of each of the teacher's rows, if it was asked.
+        manifest: what a comparable measurement must share with this one.
+    """
+
+    step: int
+    weights: str
+    metrics: Results
+    teacher_metrics: dict[str, Results]
+    manifest: dict[str, Any]
 
 
 @dataclass
@@ -49,31 +75,20 @@ def evaluate_model(
     groups: Sequence[str] | None = None,
     negatives: Sequence[str] | None = None,
     frame: Frame | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Draw one picture for each caption and measure them; all processes must call it, each draws its share.
+) -> Results:
+    """``measure_pictures`` of what is drawn from captions and seeds; it takes its other arguments, too.
 
     Args:
         generate: prompts and seeds to pictures.
-        captions: what to draw.
-        metrics: bound metrics; they are reset before and after.
-        batch_size: pictures per pass and process.
-        seeds: one for each caption (default 0, 1, 2, ...).
-        progress: label of the progress bar; None shows none.
-        groups, negatives, frame: as for ``measure_pictures``.
-
-    Returns:
-        ``{name: {"value", "num_images", "details"}}``, the same on every process.
+        captions: what to draw. ``seeds``: one for each (default 0, 1, 2, ...).
 
     Raises:
         ValueError: no captions, or numbers of captions and seeds differ.
-        UserError: a picture holds NaN or infinity.
-        RuntimeError: a metric did not count every caption exactly once.
     """
     numbers = list(range(len(captions))) if seeds is None else list(seeds)
     if not captions or len(numbers) != len(captions):
         raise ValueError(
-            f"{len(captions)} captions and {len(numbers)} seeds: need one seed for each of at least one "
-            "caption"
+            f"{len(captions)} captions and {len(numbers)} seeds: need one caption, and one seed for each"
         )
 
     def draw(places: list[int]) -> Tensor:
@@ -94,7 +109,7 @@ def measure_pictures(
     unfinished: Unfinished | None = None,
     on_pictures: OnPictures | None = None,
     watch: Stopwatch | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> Results:
     """Measure one picture for each caption, each drawn once; all processes must call it.
 
     Every process makes the same number of passes, as sharded networks need: where the captions do not divide
@@ -185,8 +200,7 @@ def require_finite(
         if not bool(torch.isfinite(image).all()) and not (is_padding is not None and is_padding[i]):
             raise UserError(
                 f"the picture of caption {places[i]} ({prompts[i]!r}) holds NaN or infinity, so nothing "
-                "can be "
-                "measured: evaluate with --dtype float32, or an earlier checkpoint"
+                "can be measured: evaluate with --dtype float32, or an earlier checkpoint"
             )
 
 
@@ -202,9 +216,9 @@ def _by_size(images: Images, frame: Frame | None) -> list[tuple[list[int], Tenso
     return [(members, torch.stack([images[i] for i in members])) for members in sizes.values()]
 
 
-def _results(metrics: Sequence[ImageMetric], count: int, watch: Stopwatch) -> dict[str, dict[str, Any]]:
+def _results(metrics: Sequence[ImageMetric], count: int, watch: Stopwatch) -> Results:
     start = time.perf_counter()
-    results: dict[str, dict[str, Any]] = {}
+    results: Results = {}
     for metric in metrics:
         results |= metric.results()
         if metric.num_images != count:
@@ -216,7 +230,7 @@ def _results(metrics: Sequence[ImageMetric], count: int, watch: Stopwatch) -> di
 
 def milliseconds_per_image(
     generate: Generate, captions: Sequence[str], batch_size: int = 16, repeats: int = 3
-) -> dict[str, Any]:
+) -> Result:
     """Wall time per picture on this machine: prompt encoding, network passes and decoding, copied to the CPU.
 
     Args:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.clip_score import ClipScore, cosines, text_extractor
-from callbacks.metrics.open_clip_features import clip_network
 from common.errors import UserError
 from common.hashing import hash_json
 from datamodules.pictures import BACKGROUNDS
 from datamodules.tables import read_column
-from lightning_modules.networks.loading import asset_path
+from lightning_modules.networks.model_names import asset_path
 
 REMOVAL_CASES = "assets/removal_cases.jsonl"
 CORNER = 4  # pixels
@@ -85,8 +85,8 @@ class ClipScoreNegative(_WithNegatives, ClipScore):
             columns = (read_column(pairs, name) for name in ("prompt", "negative_prompt"))
             self._pairs = list(zip(*columns, strict=True))
 
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
-        self._add(features, self._negatives(prompts, positions))
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+        super()._add(features, self._negatives(prompts, positions), positions)
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,11 @@ class NegativeRemovalRate(_WithNegatives):
 
     removed: Tensor
     seen: Tensor
-    count: Tensor
 
     def __init__(
         self, cases: str | None = None, model: str | None = None, pretrained: str | None = None
     ) -> None:
-        super().__init__(None if model is None else clip_network(model, pretrained))
+        super().__init__(clip_network(model, pretrained))
         self.cases = read_cases(cases or REMOVAL_CASES)
         self.rates: dict[str, float] = {}
         self._pairs = [(case.prompt, case.negative_prompt) for case in self.cases]
@@ -170,9 +169,7 @@ class NegativeRemovalRate(_WithNegatives):
     def setup_states(self, width: int) -> None:
         """Pictures without the feature and pictures seen, for each case."""
         for name in ("removed", "seen"):
-            state = torch.zeros(len(self.cases), dtype=torch.long)
-            self.add_state(name, state, dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+            self.add_sum(name, len(self.cases), dtype=torch.long)
 
     def update(
         self,
@@ -186,7 +183,7 @@ class NegativeRemovalRate(_WithNegatives):
         self.__dict__["_backgrounds"] = background_colours(counted)
         super().update(images, prompts, is_padding, positions)
 
-    def _add_at(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         pairs = list(zip(prompts, self._negatives(prompts, positions), strict=True))
         for pair in dict.fromkeys(pairs):
             if pair not in self._pairs:
@@ -206,9 +203,6 @@ class NegativeRemovalRate(_WithNegatives):
         texts = extractor.text_features([case.unwanted, *case.alternatives])
         scores = [cosines(features, text.expand_as(features)) for text in texts]
         return torch.stack(scores).argmax(0) == 0
-
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
-        self._add_at(features, prompts, None)
 
     def _value(self) -> Tensor:
         self.rates = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.inception import inception_network
-from callbacks.metrics.open_clip_features import clip_network
 from common.errors import UserError
 from common.processes import from_every_rank
 
@@ -73,8 +73,6 @@ class NeighbourMetric(ImageMetric):
     needs_reference = True
     needs_reference_features = True
 
-    count: Tensor
-
     def __init__(
         self,
         model: str | None = None,
@@ -92,11 +90,9 @@ class NeighbourMetric(ImageMetric):
         self._rows: list[Tensor] = []
 
     def setup_states(self, width: int) -> None:
-        """The number of pictures. Features are no torchmetrics state, which would be gathered on a GPU."""
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        """None: the features are no torchmetrics state, which would be gathered on a GPU."""
 
     def reset(self) -> None:
-        """Forget the pictures."""
         super().reset()
         self._rows = []
 
@@ -105,14 +101,13 @@ class NeighbourMetric(ImageMetric):
         return super().snapshot() | {"features": self._own_rows()}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Add the features of a snapshot."""
         super().restore(snapshot)
         self._rows.append(snapshot["features"])
 
     def _own_rows(self) -> Tensor:
         return torch.cat([torch.zeros(0, self.extractor.width), *self._rows])
 
-    def _add(self, features: Tensor, prompts: list[str]) -> None:
+    def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         self._rows.append(features.cpu())
 
     def _both(self) -> tuple[Tensor, Tensor]:
@@ -131,15 +126,12 @@ class NeighbourMetric(ImageMetric):
         return fake - real.mean(0), real - real.mean(0)
 
     def settings(self) -> dict[str, Any]:
-        """Number of neighbours."""
         return {"k": self.k}
 
     def details(self) -> dict[str, Any]:
         """The features, k, both counts, and how the paper's own choice differs."""
         return super().details() | {
             "features": f"{self.extractor.name}, {self.extractor.width} wide",
-            "reference_num_images": self._reference.num_images,
-            "reference_hash": self._reference.content_hash,
             "differs": "the paper takes VGG-16 features of 50,000 generated and 50,000 real pictures",
         }
 

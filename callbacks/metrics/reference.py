@@ -1,25 +1,40 @@
 """Statistics of real pictures: mean and covariance of their features, and the hashes of their origin.
 
-For precision and recall the features themselves too.
+For precision and recall the features themselves too. They come from a file, or from a folder of pictures,
+which goes through each network once and is then found again by content.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
-from callbacks.metrics.extractors import FeatureExtractor
-from common.errors import UserError
-from common.hashing import hash_tensors, hash_texts, to_uint8
+from callbacks.metrics.extractors import FeatureExtractor, in_threads
+from common.errors import UserError, first_line
+from common.files import user_cache_dir, written_whole
+from common.hashing import hash_file, hash_json, hash_tensors, hash_texts, to_uint8
+from common.processes import from_every_rank, rank_and_world_size
+from datamodules.picture_files import Frame
+from lightning_modules.networks.model_names import asset_path
 
+log = logging.getLogger(__name__)
+EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VERSION = 1
+"""Raised when the statistics of the same pictures change, so that cached ones are made again."""
+UNFRAMED = "as they are"
+"""The name of no crop and resize before the network's own."""
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _TENSORS = ("mean", "covariance", "features")
 
 
@@ -95,13 +110,10 @@ class ReferenceStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(
-            save(self._tensors(), metadata=self._words() | {"content_hash": self.content_hash})
-        )
-        partial.replace(target)
+        words = self._words() | {"content_hash": self.content_hash}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(Path(path)) as partial:
+            partial.write_bytes(save(self._tensors(), metadata=words))
 
     @classmethod
     def load(cls, path: str | Path) -> "ReferenceStatistics":
@@ -166,17 +178,6 @@ class ReferenceStatistics:
         return words | {"content_hash": self.content_hash}
 
 
-class ReferenceSource(Protocol):
-    """Where a metric gets its statistics of real pictures from: a file's contents, or a folder."""
-
-    def statistics(self, extractor: FeatureExtractor, features: bool = False) -> ReferenceStatistics:
-        """The statistics in the features of this network; collective. ``features``: keep the features too.
-
-        Raises:
-            UserError: there are none for this network.
-        """
-
-
 def compute_reference(
     pictures: Iterable[Tensor], captions: Sequence[str], extractor: FeatureExtractor, source: str
 ) -> ReferenceStatistics:
@@ -209,3 +210,245 @@ def compute_reference(
         preprocessing=extractor.preprocessing.describe(),
         source=source,
     )
+
+
+class ReferenceFolder:
+    """Real pictures in a folder and its subfolders, as a reference for any network.
+
+    Args:
+        folder: where they are.
+        transform: crop and resize before the network's own preprocessing (default: none).
+        preprocessing: names ``transform``; part of the key under which statistics are cached.
+        minimum: fewer pictures than this are refused.
+        skip_corrupt: leave out pictures that can't be read, with a warning, instead of refusing the folder.
+        batch_size: pictures per pass and process.
+        cache_dir: where statistics are kept (default: ``user_cache_dir()``).
+
+    Raises:
+        UserError: no such folder, or fewer pictures than ``minimum`` (2 at least).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        transform: Callable[[Image.Image], Image.Image] | None = None,
+        preprocessing: str = UNFRAMED,
+        minimum: int = 2,
+        skip_corrupt: bool = False,
+        batch_size: int = 64,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self.folder, self.transform, self.preprocessing = Path(folder), transform, preprocessing
+        self.minimum, self.skip_corrupt, self.batch_size = max(2, minimum), skip_corrupt, batch_size
+        self.cache_dir = cache_dir if cache_dir is not None else user_cache_dir()
+        if not self.folder.is_dir():
+            raise UserError(f"no folder of real pictures at {str(folder)!r}: set `reference`")
+        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        self._require(len(self.files))
+        self._content_hash: str | None = None
+        self._known: dict[Path, ReferenceStatistics] = {}
+
+    def _require(self, count: int) -> None:
+        if count < self.minimum:
+            raise UserError(
+                f"the reference folder {str(self.folder)!r} holds {count} readable pictures, and "
+                f"{self.minimum} are needed: complete it, or name another one"
+            )
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the files, in the order of their names; collective."""
+        if self._content_hash is None:
+            own = [
+                (place, digest)
+                for places in self._batches("hashing the reference")
+                for place, digest in zip(places, in_threads(hash_file, [self.files[i] for i in places]))
+            ]
+            digests = sorted(pair for share in from_every_rank(own) for pair in share)
+            self._content_hash = hash_texts([digest for _, digest in digests])
+        return self._content_hash
+
+    def _batches(self, label: str) -> Iterator[list[int]]:
+        """The places of this process's pictures in ``files``, batch by batch, under a progress bar."""
+        rank, world = rank_and_world_size()
+        places = list(range(rank, len(self.files), world))
+        starts = range(0, len(places), self.batch_size)
+        for start in tqdm(starts, desc=label, unit="batch", disable=rank > 0):
+            yield places[start : start + self.batch_size]
+
+    def statistics(self, extractor: FeatureExtractor, features: bool = False) -> ReferenceStatistics:
+        """The statistics in the features of this network: found in the cache, or computed now and kept there.
+
+        Collective: every process takes its share of the pictures. Those that hold the features of single
+        pictures serve without them, too, so ask for these first.
+
+        Args:
+            extractor: the network that sees the pictures.
+            features: keep the features of single pictures too.
+
+        Raises:
+            UserError: a picture can't be read (it is named), or too few can.
+        """
+        for holds_features in (True,) if features else (False, True):
+            found = self._find(self._path(extractor, holds_features))
+            if found is not None:
+                return found if features else replace(found, features=None)
+        path, statistics = self._path(extractor, features), self._compute(extractor, features)
+        self._known[path] = statistics
+        if rank_and_world_size()[0] == 0:
+            try:
+                statistics.save(path)
+            except OSError as error:
+                log.warning("%s can't be written: these statistics will be computed again: %s", path, error)
+        return statistics
+
+    def _path(self, extractor: FeatureExtractor, features: bool) -> Path:
+        key = {
+            "version": VERSION,
+            "pictures": self.content_hash,
+            "extractor": extractor.content_hash,
+            "preprocessing": self.preprocessing,
+            "features": features,
+            "skip_corrupt": self.skip_corrupt,
+        }
+        return self.cache_dir / f"reference-{hash_json(key)[:16]}.safetensors"
+
+    def _find(self, path: Path) -> ReferenceStatistics | None:
+        # Cached only where every process finds it: those that do not would wait for the others for ever.
+        if path not in self._known and all(from_every_rank(path.is_file())):
+            statistics = ReferenceStatistics.load(path)
+            self._require(statistics.num_images)
+            self._known[path] = statistics
+        return self._known.get(path)
+
+    def _compute(self, extractor: FeatureExtractor, keep: bool) -> ReferenceStatistics:
+        sums, rows = FeatureSums(extractor.width), [torch.zeros(0, extractor.width)]
+        places: list[int] = []
+        corrupt: list[str] = []
+        for batch in self._batches(f"real pictures through {extractor.name}"):
+            features, readable, unreadable = self._features(batch, extractor)
+            sums.add(features)
+            corrupt += unreadable
+            if keep:
+                rows.append(features)
+                places += readable
+            if corrupt and not self.skip_corrupt:
+                break
+        self._report([name for share in from_every_rank(corrupt) for name in share])
+        shares = from_every_rank((sums.total, sums.outer, sums.count, places, torch.cat(rows)))
+        count = sum(share[2] for share in shares)
+        self._require(count)
+        total, outer = (torch.stack([share[i] for share in shares]).sum(0) for i in (0, 1))
+        mean, covariance = mean_and_covariance(total, outer, count)
+        order = torch.tensor([place for share in shares for place in share[3]], dtype=torch.long).argsort()
+        return ReferenceStatistics(
+            mean=mean,
+            covariance=covariance,
+            num_images=count,
+            extractor=extractor.name,
+            extractor_hash=extractor.content_hash,
+            captions_hash=hash_texts([]),
+            pictures_hash=self.content_hash,
+            preprocessing=f"{self.preprocessing}; {extractor.preprocessing.describe()}",
+            source=f"{count:,} pictures of the folder {self.folder.name}",
+            features=torch.cat([share[4] for share in shares])[order] if keep else None,
+        )
+
+    def _report(self, corrupt: list[str]) -> None:
+        if not corrupt:
+            return
+        named = "; ".join(corrupt[:3]) + (f"; and {len(corrupt) - 3} more" if len(corrupt) > 3 else "")
+        if not self.skip_corrupt:
+            raise UserError(
+                f"the reference folder {str(self.folder)!r} holds a picture that can't be read: {named}. "
+                "Fetch it again, or let corrupt pictures be skipped (evaluate: --skip-corrupt true; the "
+                "reference is another one then)"
+            )
+        log.warning("%d corrupt pictures of %s are skipped: %s", len(corrupt), self.folder, named)
+
+    def _features(
+        self, places: list[int], extractor: FeatureExtractor
+    ) -> tuple[Tensor, list[int], list[str]]:
+        """Features [b, D] of the readable pictures at these places, their places, and what can't be read."""
+        read = dict(zip(places, in_threads(self._read, [self.files[i] for i in places]), strict=True))
+        by_shape: dict[torch.Size, list[int]] = {}
+        for place, picture in read.items():
+            if isinstance(picture, Tensor):
+                by_shape.setdefault(picture.shape, []).append(place)
+        parts = [torch.zeros(0, extractor.width)]
+        for members in by_shape.values():
+            images = torch.stack([read[i] for i in members]).to(extractor.device).float() / 255  # type: ignore[misc]
+            parts.append(extractor.image_features(images).cpu())
+        readable = [place for members in by_shape.values() for place in members]
+        return torch.cat(parts), readable, [text for text in read.values() if isinstance(text, str)]
+
+    def _read(self, path: Path) -> Tensor | str:
+        """A picture [3, H, W], 8-bit, or what is wrong with it."""
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+        except _UNREADABLE as error:
+            return f"{path.relative_to(self.folder)} ({first_line(error)})"
+        if self.transform is not None:
+            picture = self.transform(picture)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+ReferenceSource = ReferenceStatistics | ReferenceFolder
+"""Where a metric gets its statistics of real pictures from: a file's contents, or a folder."""
+
+
+def open_reference(path: str | Path) -> ReferenceSource:
+    """The reference at a path, as it is: a folder of real pictures, or a file of statistics.
+
+    Raises:
+        UserError: there is nothing at the path, or no reference.
+    """
+    resolved = asset_path(path)
+    return ReferenceFolder(resolved) if resolved.is_dir() else ReferenceStatistics.load(resolved)
+
+
+def framed_reference(
+    reference: str | Path, frame: Frame | None, minimum: int | None = None, skip_corrupt: bool = False
+) -> ReferenceSource:
+    """The reference of an evaluation: real pictures, which get the frame of the drawn ones, or statistics.
+
+    Args:
+        reference: the path.
+        frame: crop and resize of drawn and real pictures.
+        minimum: least number of real pictures.
+        skip_corrupt: leave out pictures of a folder that can't be read.
+
+    Raises:
+        UserError: nothing there, too few pictures, or statistics of pictures prepared in another way.
+    """
+    path, needed = asset_path(reference), UNFRAMED if frame is None else frame.describe()
+    if path.is_dir():
+        transform = None if frame is None else frame.picture
+        return ReferenceFolder(path, transform, needed, minimum or 2, skip_corrupt)
+    statistics = ReferenceStatistics.load(path)
+    # "<crop and resize>; <the network's own>", or the network's own alone
+    before, separator, _ = statistics.preprocessing.partition("; ")
+    if (before if separator else UNFRAMED) != needed:
+        raise UserError(
+            f"{path} holds statistics of pictures prepared as {statistics.preprocessing!r}, but "
+            f"{needed!r} is needed: name the folder of real pictures instead"
+        )
+    if minimum is not None and statistics.num_images < minimum:
+        raise UserError(
+            f"{path} holds statistics of {statistics.num_images} pictures, and {minimum} are needed: "
+            "give those of all pictures"
+        )
+    return statistics
+
+
+def describe_reference(reference: ReferenceSource | None, captions: Sequence[str]) -> dict[str, Any] | None:
+    """The reference in words; where it has captions, whether these are the evaluation's."""
+    if isinstance(reference, ReferenceFolder):
+        return {"folder": reference.folder.name, "files": len(reference.files)}
+    if reference is None:
+        return None
+    described: dict[str, Any] = reference.describe()
+    if reference.captions_hash != hash_texts([]):
+        described["captions_are_those_of_the_evaluation"] = reference.captions_hash == hash_texts(captions)
+    return described

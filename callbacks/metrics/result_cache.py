@@ -8,7 +8,6 @@ it.
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import user_cache_dir
+from common.files import user_cache_dir, written_whole
 from common.hashing import hash_json, hash_tensors
+from lightning_modules.networks.model_names import REPOSITORY
 
 log = logging.getLogger(__name__)
-SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "cache"
+SHIPPED = REPOSITORY / "assets" / "cache"
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ class ResultCache:
         """The stored entry, or None. A damaged file is named in a warning and counts as absent."""
         for folder in (self.shipped_dir, self.user_dir):
             path = folder / self.file_name(kind, key) if folder is not None else None
-            if path is not None and path.is_file():
-                entry = _read(path, key)
-                if entry is not None:
-                    return entry
+            if path is not None and path.is_file() and (entry := _read(path, key)) is not None:
+                return entry
         return None
 
     def put(
@@ -76,22 +74,21 @@ class ResultCache:
         # A file without any tensor is no valid safetensors file for every reader, so there is always one.
         content = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
         content = content or {"empty": torch.zeros(1)}
-        words = {
-            "key": json.dumps(dict(key), sort_keys=True),
-            "value": json.dumps(dict(value), sort_keys=True),
-        }
-        data = save(content, metadata=words | {"hash": _hash(words, content)})
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        words = {"key": _text(key), "value": _text(value)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
+            with written_whole(path) as partial:
+                partial.write_bytes(save(content, metadata=words | {"hash": _hash(words, content)}))
         except OSError as error:
             log.warning(
                 "%s can't be written, so this result will be computed again next time: %s", path, error
             )
             return None
         return path
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), sort_keys=True)
 
 
 def _hash(words: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -107,7 +104,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Entry | None:
     except (SafetensorError, OSError, KeyError) as error:
         log.warning("%s can't be read (%s); its result is computed again", path, error)
         return None
-    if not intact or words["key"] != json.dumps(dict(key), sort_keys=True):
+    if not intact or words["key"] != _text(key):
         log.warning("%s does not match its hash or its key; its result is computed again", path)
         return None
     tensors.pop("empty", None)

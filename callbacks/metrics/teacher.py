@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.measure import Generate, evaluate_model
+from callbacks.metrics.measure import Generate, Results, evaluate_model, results_of
 from callbacks.metrics.result_cache import ResultCache
-from common.hashing import hash_folder, hash_texts
+from common.hashing import hash_texts
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.picture_files import Frame
-from lightning_modules.generator import OneStepGenerator, make_generator, multistep_images
-from lightning_modules.networks.loading import TextToImageParts, load_parts, noise_schedule
+from lightning_modules.generator import OneStepGenerator, make_generator
+from lightning_modules.networks.loading import TextToImageParts, load_parts, model_hash, noise_schedule
+from lightning_modules.pipelines import multistep_images
 
 _PARTS = "parts"
 PROTOCOL = 1
@@ -34,19 +35,15 @@ class Teacher:
     def __init__(
         self, path: str, device: torch.device | str = "cpu", steps: int = 25, guidance_scale: float = 4.5
     ) -> None:
-        self.path, self.device, self.steps, self.guidance_scale = (
-            path,
-            torch.device(device),
-            steps,
-            guidance_scale,
-        )
+        self.path, self.device = path, torch.device(device)
+        self.steps, self.guidance_scale = steps, guidance_scale
         self._parts: TextToImageParts | None = None
         self._one_step: OneStepGenerator | None = None
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the folder's weights and settings."""
-        return hash_folder(self.path)
+        """SHA-256 of the folder's weights and settings, and of the variant."""
+        return model_hash(self.path)
 
     @property
     def rows(self) -> dict[str, tuple[Generate, dict[str, Any]]]:
@@ -92,30 +89,29 @@ def teacher_metrics(
     precision: str = "32-true",
     show_progress: bool = True,
     extras: tuple[Sequence[str] | None, Sequence[str] | None, Frame | None] = (None, None, None),
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, Results]:
     """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, cached or measured now. Collective.
 
     A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the
     metric depends on are the same, by content. ``extras`` are groups, negative prompts and frame.
     """
-    rank, _ = rank_and_world_size()
     groups, negatives, frame = extras
-    told = {"groups": groups and hash_texts(groups), "negatives": negatives and hash_texts(negatives),
-            "frame": frame and frame.describe()}  # fmt: skip
+    told = {
+        "groups": groups and hash_texts(groups),
+        "negatives": negatives and hash_texts(negatives),
+        "frame": frame and frame.describe(),
+    }
+    drawn = {
+        "teacher": teacher.content_hash,
+        "captions": hash_texts(captions),
+        "seeds": hash_texts([str(seed) for seed in seeds]),
+        "precision": precision,
+        "protocol": PROTOCOL,
+    } | {name: value for name, value in told.items() if value is not None}
     rows = {}
     for row, (generate, settings) in teacher.rows.items():
-        drawn = (
-            settings
-            | {
-                "teacher": teacher.content_hash,
-                "captions": hash_texts(captions),
-                "seeds": hash_texts([str(seed) for seed in seeds]),
-                "precision": precision,
-                "protocol": PROTOCOL,
-            }
-            | {name: value for name, value in told.items() if value is not None}
-        )
-        keys = {metric.name: drawn | metric.key() for metric in metrics}
+        keys = {metric.name: settings | drawn | metric.key() for metric in metrics}
+        rank = rank_and_world_size()[0]
         # Rank zero decides what is cached: a process that saw other files would wait for the others for ever.
         results = from_rank_zero(_cached(cache, row, keys) if rank == 0 else None)
         missing = [metric for metric in metrics if metric.name not in results]
@@ -124,34 +120,25 @@ def teacher_metrics(
             fresh = evaluate_model(
                 generate, captions, missing, batch_size, seeds, label if show_progress else None, *extras
             )
-            if rank == 0:
-                for metric in missing:
-                    own = {name: fresh[name] for name in fresh if name.partition("/")[0] == metric.name}
-                    cache.put(_kind(row, metric.name), keys[metric.name], _packed(metric.name, own))
+            for metric in missing if rank == 0 else ():
+                # one entry for a metric: its own result, and in it those of its parts (hpsv2/anime)
+                parts = results_of(metric.name, fresh)
+                entry = parts.pop(metric.name) | ({_PARTS: parts} if parts else {})
+                cache.put(_kind(row, metric.name), keys[metric.name], entry)
             results = results | fresh
-        rows[row] = {
-            name: results[name]
-            for metric in metrics
-            for name in results
-            if name.partition("/")[0] == metric.name
-        }
+        rows[row] = {k: v for metric in metrics for k, v in results_of(metric.name, results).items()}
     return rows
 
 
-def _cached(cache: ResultCache, row: str, keys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    entries = {name: cache.get(_kind(row, name), key) for name, key in keys.items()}
-    found: dict[str, Any] = {}
-    for name, entry in entries.items():
+def _cached(cache: ResultCache, row: str, keys: Mapping[str, Mapping[str, Any]]) -> Results:
+    found: Results = {}
+    for name, key in keys.items():
+        entry = cache.get(_kind(row, name), key)
         if entry is not None:
             result = dict(entry.value)
-            found |= {name: result, **result.pop(_PARTS, {})}
+            parts = result.pop(_PARTS, {})
+            found |= {name: result, **parts}
     return found
-
-
-def _packed(name: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The results of one metric as one entry: its own, and in it those of its parts (``hpsv2/anime``)."""
-    parts = {part: result for part, result in results.items() if part != name}
-    return results[name] | ({_PARTS: parts} if parts else {})
 
 
 def _kind(row: str, name: str) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.run_folder import write_text_atomically
 from common.errors import UserError, first_line
-from common.hashing import hash_json
+from common.files import write_text_atomically, written_whole
 from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
 
 KEY = "key.json"
@@ -40,8 +39,7 @@ class Unfinished:
         if differing:
             raise UserError(
                 f"{folder.parent} holds an interrupted evaluation with another {differing}: the two "
-                "can't be "
-                f"mixed. Give another --output, or delete {folder} to start again"
+                f"can't be mixed. Give another --output, or delete {folder} to start again"
             )
 
     def _differing(self) -> str:
@@ -53,8 +51,6 @@ class Unfinished:
             stored = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             return "list of settings (which is damaged)"
-        if hash_json(stored) == hash_json(self.key):
-            return ""
         ours = json.loads(json.dumps(self.key))
         return ", ".join(name for name in {**ours, **stored} if ours.get(name) != stored.get(name))
 
@@ -90,8 +86,7 @@ class Unfinished:
             except Exception as error:  # each kind of damage raises another type
                 raise UserError(
                     f"the interrupted evaluation {path} can't be read ({first_line(error)}); delete "
-                    f"{self.folder} "
-                    "to start again"
+                    f"{self.folder} to start again"
                 ) from error
             for number, metric in enumerate(metrics):
                 metric.restore(states[f"{number}-{metric.name}"])
@@ -123,14 +118,12 @@ class Unfinished:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0 and not (self.folder / KEY).is_file():
                 write_text_atomically(self.folder / KEY, json.dumps(self.key, indent=1, ensure_ascii=False))
-            partial = self.folder / f".{name}.partial"
-            torch.save(states, partial)
-            partial.replace(self.folder / name)
+            with written_whole(self.folder / name) as partial:
+                torch.save(states, partial)
         except OSError as error:
             raise UserError(
-                f"{self.folder} can't be written: {error}; make room, give another --output, or switch "
-                "the saving "
-                "of unfinished evaluations off with --save-every 0"
+                f"{self.folder} can't be written: {error}; make room, give another --output, or switch the "
+                "saving of unfinished evaluations off with --save-every 0"
             ) from error
         from_every_rank(None)  # all have written
         if rank == 0:

@@ -11,7 +11,7 @@ from commands.sweeping.settings import SweepSettings
 from common.errors import UserError
 
 
-class _ParseOnly(TrainerCLI):
+class ParseOnly(TrainerCLI):
     """Reads and checks a command line of `fit`; builds and runs nothing."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -35,17 +35,16 @@ def check_keys(settings: SweepSettings) -> None:
         UserError: a key is no config key (the nearest one is named), a value does not fit it, or the base
             config itself is wrong.
     """
-    _parse(settings, [], f"the base config of {settings.path}")
-    samples = {dimension.key: dimension.samples() for dimension in settings.space.dimensions}
-    for key, values in samples.items():
-        _parse(settings, settings.options({key: values[0]}), f"{settings.path}: search key {key}")
-    for i in range(1, max(len(values) for values in samples.values())):
+    _parse(settings, {}, "the base config")
+    dimensions: dict[str, Any] = dict(settings.space)
+    samples = {key: getattr(one, "choices", None) or (one.low, one.high) for key, one in dimensions.items()}
+    for i in range(max(map(len, samples.values()))):
         point = {key: values[min(i, len(values) - 1)] for key, values in samples.items()}
-        _parse(settings, settings.options(point), f"{settings.path}: the point {point}")
+        _parse(settings, point, f"the point {point}")
 
 
-def _parse(settings: SweepSettings, options: list[str], what: str) -> None:
+def _parse(settings: SweepSettings, point: dict[str, Any], what: str) -> None:
     try:
-        _ParseOnly(["fit", *(options or settings.options({}))])
+        ParseOnly(["fit", *settings.options(point)])
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{settings.path}: {what}: {error}") from error

@@ -6,17 +6,16 @@ import difflib
 import math
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdm import tqdm
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial
 
-from commands.sweeping.settings import SweepSettings
-from commands.sweeping.study import TrialBook
+from commands.sweeping.study import SweepStudy
 from commands.sweeping.trial_process import (
     TrialProcess,
     environment,
@@ -25,10 +24,7 @@ from commands.sweeping.trial_process import (
     threads_per_worker,
 )
 from common.errors import UserError
-from reports.plots import short_names
-
-if TYPE_CHECKING:
-    from optuna.trial import Trial
+from reports.text import format_value, short_names
 
 _BEAT = 20.0  # seconds between signs of life
 
@@ -37,18 +33,17 @@ _BEAT = 20.0  # seconds between signs of life
 class _Running:
     trial: Trial
     process: TrialProcess
-    last_beat: float = field(default_factory=time.monotonic)
+    last_beat: float = -math.inf
     stop_at: float = math.inf
     """When it is killed, if it was asked to stop."""
 
 
 @dataclass
 class Driver:
-    """Works through a sweep together with every other driver of the same storage.
+    """Works through a sweep, together with every other driver of the same database.
 
     Attributes:
-        settings: the sweep.
-        book: its trials.
+        study: the sweep's trials.
         workers: trials at once.
         on_change: called whenever a trial has ended.
         command: the words that start a trial, before the options.
@@ -57,8 +52,7 @@ class Driver:
         grace: seconds a trial gets to end gracefully before it is killed.
     """
 
-    settings: SweepSettings
-    book: TrialBook
+    study: SweepStudy
     workers: int = 1
     on_change: Callable[[], object] = lambda: None
     command: Sequence[str] = field(default_factory=fit_command)
@@ -71,203 +65,156 @@ class Driver:
         """Return when every trial of the sweep has ended, here or elsewhere.
 
         Raises:
-            UserError: the metric is in no run, or trials cannot be started; others that run are stopped.
+            UserError: the metric is in no run, trials cannot be started, or another driver works on the same
+                file; those that run are stopped.
             KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM; the running trials are stopped and will be
                 run again when the sweep goes on.
         """
-        with self._progress() as bar, _stop_signals() as leave_if_asked:
+        with self.study.joined(), _noted_signals() as signals:
             try:
-                while True:
-                    self._recover()
-                    leave_if_asked()
+                while not signals:
+                    for number in self.study.recover():
+                        print(f"trial {number}: its driver is gone; it is run again", flush=True)
                     self._fill()
                     for worker in list(self._running):
                         self._watch(worker)
-                    self._show(bar)
-                    if not self._running and self.book.is_over():
+                    if not self._running and self.study.is_over():
                         return
-                    leave_if_asked()
                     time.sleep(self.poll)
-            except BaseException:
-                self._stop_all()
-                raise
-
-    def _progress(self) -> Any:
-        return tqdm(total=self.settings.trials, desc=self.settings.name, unit="trial", dynamic_ncols=True)
-
-    def _show(self, bar: Any) -> None:
-        ended = [trial for trial in self.book.live().values() if trial.state.is_finished()]
-        values = [
-            trial.value for trial in ended if trial.state.name == "COMPLETE" and trial.value is not None
-        ]
-        best = (min if self.settings.minimize else max)(values, default=None)
-        if bar.n != len(ended):
-            bar.n = len(ended)
-            bar.set_postfix_str(f"best {best:.6g}" if best is not None else "")
-
-    def _recover(self) -> None:
-        for slot in self.book.recover():
-            tqdm.write(f"trial {slot}: its driver is gone; it is run again")
+            finally:
+                self._stop_all(signals)
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
     def _fill(self) -> None:
         for worker in range(self.workers):
-            if worker in self._running:
-                continue
-            trial = self.book.claim()
-            if trial is None:
-                return
-            self._start(worker, trial)
+            if worker not in self._running:
+                trial = self.study.claim()
+                if trial is None:
+                    return
+                self._start(worker, trial)
 
     def _start(self, worker: int, trial: Trial) -> None:
-        facts = trial.user_attrs
-        slot, attempt = facts["slot"], facts["attempt"]
-        name = f"trial_{slot:03d}" + (f"_again_{attempt}" if attempt else "")
-        words = [*self.settings.launcher, *self.command, *self.settings.options(trial.params)]
+        settings, facts = self.study.settings, trial.user_attrs
+        again = f"_again_{facts['again']}" if "again" in facts else ""
+        name = f"trial_{facts.get('first', trial.number):03d}{again}"
+        words = [*settings.launcher, *self.command, *settings.options(trial.params)]
         env = environment(self.workers, worker, self.gpus)
         try:
-            process = TrialProcess.start(words, self.settings.folder, name, self.settings.metric, env)
-        except OSError as error:
-            self.book.give_up(trial)
-            raise UserError(f"cannot start a trial by {words[0]!r}: {error}") from error
-        except BaseException:
-            self.book.give_up(trial)
+            process = TrialProcess.start(words, settings.folder, name, settings.metric, env)
+        except BaseException as error:
+            self.study.give_up(trial.number)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot start a trial by {words[0]!r}: {error}") from error
             raise
         self._running[worker] = _Running(trial, process)
-        for key, fact in {
-            "folder": str(process.folder), "host": socket.gethostname(),
-            "threads": threads_per_worker(self.workers),
-        }.items():  # fmt: skip
-            trial.set_user_attr(key, fact)
+        trial.set_user_attr("folder", str(process.folder))
+        trial.set_user_attr("host", socket.gethostname())
+        trial.set_user_attr("threads", threads_per_worker(self.workers))
 
     def _watch(self, worker: int) -> None:
         running = self._running[worker]
-        if running.process.status() is not None:
+        ended = running.process.status() is not None  # before its last values are read
+        try:
+            self._look_at(running, ended)
+            if not ended:
+                return
             del self._running[worker]
             self._finish(running)
-            self.on_change()
-            return
-        now = time.monotonic()
-        if now > running.stop_at:
+        except UpdateFinishedTrialError:
+            self._running.pop(worker, None)
             running.process.kill()
-        elif now - running.last_beat > _BEAT:
-            running.last_beat = now
-            if not self.book.beat(running.trial):  # given up by another driver, who runs it again
-                running.process.kill()
-        elif self._report(running) and not running.process.stopping:
-            running.process.stop()
-            running.stop_at = now + self.grace
+            print(f"trial {running.trial.number}: another driver has taken it over", flush=True)
+        self.on_change()
 
-    def _report(self, running: _Running) -> bool:
-        """Tell Optuna the new values; whether the trial should stop."""
-        pruned = False
-        for step, value in running.process.new_values():
-            if self.book.report(running.trial, step, value) and self.settings.pruning is not None:
-                pruned = pruned or running.trial.should_prune()
-        return pruned
+    def _look_at(self, running: _Running, ended: bool) -> None:
+        """Tell Optuna the new values, and stop a trial that it prunes or that is overdue."""
+        now, process = time.monotonic(), running.process
+        if now - running.last_beat > _BEAT:
+            running.last_beat = now
+            running.trial.set_user_attr("beat", time.time())
+        for step, value in process.new_values():
+            running.trial.report(value, step)
+            if not process.stopping and not ended and running.trial.should_prune():
+                process.stop()
+                running.stop_at = now + self.grace
+        if now > running.stop_at:
+            process.kill()
 
     def _finish(self, running: _Running) -> None:
-        trial, process = running.trial, running.process
-        status = process.status()
-        self._report(running)
+        trial, process, metric = running.trial, running.process, self.study.settings.metric
         values = process.values()
-        facts: dict[str, Any] = {"seconds": process.seconds}
         last = max(values, default=None)
-        state, value, missing = "COMPLETE", None, None
+        facts: dict[str, Any] = {"seconds": process.seconds, "step": last}
+        value, missing = values.get(last) if last is not None else None, None
+        state = "COMPLETE"
         if process.stopping:
             state = "PRUNED"
-        elif status != 0:
-            state, facts["error"] = "FAIL", process.error()
-        elif last is None:
-            state, missing = "FAIL", self._missing(process)
-            facts["error"] = missing
-        elif not math.isfinite(values[last]):
-            state, facts["error"] = "FAIL", f"{self.settings.metric} is {values[last]} at step {last}"
-        else:
-            value = values[last]
-        if last is not None:
-            facts["step"] = last
-        if not self.book.tell(trial, state, value, **facts):
-            tqdm.write(f"trial {trial.user_attrs['slot']}: another driver had taken it over; result dropped")
-            return
-        tqdm.write(_line(trial, state, value if value is not None else values.get(last or 0), facts))
-        if missing and not any(t.intermediate_values for t in self.book.trials()):
+        elif process.status() != 0:
+            facts["error"] = process.error()
+        elif value is None:
+            facts["error"] = missing = self._missing(process)
+        elif not math.isfinite(value):
+            facts["error"] = f"{metric} is {value} at step {last}"
+        if "error" in facts:
+            state = "FAIL"
+        self.study.tell(trial, state, value if state == "COMPLETE" else None, **facts)
+        print(self._line(trial, state, value, facts), flush=True)
+        if missing and not any(other.intermediate_values for other in self.study.live()):
             raise UserError(missing)
 
     def _missing(self, process: TrialProcess) -> str:
         names = logged_names(process.folder / "metrics.csv")
-        metric = self.settings.metric
-        close = difflib.get_close_matches(metric, names, n=1, cutoff=0.5)
+        settings = self.study.settings
+        close = difflib.get_close_matches(settings.metric, names, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return (
-            f"the metric {metric!r} never appeared in {process.folder / 'metrics.csv'}; {hint}"
+            f"the metric {settings.metric!r} never appeared in {process.folder / 'metrics.csv'}; {hint}"
             f"It holds {', '.join(names) or 'nothing'}. Does a validation come before the last step? "
-            f"Change metric (or the config) in {self.settings.path} and remove {self.settings.folder}, or "
+            f"Change metric (or the config) in {settings.path} and remove {settings.folder}, or "
             "give the sweep another name"
         )
 
-    def _stop_all(self) -> None:
-        """Stop what runs, all at the same time; the trials are free to be run again."""
+    def _line(self, trial: Trial, state: str, value: float | None, facts: dict[str, Any]) -> str:
+        """What is printed of a trial that has ended."""
+        names = short_names(list(self.study.settings.space))
+        point = ", ".join(
+            f"{names[key]} {format_value(one) if isinstance(one, float) else one}"
+            for key, one in sorted(trial.params.items())
+        )
+        outcome = {"COMPLETE": "", "PRUNED": "pruned at ", "FAIL": "failed: "}[state]
+        outcome += str(facts["error"]).splitlines()[-1] if state == "FAIL" else f"{value:.6g}"
+        done = sum(other.state.is_finished() for other in self.study.live())
+        return (
+            f"[{done}/{self.study.settings.trials}] trial {trial.number} ({point}): {outcome}, "
+            f"{facts['seconds']:.0f} s"
+        )
+
+    def _stop_all(self, signals: list[int]) -> None:
+        """Stop what runs, all at the same time, at once if Ctrl-C comes twice; they will be run again."""
         running, self._running = list(self._running.values()), {}
         deadline = time.monotonic() + self.grace
         if running:
-            many = f"{len(running)} running trial{'s' if len(running) > 1 else ''}"
-            tqdm.write(f"stopping {many}; the same command goes on with the sweep")
+            print(f"stopping {len(running)} trials; the same command goes on with the sweep", flush=True)
         for one in running:
             one.process.stop()
-        try:
-            for one in running:
-                one.process.stop_and_wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:  # a second Ctrl-C: at once
-            for one in running:
+        while any(one.process.status() is None for one in running):
+            if time.monotonic() > deadline or len(signals) > 1:
+                break
+            time.sleep(self.poll)
+        for one in running:
+            if one.process.status() is None:
                 one.process.kill()
-            raise
-        finally:
-            for one in running:
-                self.book.give_up(one.trial)
-
-
-def _line(trial: Trial, state: str, value: float | None, facts: dict[str, Any]) -> str:
-    """What is printed of a trial that has ended."""
-    params = dict(sorted(trial.params.items()))
-    names = short_names(list(params))
-    point = ", ".join(f"{names[key]} {_short(value)}" for key, value in params.items())
-    outcome = {"COMPLETE": "", "PRUNED": "pruned at ", "FAIL": "failed"}[state]
-    if state != "FAIL" and value is not None:
-        outcome += f"{value:.6g}"
-    elif state == "FAIL":
-        outcome += f": {str(facts['error']).splitlines()[-1]}"
-    return f"trial {trial.user_attrs['slot']} ({point}): {outcome}, {facts['seconds']:.0f} s"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            self.study.give_up(one.trial.number)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM, by which clusters end a job, wait for the storage to be at rest, the first time.
-
-    Yields:
-        What leaves if one has come: KeyboardInterrupt, or SystemExit with status 143.
-    """
+def _noted_signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM, by which clusters end a job, instead of breaking off what is being written."""
     seen: list[int] = []
-
-    def leave_if_asked() -> None:
-        if seen:
-            raise KeyboardInterrupt if seen[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
-
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            leave_if_asked()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield leave_if_asked
-        return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
+    before = [signal.signal(number, lambda one, _: seen.append(one)) for number in numbers]
     try:
-        yield leave_if_asked
+        yield seen
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -1,42 +1,41 @@
-"""What a sweep has come to: sweep.json, the ranked table, the best configuration."""
+"""What a sweep has come to: sweep.json, sweep.html, the ranked table, the best configuration."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 import yaml
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from callbacks.run_folder import CONFIG_NAME, write_text_atomically
+from callbacks.run_folder import CONFIG_NAME
 from commands.sweeping.settings import SweepSettings
-from commands.sweeping.study import TrialBook, import_optuna, point_of
-from reports.plots import short_names
-from reports.run_report import format_value
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+from commands.sweeping.study import SweepStudy
+from common.files import write_text_atomically
+from reports.sweep_page import render_page, row_cells, row_header
+from reports.text import short_names, text_table
 
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 _ORDER = ["complete", "pruned", "running", "waiting", "failed"]
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def collect(book: TrialBook) -> dict[str, Any]:
+def collect(study: SweepStudy) -> dict[str, Any]:
     """The content of sweep.json; trials are ranked, the best first."""
-    settings, live = book.settings, book.live()
-    keys = [dimension.key for dimension in settings.space.dimensions]
-    trials = [_row(slot, live[slot], keys) for slot in sorted(live) if slot < settings.trials]
-    sign = 1 if settings.minimize else -1
+    settings = study.settings
+    trials = [_row(trial) for trial in study.live()]
+    sign = 1 if settings.direction == "minimize" else -1
     # pruned ones had less time, so they stand after all that came to their end
-    trials.sort(key=lambda t: (_ORDER.index(t["state"]), sign * _or(t["value"], math.inf * sign), t["trial"]))
-    rank = 0
-    for trial in trials:
-        rank += trial["state"] == "complete"
-        trial["rank"] = rank if trial["state"] == "complete" else None
-    best = trials[0] if rank else None
+    trials.sort(
+        key=lambda t: (
+            _ORDER.index(t["state"]), math.inf if t["value"] is None else sign * t["value"], t["trial"]
+        )
+    )  # fmt: skip
+    for i, trial in enumerate(trials):
+        trial["rank"] = i + 1 if trial["state"] == "complete" else None
     return {
         "name": settings.name,
         "folder": str(settings.folder),
@@ -44,74 +43,68 @@ def collect(book: TrialBook) -> dict[str, Any]:
         "direction": settings.direction,
         "trials_asked": settings.trials,
         "counts": {state: sum(t["state"] == state for t in trials) for state in _ORDER},
-        "lost_and_run_again": sum(bool(t.user_attrs.get("lost")) for t in book.trials()),
-        "best": best,
-        "importance": importance(book),
+        "lost_and_run_again": study.replaced(),
+        "best": trials[0] if trials and trials[0]["rank"] else None,
+        "importance": importance(plain_copy(study)),
         "trials": trials,
-        "space": {
-            d.key: {"kind": d.kind, "values": list(d.values), "step": d.step}
-            for d in settings.space.dimensions
-        },
-        "base": [str(path) for path in settings.base],
+        "space": settings.space_as_data(),
+        "base": settings.base,
         "overrides": settings.overrides,
     }
 
 
-def _row(slot: int, trial: FrozenTrial, keys: list[str]) -> dict[str, Any]:
-    point = point_of(trial)
+def _row(trial: FrozenTrial) -> dict[str, Any]:
     facts, values = trial.user_attrs, dict(sorted(trial.intermediate_values.items()))
     state = _STATES.get(trial.state.name, "waiting")
     value = trial.value if state in ("complete", "pruned") else None
-    if value is not None and not math.isfinite(value):  # a pruned one
-        value = None
     return {
-        "trial": slot,
+        "trial": facts.get("first", trial.number),
         "state": state,
-        "value": value,
-        "step": facts.get("step"),
-        "params": {key: point[key] for key in keys},
-        "seconds": facts.get("seconds"),
-        "threads": facts.get("threads"),
-        "host": facts.get("host"),
-        "folder": facts.get("folder"),
-        "error": facts.get("error"),
+        "value": value if value is not None and math.isfinite(value) else None,
+        "params": trial.params,
+        **{name: facts.get(name) for name in ("step", "seconds", "threads", "host", "folder", "error")},
         "values": {step: value if math.isfinite(value) else None for step, value in values.items()},
     }
 
 
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
+def plain_copy(study: SweepStudy) -> optuna.Study:
+    """A study in memory of the trials that have a value, with short names of the keys, to be shown."""
+    names = short_names(list(study.settings.space))
+    copy = optuna.create_study(direction=study.settings.direction)
+    for trial in study.live():
+        if trial.value is not None and math.isfinite(trial.value):
+            copy.add_trial(create_trial(
+                state=trial.state, value=trial.value, intermediate_values=trial.intermediate_values,
+                params={names[key]: value for key, value in trial.params.items()},
+                distributions={names[key]: one for key, one in trial.distributions.items()},
+            ))  # fmt: skip
+    return copy
 
 
-def importance(book: TrialBook) -> dict[str, float] | None:
+def importance(study: optuna.Study) -> dict[str, float] | None:
     """Each key's share in the variance of good trials (PED-ANOVA, Watanabe et al. 2023, by Optuna).
 
     Returns:
         Key to share, the largest first, sum 1; None with fewer than four complete trials, or if all of them
         have one value.
     """
-    complete = [trial for trial in book.live().values() if trial.state.name == "COMPLETE"]
+    complete = study.get_trials(states=[TrialState.COMPLETE])
     if len(complete) < _FEWEST_FOR_IMPORTANCE or len({trial.value for trial in complete}) == 1:
         return None
-    optuna = import_optuna()
-    copy = optuna.create_study(direction=book.settings.direction)  # without void and lost trials
-    copy.add_trials(complete)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    shares = optuna.importance.get_param_importances(copy, evaluator=evaluator)
-    return {key: float(share) for key, share in sorted(shares.items(), key=lambda item: -item[1])}
+    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {key: float(share) for key, share in shares.items()}
 
 
-def write_results(book: TrialBook) -> dict[str, Any]:
+def write_results(study: SweepStudy) -> dict[str, Any]:
     """Write sweep.json, sweep.html and, if any trial is complete, best.yaml; returns sweep.json's content."""
-    from reports.sweep_page import render_page
-
-    settings, content = book.settings, collect(book)
+    settings, content = study.settings, collect(study)
     settings.folder.mkdir(parents=True, exist_ok=True)
     content["best_config"] = write_best(settings, content["best"])
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text_atomically(settings.folder / "sweep.json", text)
-    source = settings.path.read_text(encoding="utf-8")
-    write_text_atomically(settings.folder / "sweep.html", render_page(content, source))
+    page = render_page(content, plain_copy(study), settings.path.read_text(encoding="utf-8"))
+    write_text_atomically(settings.folder / "sweep.html", page)
     return content
 
 
@@ -125,7 +118,7 @@ def write_best(settings: SweepSettings, best: dict[str, Any] | None) -> str | No
         return None
     config = yaml.safe_load(source.read_text(encoding="utf-8"))
     config["experiment"] = f"{settings.name}_best"
-    config.setdefault("trainer", {})["default_root_dir"] = str(settings.root)
+    config.setdefault("trainer", {})["default_root_dir"] = settings.root
     header = (
         f"# Best of the {settings.trials} trials of {settings.path.name}: trial {best['trial']}, "
         f"{settings.metric} {best['value']!r} at step {best['step']}.\n"
@@ -136,33 +129,6 @@ def write_best(settings: SweepSettings, best: dict[str, Any] | None) -> str | No
     return str(path)
 
 
-def text_table(content: dict[str, Any]) -> str:
+def ranked_table(content: dict[str, Any]) -> str:
     """The ranked table for a terminal."""
-    names = short_names(list(content["space"]))
-    header = ["#", "trial", content["metric"], *names.values(), "state", "run"]
-    rows = [
-        [
-            str(t["rank"] or "–"), str(t["trial"]), _text(t["value"]),
-            *(_text(t["params"].get(key)) for key in names), _state(t), str(t["folder"] or ""),
-        ]
-        for t in content["trials"]
-    ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows]
-    )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    return format_value(value) if isinstance(value, float) else str(value)
-
-
-def _state(trial: dict[str, Any]) -> str:
-    if trial["state"] == "pruned":
-        return f"pruned at step {trial['step']}"
-    if trial["state"] == "failed":
-        last = re.sub(r"\s+", " ", str(trial["error"] or "").splitlines()[-1] if trial["error"] else "")
-        return f"failed: {last[:60]}"
-    return str(trial["state"])
+    return text_table(row_header(content), [row_cells(trial, content) for trial in content["trials"]])

@@ -1,147 +1,149 @@
-"""What a sweep's YAML says."""
+"""What a sweep's YAML says; it names Optuna's classes, which jsonargparse checks and builds."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from dataclasses import dataclass, fields
+import json
+import math
+import warnings
+from argparse import ArgumentError
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import optuna
 import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
 
-from commands.sweeping.space import Point, Space, option, read_dimension
-from common.errors import UserError
+from commands.config_errors import explain
+from common.errors import UserError, first_line
 
-_DIRECTIONS = ("minimize", "maximize")
-_SAMPLERS = ("tpe", "random")
 _OWN = ("experiment", "trainer.default_root_dir", "config")
 """What the sweep itself gives to every trial."""
+_OLD = (
+    "the search is written with Optuna's classes, such as {class_path: FloatDistribution, init_args: "
+    "{low: 1.0e-5, high: 1.0e-3, log: true}}; `range`, `choices`, `grid`, `pruning` and `seed` are from "
+    "before (docs/sweeps.md says what stands for each)"
+)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """When a trial is stopped early: its metric is worse than the median of earlier ones at the same step.
-
-    Attributes:
-        warmup_steps: no trial is stopped before this student update.
-        finished_trials: no trial is stopped before so many have run to their end.
-    """
-
-    warmup_steps: int = 0
-    finished_trials: int = 4
-
-
-@dataclass(frozen=True)
+@dataclass
 class SweepSettings:
     """A sweep.
 
     Attributes:
-        path: the YAML this was read from.
-        name: of the sweep and of its folder.
         base: configurations of `fit`, merged in this order.
-        space: what is searched.
+        space: config key to the values that are searched.
         metric: column of metrics.csv; a trial's value is the last one of its run.
         direction: "minimize" or "maximize".
         trials: how many points are tried.
         overrides: options every trial gets, by dotted key.
-        sampler: "tpe" or "random".
-        seed: of the search.
-        pruning: None: every trial runs to its end.
+        sampler: how points are chosen; None: by TPE with seed 0.
+        pruner: which trials are stopped early; None: none.
+        name: of the sweep and of its folder; None: the stem of the YAML.
         root: the sweep's folder is ``<root>/<name>``.
         storage: a file (Optuna's journal) or a database address; None: ``<root>/<name>/study.journal``.
         launcher: words before the command of every trial, such as ``[srun]``.
+        path: the YAML this was read from.
     """
 
-    path: Path
-    name: str
-    base: tuple[Path, ...]
-    space: Space
+    base: str | list[str]
+    space: dict[str, BaseDistribution]
     metric: str
-    direction: str
-    trials: int
-    overrides: dict[str, Any]
-    sampler: str = "tpe"
-    seed: int = 0
-    pruning: Pruning | None = None
-    root: Path = Path("runs")
+    direction: Literal["minimize", "maximize"]
+    trials: PositiveInt
+    overrides: dict[str, Any] = field(default_factory=dict)
+    sampler: BaseSampler | None = None
+    pruner: BasePruner | None = None
+    name: str | None = None
+    root: str = "runs"
     storage: str | None = None
-    launcher: tuple[str, ...] = ()
+    launcher: list[str] = field(default_factory=list)
+    path: Path = Path()
+
+    def __post_init__(self) -> None:
+        """Fill in what has no fixed default."""
+        self.base = [self.base] if isinstance(self.base, str) else self.base
+        self.sampler = self.sampler or optuna.samplers.TPESampler(seed=0, constant_liar=True)
+        self.pruner = self.pruner or optuna.pruners.NopPruner()
 
     @property
     def folder(self) -> Path:
         """Where the results and the runs of the trials lie."""
-        return self.root / self.name
+        return Path(self.root) / str(self.name)
 
-    @property
-    def minimize(self) -> bool:
-        """Whether lower values are better."""
-        return self.direction == "minimize"
-
-    def options(self, point: Point) -> list[str]:
+    def options(self, point: dict[str, Any]) -> list[str]:
         """What a trial's command line says after `fit`."""
-        files = [part for path in self.base for part in ("--config", str(path))]
-        values = {**self.overrides, **point}
-        return [*files, *(option(key, value) for key, value in values.items())]
+        files = [part for path in self.base for part in ("--config", path)]
+        return [*files, *(option(key, value) for key, value in {**self.overrides, **point}.items())]
 
     def identity(self) -> dict[str, Any]:
         """What all trials of one study have in common; trials of another identity can't be compared."""
-        bases = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in self.base}
-        space = {d.key: {d.kind: list(d.values), "step": d.step} for d in self.space.dimensions}
         return {
-            "base": bases, "overrides": self.overrides, "space": space, "metric": self.metric,
+            "base": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.base},
+            "overrides": self.overrides, "space": self.space_as_data(), "metric": self.metric,
             "direction": self.direction,
         }  # fmt: skip
 
+    def space_as_data(self) -> dict[str, Any]:
+        """Key to what its distribution says, as JSON has it."""
+        return {key: json.loads(distribution_to_json(one)) for key, one in self.space.items()}
 
-def read_settings(path: Path) -> SweepSettings:
+    def size(self) -> float:
+        """The number of different points; infinite with a continuous range."""
+        return math.prod(_count(one) for one in self.space.values())
+
+
+def _count(one: Any) -> float:
+    if isinstance(one, CategoricalDistribution):
+        return len(one.choices)
+    if one.single():
+        return 1
+    return math.inf if one.step is None else round((one.high - one.low) / one.step) + 1
+
+
+def option(key: str, value: Any) -> str:
+    """``--key=value`` as `fit` reads it: numbers in full precision, the rest as JSON, text as it is."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def read_settings(path: Path, storage: str | None = None) -> SweepSettings:
     """Read and check a sweep's YAML.
+
+    Args:
+        path: of the YAML.
+        storage: takes the place of the file's.
 
     Raises:
         UserError: the file or a base config is missing, a key is unknown or missing, a value out of range.
     """
     given = _mapping(path)
-    known = [field.name for field in fields(SweepSettings) if field.name != "path"]
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-            raise UserError(f"{path}: unknown key {key!r}; {hint}")
-    if missing := [key for key in ("base", "space", "metric", "direction", "trials") if key not in given]:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    space, overrides = given["space"], given.get("overrides") or {}
-    if not isinstance(space, dict) or not space or not isinstance(overrides, dict):
-        raise UserError(f"{path}: space and overrides are mappings from config keys; space is not empty")
-    if twice := sorted(space.keys() & overrides.keys()):
-        raise UserError(f"{path}: {twice[0]} is both searched and overridden; keep one of them")
-    for key in _OWN:
-        if key in space or key in overrides:
-            raise UserError(
-                f"{path}: {key} is given to each trial by the sweep; leave it out, see base, root and name"
-            )
-    launcher = given.get("launcher") or []
-    settings = SweepSettings(
-        path=path,
-        name=str(given.get("name") or path.stem),
-        base=_base_files(given["base"], path),
-        space=Space(tuple(read_dimension(str(key), value, str(path)) for key, value in space.items())),
-        metric=str(given["metric"]),
-        direction=_one_of(given["direction"], _DIRECTIONS, "direction", path),
-        trials=_whole(given["trials"], 1, "trials", path),
-        overrides={str(key): value for key, value in overrides.items()},
-        sampler=_one_of(given.get("sampler", "tpe"), _SAMPLERS, "sampler", path),
-        seed=_whole(given.get("seed", 0), 0, "seed", path),
-        pruning=_pruning(given.get("pruning"), path),
-        root=Path(given.get("root") or "runs"),
-        storage=given.get("storage"),
-        launcher=tuple(map(str, launcher if isinstance(launcher, list) else str(launcher).split())),
-    )
-    size = settings.space.size()
-    if settings.trials > size:
-        raise UserError(
-            f"{path}: trials is {settings.trials}, but the space has only {int(size)} different points; "
-            f"write trials: {int(size)} or widen the space"
-        )
+    space = given.get("space")
+    if isinstance(space, dict) and (
+        given.keys() & {"pruning", "seed"}
+        or any(not isinstance(entry, str | dict) or "class_path" not in entry for entry in space.values())
+    ):
+        raise UserError(f"{path}: {_OLD}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SweepSettings, None, skip={"path", "overrides"})
+    overrides = given.pop("overrides", None) or {}  # as they are: the parser would build classes named there
+    if not isinstance(overrides, dict):
+        raise UserError(f"{path}: overrides maps config keys to values, not {overrides!r}")
+    try:
+        read = parser.instantiate(parser.parse_object(given))
+        settings = SweepSettings(**vars(read), overrides=overrides, path=path)
+    except (ArgumentError, ImportError, ValueError, TypeError) as error:
+        what = explain(error, parser, []) if isinstance(error, ArgumentError) else first_line(error)
+        raise UserError(f"{path}: {what}") from error
+    settings.name, settings.storage = settings.name or path.stem, storage or settings.storage
+    _check(settings)
     return settings
 
 
@@ -157,39 +159,25 @@ def _mapping(path: Path) -> dict[str, Any]:
     return given
 
 
-def _base_files(given: Any, path: Path) -> tuple[Path, ...]:
-    files = tuple(Path(str(name)) for name in (given if isinstance(given, list) else [given]))
-    for file in files:
-        if not file.is_file():
+def _check(settings: SweepSettings) -> None:
+    path = settings.path
+    for file in settings.base:
+        if not Path(file).is_file():
             raise UserError(f"{path}: the base config {file} does not exist (seen from {Path.cwd()})")
-    if not files:
-        raise UserError(f"{path}: base is empty; name a configuration of fit")
-    return files
-
-
-def _one_of(value: Any, allowed: tuple[str, ...], key: str, path: Path) -> str:
-    if value not in allowed:
-        raise UserError(f"{path}: {key} is {value!r}; it must be {' or '.join(allowed)}")
-    return str(value)
-
-
-def _whole(value: Any, least: int, key: str, path: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{path}: {key} is {value!r}; it must be a whole number of at least {least}")
-    return value
-
-
-def _pruning(given: Any, path: Path) -> Pruning | None:
-    if given is None or given is False:
-        return None
-    if given is True:
-        return Pruning()
-    known = [field.name for field in fields(Pruning)]
-    if not isinstance(given, dict) or not given.keys() <= set(known):
+    if not settings.space or not settings.base:
+        raise UserError(f"{path}: base and space must not be empty")
+    if twice := sorted(settings.space.keys() & settings.overrides.keys()):
+        raise UserError(f"{path}: {twice[0]} is both searched and overridden; keep one of them")
+    for key in _OWN:
+        if key in settings.space or key in settings.overrides:
+            raise UserError(
+                f"{path}: {key} is given to each trial by the sweep; leave it out, see base, root and name"
+            )
+    for key, one in settings.space.items():  # Optuna can't tell 1 from 1.0 and true either
+        if isinstance(one, CategoricalDistribution) and len(set(one.choices)) < len(one.choices):
+            raise UserError(f"{path}: space: {key} holds the same value twice: {list(one.choices)}")
+    if settings.trials > (size := settings.size()):
         raise UserError(
-            f"{path}: pruning is {given!r}; write true, false, or a mapping of {' and '.join(known)}"
+            f"{path}: trials is {settings.trials}, but the space has only {int(size)} different points; "
+            f"write trials: {int(size)} or widen the space"
         )
-    return Pruning(
-        _whole(given.get("warmup_steps", 0), 0, "pruning.warmup_steps", path),
-        _whole(given.get("finished_trials", 4), 1, "pruning.finished_trials", path),
-    )

@@ -1,206 +1,174 @@
-"""The trials of a sweep in Optuna's storage, shared by any number of drivers on any number of machines.
+"""The trials of a sweep in Optuna's storage.
 
-A sweep of N trials has N slots. A driver writes down a point for a free slot (`enqueue_trial`, one atomic
-entry), then asks for it. Two drivers may plan the same slot at once: the entry with the lower number counts,
-the other is void. So there are exactly N trials whatever happens, no two with the same point, and a driver
-that is killed leaves a trial that is seen to be lost and planned anew with the same point.
+A sweep of N trials has N points, all different. An entry of the storage counts unless it is void (its point
+stands in an earlier entry, or N earlier ones count) or replaced (its driver is gone, and another entry with
+the same point waits in its place). Every driver asks Optuna for a trial first and then looks whether it
+counts, so there are exactly N whoever asks at the same time and whatever is killed.
 """
 
 from __future__ import annotations
 
-import random
+import itertools
+import math
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from commands.sweeping.settings import SweepSettings
-from commands.sweeping.space import Point, same
-from commands.sweeping.storage import import_optuna, is_alive, open_storage, this_process
-from common.errors import UserError
+from common.errors import UserError, first_line
 
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
-
-_MOST_DRAWS = 30
+_MOST_DRAWS = 20
+"""Points that the sampler may repeat before chance, or what is left of a small space, takes its place."""
 _MOST_LISTED = 10_000
-"""Points of a space that are listed to find a free one; of more, they are drawn."""
 PATIENCE = 180.0
-"""Seconds without a sign of life after which a trial of another machine counts as lost."""
+"""Seconds without a sign of life after which a trial of another driver counts as lost."""
 
 
-def slot_of(trial: FrozenTrial) -> int | None:
-    """The slot of a trial; None for one that does not count (void, lost)."""
-    given_up = trial.user_attrs.get("void") or trial.user_attrs.get("lost")
-    if given_up and trial.state.name not in ("COMPLETE", "PRUNED"):  # ended well after all: it counts
-        return None
-    slot = trial.user_attrs.get("slot")
-    return int(slot) if slot is not None else None
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two points are one; numbers that differ by rounding alone (0.3 and 0.1 + 0.2) are equal."""
+    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
 
 
-def point_of(trial: FrozenTrial) -> Point:
-    """The values of a trial, also of one that is still waiting."""
-    return dict(trial.system_attrs.get("fixed_params") or trial.params)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12)
+    return bool(a == b)
 
 
-@dataclass
-class TrialBook:
-    """Plans trials, hands them out and finds lost ones."""
+class SweepStudy:
+    """Hands out the trials of a sweep, finds lost ones, records how they end.
 
-    settings: SweepSettings
-    study: Study
-    me: str = field(default_factory=this_process)
-    _seen: dict[int, tuple[Any, float]] = field(default_factory=dict)
+    Raises:
+        UserError: the storage cannot be opened, or holds a study of other settings under this name.
+    """
 
-    @classmethod
-    def open(cls, settings: SweepSettings) -> TrialBook:
-        """Join the study of the settings' name, or begin it.
+    def __init__(self, settings: SweepSettings) -> None:
+        self.settings, self.sampler = settings, cast(BaseSampler, settings.sampler)
+        self.address = settings.storage or str(settings.folder / "study.journal")
+        self.is_database = "://" in self.address
+        self._mine: set[int] = set()
+        self._seen: dict[int, tuple[Any, float]] = {}
+        try:
+            self.study = optuna.create_study(
+                storage=_open(self.address), study_name=settings.name, direction=settings.direction,
+                sampler=self.sampler, pruner=settings.pruner, load_if_exists=True,
+            )  # fmt: skip
+        except Exception as error:  # each database driver raises its own types
+            raise UserError(
+                f"{settings.path}: cannot open the storage {self.address}: {first_line(error)}"
+            ) from error
+        # samplers of finite spaces stop `optimize` when all is tried; here trials are counted
+        setattr(self.study, "stop", lambda: None)  # noqa: B010
+        self._check_identity()
 
-        Raises:
-            UserError: the storage cannot be opened, or holds a study of other settings under this name.
-        """
-        optuna = import_optuna()
-        storage = open_storage(settings)
-        pruner: Any = optuna.pruners.NopPruner()
-        if settings.pruning is not None:
-            pruner = optuna.pruners.MedianPruner(
-                n_startup_trials=settings.pruning.finished_trials,
-                n_warmup_steps=settings.pruning.warmup_steps,
-            )
-        study = optuna.create_study(
-            storage=storage, study_name=settings.name, direction=settings.direction, pruner=pruner,
-            sampler=optuna.samplers.RandomSampler(), load_if_exists=True,
-        )  # fmt: skip
-        identity = settings.identity()
-        before = study.user_attrs.get("identity")
+    def _check_identity(self) -> None:
+        identity, before = self.settings.identity(), self.study.user_attrs.get("identity")
         if before is None:
-            study.set_user_attr("identity", identity)
+            self.study.set_user_attr("identity", identity)
         elif differing := [key for key in identity if identity[key] != before.get(key)]:
             raise UserError(
-                f"{settings.path}: the sweep {settings.name!r} was begun with another "
+                f"{self.settings.path}: the sweep {self.settings.name!r} was begun with another "
                 f"{', '.join(differing)}, so its trials can't be compared with new ones; give this one "
-                f"another name, or remove {settings.storage or settings.folder}"
+                f"another name, or remove {self.settings.storage or self.settings.folder}"
             )
-        return cls(settings, study)
 
-    def trials(self) -> list[FrozenTrial]:
-        """All entries, also void and lost ones."""
-        return self.study.get_trials(deepcopy=False)
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Be a driver of this sweep; the only one, if its storage is a file.
 
-    def live(self) -> dict[int, FrozenTrial]:
-        """Slot to the trial that counts there: the one with the lowest number."""
-        found: dict[int, FrozenTrial] = {}
-        for trial in self.trials():
-            if (slot := slot_of(trial)) is not None:
-                found.setdefault(slot, trial)
-        return found
+        Raises:
+            UserError: another driver works on the same file.
+        """
+        lock = FileLock(f"{self.address}.driver")
+        if not self.is_database:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(
+                    f"another process works on the sweep {self.settings.name!r}; --workers runs several "
+                    "trials at once, and several machines need a database (--storage)"
+                ) from error
+        if self.study.get_trials(deepcopy=False):
+            self.sampler.reseed_rng()  # the numbers of its seed are those of the trials before
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def live(self) -> list[FrozenTrial]:
+        """The entries that count, in their order."""
+        trials = self.study.get_trials(deepcopy=False)
+        replaced = {trial.user_attrs.get("replaces") for trial in trials}
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)  # also one that was thought to be lost
+        return [
+            trial for trial in trials
+            if trial.state in ended
+            or not (trial.user_attrs.get("void") or trial.number in replaced)
+            and (trial.state != TrialState.FAIL or self._is_drawn(trial))
+        ]  # fmt: skip
+
+    def replaced(self) -> int:
+        """How many were lost and run again."""
+        return sum("replaces" in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+
+    def _is_drawn(self, trial: FrozenTrial) -> bool:
+        return trial.params.keys() == self.settings.space.keys()
+
+    def _is_being_drawn(self, trial: FrozenTrial) -> bool:
+        """Whether its driver has not got all values yet; they come one by one."""
+        return trial.state == TrialState.RUNNING and not self._is_drawn(trial)
 
     def is_over(self) -> bool:
-        """Whether every slot has a finished trial."""
+        """Whether every trial has ended."""
         live = self.live()
-        return all(slot in live and live[slot].state.is_finished() for slot in range(self.settings.trials))
+        return len(live) >= self.settings.trials and all(trial.state.is_finished() for trial in live)
 
     def claim(self) -> Trial | None:
-        """A trial to run now; None if all slots are taken."""
-        while True:
+        """A trial to run now; None if all are taken, or another driver is just taking one.
+
+        Raises:
+            UserError: the sampler cannot draw from the space.
+        """
+        for draws in itertools.count():
             live = self.live()
-            free = [slot for slot in range(self.settings.trials) if slot not in live]
-            waiting = any(trial.state.name == "WAITING" for trial in live.values())
-            if not free and not waiting:
+            waiting = any(trial.state == TrialState.WAITING for trial in live)
+            if not (waiting or len(live) < self.settings.trials) or any(map(self._is_being_drawn, live)):
                 return None
-            if not waiting:
-                self._plan(free[0], live)
-            trial = self.study.ask(self.settings.space.distributions())
-            if self._take(trial):
+            self.study.sampler = self._sampler(draws)
+            try:
+                trial = self.study.ask(self.settings.space)
+            except (ValueError, ImportError) as error:
+                raise UserError(
+                    f"{self.settings.path}: the sampler cannot draw from this space: {first_line(error)}"
+                ) from error
+            earlier = [other for other in self.live() if other.number < trial.number]
+            taken = any(self._is_being_drawn(o) or same(o.params, trial.params) for o in earlier)
+            if not taken and len(earlier) < self.settings.trials:
+                self._mine.add(trial.number)
                 return trial
-
-    def _take(self, trial: Trial) -> bool:
-        """Make a trial that was asked for this driver's own; False, and it is void, if it does not count."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        try:
-            trial.set_user_attr("owner", self.me)
-            if self._counts(trial):
-                trial.set_user_attr("attempt", self._attempts_before(trial))
-                return True
             trial.set_user_attr("void", True)
-        except UpdateFinishedTrialError:
-            return False  # its planner is gone, and another driver gave it up before it was known to be ours
-        self.tell(trial, "FAIL")
-        return False
+            self.study.tell(trial, state=TrialState.FAIL)
+        raise AssertionError("counting has no end")
 
-    def _plan(self, slot: int, live: dict[int, FrozenTrial]) -> None:
-        lost = [t for t in self.trials() if t.user_attrs.get("slot") == slot and t.user_attrs.get("lost")]
-        point = point_of(lost[-1]) if lost else self._new_point(slot, live)
-        self.study.enqueue_trial(point, user_attrs={"slot": slot, "owner": self.me})
+    def _sampler(self, draws: int) -> BaseSampler:
+        """The sweep's own, or, if that repeats itself, one that finds what has not been tried."""
+        if draws < _MOST_DRAWS:
+            return self.sampler
+        seed = len(self.study.get_trials(deepcopy=False))
+        if self.settings.size() > _MOST_LISTED:
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.BruteForceSampler(seed=seed)
 
-    def _new_point(self, slot: int, live: dict[int, FrozenTrial]) -> Point:
-        """A point no other trial has: drawn by Optuna's sampler, or, if that repeats itself, any free one."""
-        settings, used = self.settings, [point_of(trial) for trial in live.values()]
-        cells = settings.space.cells()
-        cell = cells[slot % len(cells)]
-        draft, draws = self._draft(slot, live), 0
-        distributions = settings.space.distributions()
-        while draws < _MOST_DRAWS or settings.space.size() > _MOST_LISTED:
-            if draws == _MOST_DRAWS:
-                draft.sampler = import_optuna().samplers.RandomSampler(seed=slot)
-            point = {**draft.ask(distributions).params, **cell}
-            if not any(same(point, other) for other in used):
-                return point
-            draws += 1
-        chosen = random.Random(f"{settings.seed} {slot}")
-        points = [p for p in settings.space.points() if not any(same(p, other) for other in used)]
-        in_cell = [point for point in points if same(cell, {key: point[key] for key in cell})]
-        return chosen.choice(in_cell or points)
-
-    def _draft(self, slot: int, live: dict[int, FrozenTrial]) -> Study:
-        """A copy in memory to draw from, seeded by the slot: two drivers never draw the same numbers."""
-        optuna = import_optuna()
-        seed = self.settings.seed * 1_000_003 + slot
-        sampler: Any = optuna.samplers.RandomSampler(seed)
-        if self.settings.sampler == "tpe":
-            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False, constant_liar=True)
-        draft = optuna.create_study(direction=self.settings.direction, sampler=sampler)
-        draft.add_trials([t for t in live.values() if t.state.name in ("COMPLETE", "PRUNED", "RUNNING")])
-        return draft
-
-    def _counts(self, trial: Trial) -> bool:
-        """Whether a trial that was just taken has a slot and a point that no earlier one has."""
-        slot = trial.user_attrs.get("slot")
-        if slot is None:
-            return False
-        earlier = [t for t in self.trials() if t.number < trial.number and slot_of(t) is not None]
-        return not any(slot_of(t) == slot or same(point_of(t), trial.params) for t in earlier)
-
-    def _attempts_before(self, trial: Trial) -> int:
-        """How many lost trials stood in the slot of this one before it."""
-        slot = trial.user_attrs["slot"]
-        return sum(
-            t.number < trial.number and t.user_attrs.get("slot") == slot and bool(t.user_attrs.get("lost"))
-            for t in self.trials()
-        )
-
-    def beat(self, trial: Trial) -> bool:
-        """Give a sign of life to other machines; False if one of them has given the trial up."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        try:
-            trial.set_user_attr("heartbeat", time.time())
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Record the metric at a step; False if another driver has given the trial up."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        try:
-            trial.report(value, step)
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def tell(self, trial: Trial, state: str, value: float | None = None, **facts: Any) -> bool:
+    def tell(self, trial: Trial, state: str, value: float | None = None, **facts: Any) -> None:
         """Record how a trial ended.
 
         Args:
@@ -209,49 +177,56 @@ class TrialBook:
             value: of a complete trial.
             facts: what is known of it, such as ``error``; plain values.
 
-        Returns:
-            False if another driver has given the trial up in the meantime, so that this result is dropped.
+        Raises:
+            UpdateFinishedTrialError: another driver has given the trial up.
         """
-        return self._end(trial.number, trial._trial_id, state, value, facts)
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
+        self.study.tell(trial, value, state=TrialState[state], skip_if_finished=True)
 
-    def _end(self, number: int, key: int, state: str, value: float | None, facts: dict[str, Any]) -> bool:
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        try:
-            for name, fact in facts.items():
-                self.study._storage.set_trial_user_attr(key, name, fact)
-            self.study.tell(number, value, state=TrialState[state])
-        except (UpdateFinishedTrialError, ValueError) as error:
-            if isinstance(error, UpdateFinishedTrialError) or "Cannot tell a" in str(error):
-                return False  # another driver has ended it
-            raise
-        return True
-
-    def give_up(self, trial: Trial) -> None:
-        """Mark a trial as lost: its slot is free and the next one there gets the same point."""
-        self.tell(trial, "FAIL", lost=True)
+    def give_up(self, number: int) -> None:
+        """Put an entry with the same point in the place of one that is not run any more."""
+        trial = self.study.get_trials(deepcopy=False)[number]
+        if self._is_drawn(trial):
+            facts = trial.user_attrs
+            attributes = {
+                "replaces": number, "first": facts.get("first", number), "again": facts.get("again", 0) + 1
+            }  # fmt: skip
+            self.study.add_trial(create_trial(
+                state=TrialState.WAITING, params=trial.params, distributions=trial.distributions,
+                user_attrs=attributes, system_attrs=trial.system_attrs,
+            ))  # fmt: skip
+        # second, so that no point is lost if this process is killed in between
+        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def recover(self) -> list[int]:
-        """Give up the trials of drivers that are gone; returns their slots."""
-        lost = [
-            (slot, trial)
-            for slot, trial in self.live().items()
-            if trial.state.name == "RUNNING" and self._is_lost(trial)
-        ]
-        return [slot for slot, t in lost if self._end(t.number, t._trial_id, "FAIL", None, {"lost": True})]
+        """Give up the trials of drivers that are gone; returns their numbers."""
+        now, lost = time.monotonic(), []
+        for trial in self.live():
+            if trial.state != TrialState.RUNNING or trial.number in self._mine:
+                continue
+            # clocks of machines differ: lost if no sign of life comes while we watch
+            sign = trial.user_attrs.get("beat")
+            if trial.number not in self._seen or self._seen[trial.number][0] != sign:
+                self._seen[trial.number] = (sign, now)
+            if now - self._seen[trial.number][1] >= (PATIENCE if self.is_database else 0):
+                self.give_up(trial.number)
+                lost.append(trial.number)
+        return lost
 
-    def _is_lost(self, trial: FrozenTrial) -> bool:
-        owner = trial.user_attrs.get("owner")
-        if owner == self.me:
-            return False
-        alive = is_alive(owner) if owner is not None else None
-        if alive is not None:
-            return not alive
-        # of another machine, whose clock may differ: lost if no sign of life comes while we watch
-        sign = (owner, trial.user_attrs.get("heartbeat"))
-        before = self._seen.get(trial.number)
-        if before is None or before[0] != sign:
-            self._seen[trial.number] = (sign, time.monotonic())
-            return False
-        return time.monotonic() - before[1] > PATIENCE
+
+def _open(address: str) -> BaseStorage:
+    if "://" not in address:
+        Path(address).parent.mkdir(parents=True, exist_ok=True)
+        # a driver killed while it was writing leaves its lock; the next one waits so many seconds for it
+        lock = JournalFileSymlinkLock(address, grace_period=10)
+        return JournalStorage(JournalFileBackend(address, lock))
+    if not address.startswith("sqlite"):
+        return RDBStorage(address)
+    from sqlalchemy import event
+
+    # Python's sqlite3 begins a transaction at its first write only, so that two drivers may read the same
+    # state and both act on it; with this, whoever begins first is alone until it has written.
+    storage = RDBStorage(address, engine_kwargs={"connect_args": {"timeout": 60, "isolation_level": None}})
+    event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage

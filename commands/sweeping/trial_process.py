@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,9 +15,6 @@ from pathlib import Path
 _COMMAND_LINE = Path(__file__).resolve().parents[2] / "cli.py"
 _LAST_LINES = 15
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-# loaded here, because little is safe between fork and exec
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def fit_command() -> list[str]:
@@ -61,12 +57,6 @@ def visible_gpus() -> list[str]:
     return given[:count] if given else [str(i) for i in range(count)]
 
 
-def _end_with_parent() -> None:
-    """In the child: ask the kernel for SIGTERM when the driver dies, however it dies."""
-    assert _LIBC is not None
-    _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
-
-
 @dataclass
 class TrialProcess:
     """A running trial.
@@ -101,7 +91,6 @@ class TrialProcess:
             process = subprocess.Popen(
                 words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then stops its trials
-                preexec_fn=_end_with_parent if _LIBC is not None else None,
             )  # fmt: skip
         return cls(parent / "version_0", log, words, metric, process)
 
@@ -128,14 +117,6 @@ class TrialProcess:
         """Ask for a graceful end: `fit` completes its step, writes a checkpoint and exits."""
         self.stopping = True
         self._signal(signal.SIGTERM)
-
-    def stop_and_wait(self, seconds: float) -> None:
-        """Ask for a graceful end, wait for it, and kill what is left."""
-        self.stop()
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
 
     def kill(self) -> None:
         """End the process and those it has started, at once."""

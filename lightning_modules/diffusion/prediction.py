@@ -12,7 +12,8 @@ They are solved for general (α, σ), so none of them assumes α² + σ² = 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class Prediction:
         x_t: the noised sample the network saw, same shape as ``output``.
         alpha: α_t, [B].
         sigma: σ_t, [B].
+        features: outputs of layers that were asked for, by name, each [B, …].
 
     Raises:
         ValueError: on an unknown ``kind``, or if ``output`` and ``x_t`` differ in shape.
@@ -47,6 +49,7 @@ class Prediction:
     x_t: Tensor
     alpha: Tensor
     sigma: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_prediction_type(self.kind)

@@ -44,12 +44,15 @@ class StepRandom:
         step: number of student updates done so far.
         indices: positions in the global batch of the samples at hand, integers [B].
         device: where the numbers are wanted.
+        batch: which of the step's batches; each has numbers of its own.
 
     Raises:
         ValueError: if ``indices`` is not a vector of integers.
     """
 
-    def __init__(self, seed: int, step: int, indices: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, seed: int, step: int, indices: Tensor, device: torch.device | str = "cpu", batch: int = 0
+    ) -> None:
         if indices.ndim != 1 or indices.is_floating_point():
             raise ValueError(
                 f"indices must be integers [B], got {indices.dtype} of shape {tuple(indices.shape)}"
@@ -58,6 +61,8 @@ class StepRandom:
         self.step = step
         self.indices: list[int] = indices.tolist()
         self.device = torch.device(device)
+        # batch 0 goes without its number: its random numbers are those of runs that have no other
+        self._place: tuple[int | str, ...] = (seed, step, *(("batch", batch) if batch else ()))
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +80,7 @@ class StepRandom:
 
     def shared_uniform(self, name: str) -> float:
         """One number in [0, 1) for the whole global batch: equal on every process."""
-        return (_hash("shared", self.seed, self.step, name) >> 11) / 2**53
+        return (_hash("shared", *self._place, name) >> 11) / 2**53
 
     def _key(self, name: str, index: int) -> int:
-        return _hash("sample", self.seed, self.step, name, index)
+        return _hash("sample", *self._place, name, index)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from common.errors import UserError
 from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.image_losses.base import ImageLoss
-from lightning_modules.image_losses.clip_networks import DifferentiableClip, load_clip
 from lightning_modules.image_losses.schedules import WeightSchedule
+from lightning_modules.networks.clip_models import Clip, load_clip, require_differentiable
 
 
 class ClipLoss(ImageLoss):
@@ -46,7 +46,11 @@ class ClipLoss(ImageLoss):
 
     def load(self) -> None:
         """Read the CLIP."""
-        self.network: DifferentiableClip = load_clip(self.path)
+        self.network: Clip = self._read()
+        require_differentiable(self.network.processor)
+
+    def _read(self) -> Clip:
+        return load_clip(self.path)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """The loss of each picture, [B]."""

@@ -2,11 +2,9 @@
 
 from common.errors import UserError
 from lightning_modules.image_losses.clip import ClipLoss
-from lightning_modules.image_losses.clip_networks import OpenClip
 from lightning_modules.image_losses.schedules import WeightSchedule
-from lightning_modules.networks.loading import asset_path
-
-VERSIONS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+from lightning_modules.networks.clip_models import HPS_FILES, HPS_REPOSITORY, Clip, OpenClip
+from lightning_modules.networks.model_names import asset_path
 
 
 class HpsLoss(ClipLoss):
@@ -39,15 +37,14 @@ class HpsLoss(ClipLoss):
         weight: float | WeightSchedule | None = None,
     ) -> None:
         super().__init__(checkpoint, tau, clamp, weight)
-        if version not in VERSIONS:
-            raise UserError(f"version of the hps loss is {version!r}: choose one of {', '.join(VERSIONS)}")
+        if version not in HPS_FILES:
+            raise UserError(f"version of the hps loss is {version!r}: choose one of {', '.join(HPS_FILES)}")
         self.version, self.architecture = version, architecture
 
-    def load(self) -> None:
-        """Read the network."""
+    def _read(self) -> Clip:
         if not asset_path(self.path).is_file():
             raise UserError(
                 f"the HPS{self.version} checkpoint {self.path} does not exist: get it with `hf download "
-                f"xswu/HPSv2 {VERSIONS[self.version]} --local-dir .`, and give its file"
+                f"{HPS_REPOSITORY} {HPS_FILES[self.version]} --local-dir .`, and give its file"
             )
-        self.network = OpenClip(self.architecture, self.path)
+        return OpenClip(self.architecture, self.path)

@@ -12,7 +12,7 @@ from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.image_losses.base import ImageLoss
 from lightning_modules.networks.decoder import LatentDecoder, load_autoencoder
 from lightning_modules.networks.loading import TextToImageParts
-from lightning_modules.networks.weights import hide_from_state_dict, layout_free_hash
+from lightning_modules.networks.weights import content_hash, hide_from_state_dict
 
 
 @dataclass
@@ -143,8 +143,7 @@ def chosen_samples(random: StepRandom, batch_size: int, cap: int | None) -> tupl
 
 
 def check_judges(losses: Iterable[ImageLoss], callbacks: Iterable[Any]) -> None:
-    """Make sure that no network of a loss also scores the run, whatever its folder is called, also where one
-    is in transformers' format and the other in open_clip's.
+    """Make sure that no network of a loss also scores the run, whatever its folder is called.
 
     Args:
         losses: loaded.
@@ -153,10 +152,10 @@ def check_judges(losses: Iterable[ImageLoss], callbacks: Iterable[Any]) -> None:
     Raises:
         UserError: one does.
     """
-    scoring = {layout_free_hash(model): name for name, model in _scoring_networks(callbacks)}
+    scoring = {content_hash(model): name for name, model in _scoring_networks(callbacks)}
     for loss in losses if scoring else ():
         network = getattr(getattr(loss, "network", None), "model", None)
-        if isinstance(network, nn.Module) and (judge := scoring.get(layout_free_hash(network))):
+        if isinstance(network, nn.Module) and (judge := scoring.get(content_hash(network))):
             raise UserError(
                 f"the {loss.name} loss uses the network by which {judge} scores the run, so the score would "
                 "go up by construction: give the loss another network (of the bundled ones, "

@@ -1,20 +1,107 @@
-"""What a student's model card says of the run that trained it: what was measured, and the configuration."""
+"""The model card of an exported student: how to draw, what is known of it, and of the run that trained it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from common.errors import UserError
 from lightning_modules.networks.loading import read_json
-from lightning_modules.networks.pipeline_folder import without_place
+from lightning_modules.networks.model_names import may_be_hub_name, model_name
 
 SECRET = re.compile(r"(api_key|password|secret|token)$")  # settings of loggers that nobody else should see
 
 
-def run_sections(checkpoint: Path, facts: dict[str, Any]) -> str:
-    """Markdown with the metrics of the student and the configuration; "" where no run's folder is around it.
+class RunNotes(NamedTuple):
+    """What a card says of the run: Markdown, and the names of what was measured."""
+
+    markdown: str = ""
+    metrics: Sequence[str] = ()
+
+
+def without_place(value: Any) -> Any:
+    """The value, but an absolute path without its folders: exports are passed on, and they tell of a machine.
+
+    Relative paths (`assets/...`) and hub names stay as they are.
+    """
+    if isinstance(value, (str, Path)) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
+
+
+def shown_name(output: Path) -> str:
+    """What the card calls its own folder: no place on a machine."""
+    return output.name if output.is_absolute() else output.as_posix()
+
+
+def model_card(output: Path, facts: dict[str, Any], call: str, source: Path, more: RunNotes) -> str:
+    """The text of README.md: data for the hub, the snippet that draws a picture, the facts as a table.
+
+    Args:
+        output: the exported folder.
+        facts: name to value.
+        call: arguments of the pipeline's call, as Python text.
+        source: folder of the model that gave the other parts; a licence named in its card is this one's, too.
+        more: what else the card says.
+    """
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    return f"""---
+{_hub_data(facts, source, more.metrics).to_yaml()}
+---
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
+image = pipe("a red apple", {call}).images[0]
+image.save("apple.png")
+```
+
+# {output.name}: a one-step text-to-image model
+
+A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
+always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
+folder, which holds the timestep the student starts from.
+
+| | |
+|---|---|
+{rows}
+
+The licence is that of the teacher it was distilled from.
+{more.markdown}"""
+
+
+def _hub_data(facts: dict[str, Any], source: Path, metrics: Sequence[str]) -> ModelCardData:
+    """What the hub shows and searches; a teacher that is no model of the hub is no `base_model` there."""
+    teacher = str(facts.get("teacher", ""))
+    licence = _licence(source / "README.md")
+    return ModelCardData(
+        base_model=model_name(teacher).name if may_be_hub_name(teacher) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence or "other",
+        license_name=None if licence else "that-of-the-teacher",
+        metrics=list(metrics) or None,
+        tags=["one-step", "distillation", *([str(facts["method"]).lower()] if "method" in facts else [])],
+    )
+
+
+def _licence(card: Path) -> str | None:
+    """The licence in the data of a model's card; None where there is no card, or none is named."""
+    if not card.is_file():
+        return None
+    try:
+        licence = ModelCard(card.read_text(encoding="utf-8")).data.get("license")
+    except (ValueError, yaml.YAMLError):  # others wrote it; nothing else depends on it
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def run_notes(checkpoint: Path, facts: dict[str, Any]) -> RunNotes:
+    """The metrics of the student and the configuration; nothing where no run's folder is around it.
 
     Args:
         checkpoint: `checkpoints/*.ckpt` of a run's folder, which has a config.yaml, or any other file.
@@ -26,25 +113,24 @@ def run_sections(checkpoint: Path, facts: dict[str, Any]) -> str:
     file = checkpoint.expanduser().resolve()
     run = file.parent.parent
     if file.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
-        return ""
-    return f"\n## Metrics\n\n{_metrics(run, facts)}\n## Configuration\n\n{_configuration(run)}"
+        return RunNotes()
+    measured, names = _metrics(run, facts)
+    return RunNotes(f"\n## Metrics\n\n{measured}\n## Configuration\n\n{_configuration(run)}", names)
 
 
-def _metrics(run: Path, facts: dict[str, Any]) -> str:
-    """Table of the report's numbers, the teacher's beside the student's."""
+def _metrics(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
+    """Table of the report's numbers, the teacher's beside the student's; and the metrics' names."""
     file = run / "report.json"
     report = read_json(file) if file.is_file() else {}
     same = (report.get("step"), report.get("weights")) == (facts["student_steps"], facts["weights"])
     if not same or not report.get("metrics"):
-        return "The student was not measured at this step with these weights.\n"
+        return "The student was not measured at this step with these weights.\n", []
     try:
         table = _table(report["metrics"], report["teacher_metrics"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error!r}. Remove it, or run `fit` again.") from error
-    return (
-        f"The run's own evaluation of the {facts['weights']} weights at student step "
-        f"{facts['student_steps']}:\n\n{table}"
-    )
+    head = f"The run's own evaluation of the {facts['weights']} weights at student step"
+    return f"{head} {facts['student_steps']}:\n\n{table}", list(report["metrics"])
 
 
 def _table(metrics: dict[str, Any], teacher: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError
-from lightning_modules.networks.backbones import TextToImageParts, backbone_of
-from lightning_modules.networks.backbones.calling import run_network
-from lightning_modules.networks.loading import noise_schedule, pipeline_folder, read_json
+from lightning_modules.networks.backbones import backbone_of
+from lightning_modules.networks.loading import find_model, noise_schedule, read_json, weight_files
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
-from lightning_modules.networks.student import LoadedStudent, architecture, is_checkpoint
+from lightning_modules.networks.student import LoadedStudent, is_checkpoint
+from lightning_modules.networks.student_start import other_setting
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _HALF_ROUNDING = 2.0**-8  # of bfloat16, the coarser one: copies of one network differ by that at most
@@ -167,13 +166,12 @@ def _start_timestep(first: LoadedStudent, second: LoadedStudent) -> int:
 def _check_architecture(first: LoadedStudent, second: LoadedStudent) -> None:
     networks = [side.parts.denoiser for side in (first, second)]
     shapes = [{name: list(tensor.shape) for name, tensor in net.state_dict().items()} for net in networks]
-    configs = [architecture(network) for network in networks]
-    sizes = [config.pop("sample_size") for config in configs]
+    sizes = [network.config.sample_size for network in networks]
     odd = _first_difference(*shapes)
-    if odd is None and (setting := _first_difference(*configs)) is not None:
-        # Some settings only say the same in other words (false for null, 8 for [8, 8, 8, 8]), others change
-        # what equal weights compute (number of heads, activation): so look at what they compute.
-        odd = None if _compute_the_same(first.parts, second.parts) else setting
+    if odd is None and (
+        found := other_setting(networks[0], networks[1], {"sample_size", "upcast_attention"})
+    ):
+        odd = f"{found.name} is {found.own} in the first and {found.wanted} in the second"
     if odd is not None:
         raise UserError(
             f"The two networks are of different architectures: {odd}. "
@@ -248,18 +246,6 @@ def _first_unequal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
     return None
 
 
-@torch.no_grad()
-def _compute_the_same(first: TextToImageParts, second: TextToImageParts) -> bool:
-    """Whether the first one's architecture with the second one's weights computes what the second does."""
-    stand_in = copy.deepcopy(first.denoiser)
-    stand_in.load_state_dict(second.denoiser.state_dict())
-    channels, height, width = first.latent_shape
-    latents = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-    text, timestep = first.backbone.prompt_encoder(first).encode(["a red apple"]), torch.tensor([500])
-    found, wanted = (run_network(net, latents, timestep, text) for net in (stand_in, second.denoiser))
-    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
-
-
 def _origin(word: str, student: LoadedStudent) -> dict[str, Any]:
     """What is known about one of the two, for the model card."""
     known = {"weights": student.weights, "student_steps": student.facts.get("student_steps")}
@@ -277,22 +263,15 @@ def stored_dtype(path: str) -> torch.dtype:
     """
     if is_checkpoint(path):
         return torch.float32  # trained weights are
-    folder = pipeline_folder(path)
+    model = find_model(path)
+    folder = Path(model.name)
     name = backbone_of(read_json(folder / "model_index.json"), folder).denoiser[0]
-    files = sorted((folder / name).iterdir())
-    names = set()
-    for file in files:
-        # diffusers' name, in one piece or in several; other names are variants that are not loaded
-        if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name):
-            with safe_open(str(file), framework="pt") as content:
-                names |= {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
-    if names:
-        return _HALVES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
-    return _pickled_dtype([file for file in files if file.suffix == ".bin"])
-
-
-def _pickled_dtype(files: list[Path]) -> torch.dtype:
-    """The same for folders in the older .bin format."""
-    contents = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-    dtypes = {tensor.dtype for content in contents for tensor in content.values()}
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(_HALVES.values()) else torch.float32
+    dtypes: set[torch.dtype | None] = set()
+    for file in weight_files(folder / name, model.variant):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as content:
+                dtypes |= {_HALVES.get(content.get_slice(key).get_dtype()) for key in content.keys()}  # noqa: SIM118
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            dtypes |= {tensor.dtype for tensor in weights.values()}
+    return next((half for half in _HALVES.values() if dtypes == {half}), torch.float32)

@@ -4,6 +4,7 @@ Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_e
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,15 +13,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
+from common.hashing import hash_folder, hash_texts
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
+from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
 from lightning_modules.networks.model_names import asset_path as asset_path
-from lightning_modules.networks.model_names import model_folder
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -28,17 +31,69 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # no picture is drawn by them
 
 
-def pipeline_folder(path: str | Path) -> Path:
-    """Local folder of a diffusers pipeline, named as `model_names` says.
+def find_model(given: str | Path) -> ModelName:
+    """A model as a folder of this machine; one of the hub comes from the local cache, or else is fetched.
 
     Raises:
-        UserError: the path does not exist, is not a folder, can't be downloaded, or lacks model_index.json.
+        UserError: there is no such folder, hub model or variant (says how to get it), or it is no pipeline.
     """
-    folder = model_folder(path, _check_files)
-    if not folder.is_dir():
+    wanted = model_name(given)
+    folder = asset_path(wanted.name)
+    if not folder.exists():
+        if not may_be_hub_name(wanted.name):
+            raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
+        folder = _hub_folder(wanted)
+    elif not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
-    _check_index(folder)
-    return folder
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
+            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
+        )
+    variant = wanted.variant
+    if variant is not None and not any(_marked(part, variant) for part in folder.iterdir()):
+        raise UserError(
+            f"{folder} has no weights of the variant {variant!r}. Leave #{variant} behind {wanted.name} out."
+        )
+    return ModelName(str(folder), variant=variant)
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """The folder alone of what `find_model` finds."""
+    return Path(find_model(path).name)
+
+
+def model_hash(path: str | Path) -> str:
+    """A hash of all that a model's pictures depend on: of its folder's contents, and of the variant, if any.
+
+    Raises:
+        UserError: there is no such model, see `find_model`.
+    """
+    model = find_model(path)
+    content = hash_folder(model.name)
+    return content if model.variant is None else hash_texts([content, model.variant])
+
+
+def _hub_folder(wanted: ModelName) -> Path:
+    """A hub model's snapshot: the cached one if nothing is missing there, else what the hub gives."""
+    cached = try_to_load_from_cache(wanted.name, "model_index.json", revision=wanted.revision)
+    missing = "it is not in the local Hugging Face cache"
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        try:
+            _check_files(find_model(str(ModelName(str(folder), variant=wanted.variant))))
+            return folder
+        except UserError as error:
+            missing = f"the local Hugging Face cache has a part of it only: {error}"
+    try:
+        return Path(DiffusionPipeline.download(wanted.name, **wanted.options))
+    except Exception as error:  # the hub client raises many kinds; the cause stays attached
+        revision = f" --revision {wanted.revision}" if wanted.revision else ""
+        raise UserError(
+            f"The model folder {wanted.name} does not exist here, and as a Hugging Face hub name it can't be "
+            f"fetched: {first_line(error)} Check the path or the name. Without a network: "
+            f"{missing.rstrip('.')}. On a machine that has one: hf download {wanted.name}{revision}"
+        ) from error
 
 
 def load_parts(
@@ -56,10 +111,11 @@ def load_parts(
     Raises:
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
     """
-    folder = pipeline_folder(path)
+    model = find_model(path)
+    folder = Path(model.name)
     index = read_json(folder / "model_index.json")
     backbone = backbone_of(index, folder)
-    _check_complete(folder, index, backbone, denoiser is None)
+    _check_complete(model, index, backbone, denoiser is None)
     scheduler_class = getattr(diffusers, index["scheduler"][1], None)
     if scheduler_class is None:
         raise UserError(
@@ -68,15 +124,15 @@ def load_parts(
     load = {part: _empty if part in without else _network for part in ("denoiser", "vae", "text_encoders")}
     parts = TextToImageParts(
         backbone=backbone,
-        denoiser=load["denoiser"](folder, *backbone.denoiser) if denoiser is None else denoiser,
-        vae=load["vae"](folder, "vae", AutoencoderKL),
-        text_encoders=[load["text_encoders"](folder, *named) for named in backbone.text_encoders.items()],
+        denoiser=load["denoiser"](model, *backbone.denoiser) if denoiser is None else denoiser,
+        vae=load["vae"](model, "vae", AutoencoderKL),
+        text_encoders=[load["text_encoders"](model, *named) for named in backbone.text_encoders.items()],
         tokenizers=[_tokenizer(folder, name, kind) for name, kind in backbone.tokenizers.items()],
         scheduler=_load(
             folder, "scheduler", lambda: scheduler_class.from_pretrained(folder, subfolder="scheduler")
         ),
         index=index,
-        path=str(folder),
+        path=str(model),
     )
     backbone.check_fit(parts)
     return parts
@@ -139,71 +195,87 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_index(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
-            "Give the folder that holds model_index.json, vae/, text_encoder/, tokenizer/, scheduler/ …"
-        )
+# --- what a folder lacks ----------------------------------------------------------------------------------
 
 
-def _check_files(folder: Path) -> None:
+def weight_files(part: Path, variant: str | None) -> list[Path]:
+    """The files of weights of a part that loaders take: the variant's if there are any, else those without
+    such a mark; .safetensors if there are any, else .bin."""
+    files = [path for path in sorted(part.glob("*")) if path.suffix in WEIGHT_SUFFIXES]
+    chosen = _marked(part, variant) or [path for path in files if path.name.count(".") == 1]
+    return [path for path in chosen if path.suffix == ".safetensors"] or chosen
+
+
+def _marked(part: Path, variant: str | None) -> list[Path]:
+    """Files of weights of a variant: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
+    mark = re.compile(rf"[^.]+\.{re.escape(variant or '')}(-\d+-of-\d+)?\.(safetensors|bin)")
+    return [path for path in sorted(part.glob("*.*.*")) if variant and mark.fullmatch(path.name)]
+
+
+def _check_files(model: ModelName) -> None:
     """Raise unless all parts of a pipeline of any class are there, apart from checkers of pictures."""
-    _check_index(folder)
-    index = read_json(folder / "model_index.json")
-    for name, entry in index.items():
-        if name in OPTIONAL or not (isinstance(entry, list) and all(isinstance(word, str) for word in entry)):
-            continue
-        # other classes than ours have vocabularies of other kinds
-        _check_part(folder, name, has_weights=(folder / name / "config.json").is_file(), has_words=False)
+    folder = Path(model.name)
+    for name, entry in read_json(folder / "model_index.json").items():
+        if name not in OPTIONAL and _is_part(entry):
+            # other classes than ours have vocabularies of other kinds
+            _check_part(model, name, has_weights=(folder / name / "config.json").is_file(), has_words=False)
 
 
-def _check_part(folder: Path, name: str, has_weights: bool, has_words: bool) -> None:
-    part = folder / name
+def _check_complete(model: ModelName, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:
+    """Raise unless every part is named in model_index.json and its folder is there, with its weights."""
+    networks = ["vae", *backbone.text_encoders, *([backbone.denoiser[0]] if with_denoiser else [])]
+    for name in (*networks, *backbone.tokenizers, "scheduler"):
+        if not _is_part(index.get(name)):
+            raise UserError(
+                f"The part {name!r} is missing in {model.name}/model_index.json; a pipeline needs it."
+            )
+        _check_part(model, name, has_weights=name in networks, has_words=name in backbone.tokenizers)
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a library and a class."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+
+
+def _check_part(model: ModelName, name: str, has_weights: bool, has_words: bool) -> None:
+    part = Path(model.name) / name
     if not part.is_dir() or not any(part.iterdir()):
         raise UserError(
             f"The part {name!r} is missing: {part} is absent or empty. Export or download it again."
         )
     if has_words and not any(all((part / file).is_file() for file in files) for files in VOCABULARIES):
         raise UserError(f"The part {name!r} is missing its vocabulary: no tokenizer.json in {part}.")
-    weights = sorted(file for file in part.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-    if has_weights and not weights:
-        raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
-    if has_weights and all(len(file.suffixes) > 1 for file in weights):
-        variant = weights[0].name.split(".")[1].split("-")[0]
+    if not has_weights:
+        return
+    weights = weight_files(part, model.variant)
+    if not weights:
+        others = [path for path in sorted(part.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+        if not others:
+            raise UserError(f"The part {name!r} is missing its weights: no .safetensors file in {part}.")
         raise UserError(
-            f"The part {name!r} has weights of a variant only, {weights[0].name} in {part}. "
-            f"Name the variant behind the model: NAME#{variant}"
+            f"The part {name!r} has weights of a variant only, {others[0].name} in {part}. "
+            f"Name the variant behind the model: NAME#{others[0].name.split('.')[1].split('-')[0]}"
         )
-    if has_weights and (absent := _absent_shards(part)):
+    if absent := _absent_shards(weights):
         raise UserError(
             f"The part {name!r} is missing {len(absent)} of its files of weights, {absent[0]} first, in "
             f"{part}. Export or download it again."
         )
 
 
-def _absent_shards(part: Path) -> list[str]:
-    """Files that a folder's index of weights names and that are not there, as after a broken download."""
-    suffix = ".safetensors" if any(part.glob("*.safetensors")) else ".bin"  # what loaders prefer
-    wanted: set[str] = set()
-    for index in part.glob(f"*{suffix}.index.json"):
-        whole = index.name.removesuffix(".index.json")
-        if whole.count(".") == 1 and not (part / whole).is_file():  # else of a variant, or not needed
-            shards = read_json(index).get("weight_map")
-            wanted |= set(shards.values()) if isinstance(shards, dict) else set()
-    return sorted(shard for shard in wanted if not (part / shard).is_file())
+def _absent_shards(weights: list[Path]) -> list[str]:
+    """Files beside these that their index names and that are not there, as after a broken download."""
+    shards = [re.fullmatch(r"(.+?)(\.[^.]+)?-\d+-of-\d+(\.\w+)", path.name) for path in weights]
+    if None in shards:  # a file with all of them is there
+        return []
+    name, mark, suffix = shards[0].groups()  # type: ignore[union-attr]
+    index = weights[0].with_name(f"{name}{suffix}.index{mark or ''}.json")
+    named = read_json(index).get("weight_map") if index.is_file() else None
+    wanted = set(named.values()) if isinstance(named, dict) else set()
+    return sorted(file for file in wanted if not weights[0].with_name(file).is_file())
 
 
-def _check_complete(folder: Path, index: dict[str, Any], backbone: Backbone, with_denoiser: bool) -> None:
-    """Raise unless every part is named in model_index.json and its folder is there, with its weights."""
-    networks = ["vae", *backbone.text_encoders, *([backbone.denoiser[0]] if with_denoiser else [])]
-    for name in (*networks, *backbone.tokenizers, "scheduler"):
-        entry = index.get(name)
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
-            raise UserError(
-                f"The part {name!r} is missing in {folder}/model_index.json; a pipeline needs it."
-            )
-        _check_part(folder, name, has_weights=name in networks, has_words=name in backbone.tokenizers)
+# --- the parts --------------------------------------------------------------------------------------------
 
 
 def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
@@ -221,36 +293,38 @@ def _need_sentencepiece(part: Path) -> None:
         )
 
 
-def _network(folder: Path, name: str, kind: Any) -> Any:
+def _network(model: ModelName, name: str, kind: Any) -> Any:
     """A network of the folder in float32, whatever its files hold, and in evaluation mode."""
     # transformers keeps the dtype of the files unless told otherwise, under another keyword than diffusers
-    dtype = {"dtype" if name.startswith("text_encoder") else "torch_dtype": torch.float32}
+    options: dict[str, Any] = {"dtype" if name.startswith("text_encoder") else "torch_dtype": torch.float32}
+    if _marked(Path(model.name) / name, model.variant):
+        options["variant"] = model.variant
     module, info = _load(
-        folder,
+        model.name,
         name,
-        lambda: kind.from_pretrained(str(folder), subfolder=name, output_loading_info=True, **dtype),
+        lambda: kind.from_pretrained(model.name, subfolder=name, output_loading_info=True, **options),
     )
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"The part {name!r} in {folder} lacks the weights {missing[:3]} ({len(missing)} missing). "
+            f"The part {name!r} in {model} lacks the weights {missing[:3]} ({len(missing)} missing). "
             "Export or download the folder again."
         )
     return module.eval()
 
 
-def _empty(folder: Path, name: str, kind: Any) -> Any:
+def _empty(model: ModelName, name: str, kind: Any) -> Any:
     """A network of the folder as it is configured, without weights."""
 
     def make() -> Any:
         with torch.device("meta"):
             if hasattr(kind, "load_config"):  # diffusers
-                return kind.from_config(kind.load_config(str(folder), subfolder=name))
-            return kind(kind.config_class.from_pretrained(str(folder), subfolder=name))
+                return kind.from_config(kind.load_config(model.name, subfolder=name))
+            return kind(kind.config_class.from_pretrained(model.name, subfolder=name))
 
-    return _load(folder, name, make).eval()
+    return _load(model.name, name, make).eval()
 
 
-def _load(folder: Path, name: str, load: Callable[[], Any]) -> Any:
+def _load(folder: str | Path, name: str, load: Callable[[], Any]) -> Any:
     """Run a loader without its progress bar; whatever it raises becomes a message that names the part."""
     try:
         with no_progress_bars():

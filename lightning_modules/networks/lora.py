@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685): put into a network, trained as a student, folded in.
+"""Low-rank adapters (arXiv 2106.09685): put into a network, trained as a student, folded in, written.
 
 A LoRA student (SwiftBrush v2, arXiv 2408.14176) is an adapter on frozen weights.
 Checkpoints hold the adapter alone, a few per cent of the network. The base is named by its path, together
@@ -7,13 +7,17 @@ with a hash of its weights: a base that has changed since is refused rather than
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
+from lightning_modules.networks.backbones import Backbone
+from lightning_modules.networks.model_names import model_name
 from lightning_modules.networks.weights import difference, hide_from_state_dict
 
 ADAPTER = "student"
@@ -174,3 +178,66 @@ def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], 
         parameter.copy_(weights[name])
     wrapper.merge_and_unload()
     network.requires_grad_(False)
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:
+    """Write the adapter by itself, its own A and B; readers scale their product by alpha / rank.
+
+    Stable Diffusion and SDXL: diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata.
+    The pipeline of PixArt reads no such file; its transformer takes a folder of PEFT's.
+    """
+    settings = adapter.settings
+    config = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": list(settings.targets)}
+    weights = {
+        name.replace(f".{ADAPTER}.", "."): tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in adapter.weights.items()
+    }
+    if hasattr(backbone.pipeline_class, "save_lora_weights"):
+        backbone.pipeline_class.save_lora_weights(
+            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config
+        )
+        return
+    LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
+    named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: str) -> str:
+    """The part of a model card about it, in Markdown."""
+    base, settings = model_name(adapter.base.path), adapter.settings
+    shown = Path(base.name).name if Path(base.name).is_absolute() else base.name
+    arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
+    # published text encoders often name another type than their networks, which do not work together
+    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}, torch_dtype=torch.float32)'
+    note = ""
+    if base.name.endswith(".ckpt"):
+        note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"
+    if hasattr(backbone.pipeline_class, "save_lora_weights"):
+        peft, load = "", f'pipe.load_lora_weights("{output}/lora")'
+    else:
+        peft = "from peft import PeftModel\n"
+        load = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
+    return f"""
+## The LoRA by itself
+
+The folder `lora/` has the adapter alone (rank {settings.rank}, alpha {settings.alpha:g}: scale
+{settings.alpha / settings.rank:g}, which it says itself). It belongs on the weights it was trained on:
+
+```python
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+{peft}
+pipe = {pipeline}
+pipe.scheduler = DDIMScheduler.from_pretrained("{output}", subfolder="scheduler")
+{load}
+image = pipe("a red apple", {call}).images[0]
+```
+
+{note}"""
+
+
+def _has_lora_files(backbone: Backbone) -> bool:
+    return hasattr(backbone.pipeline_class, "save_lora_weights")

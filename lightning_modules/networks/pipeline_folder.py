@@ -19,9 +19,9 @@ from torch import nn
 from common.errors import UserError
 from common.files import check_output_folder, written_at_once
 from lightning_modules.networks.backbones.calling import embedded_guidance
-from lightning_modules.networks.loading import TextToImageParts, no_progress_bars
-from lightning_modules.networks.lora import StudentAdapter
-from lightning_modules.networks.lora_files import lora_card, write_lora
+from lightning_modules.networks.cards import RunNotes, model_card, shown_name, without_place
+from lightning_modules.networks.loading import TextToImageParts, no_progress_bars, pipeline_folder
+from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
 
 MARKER, LORA = "one_step.json", "lora"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,7 +70,7 @@ def export_student(
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any] | None = None,
     adapter: StudentAdapter | None = None,
-    sections: str = "",
+    notes: RunNotes | None = None,
 ) -> Path:
     """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
@@ -82,7 +82,7 @@ def export_student(
         dtype: of the written weights.
         card: facts for the model card and for one_step.json, name to value (plain data).
         adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
-        sections: what else the model card says, Markdown.
+        notes: what else the model card says.
 
     Raises:
         UserError: the output can't be written or holds other files, or the start timestep is unknown.
@@ -96,22 +96,14 @@ def export_student(
     with written_at_once(target) as folder:
         save_pipeline(_pipeline(denoiser, parts, scheduler, dtype), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        text = model_card(Path(output), facts, one_step_call(parts))
+        call, notes = one_step_call(parts), notes or RunNotes()
         if adapter is not None:
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
-            text += lora_card(adapter, parts.backbone, shown_name(Path(output)), one_step_call(parts))
-        (folder / "README.md").write_text(text + sections, encoding="utf-8")
+            own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call)
+            notes = notes._replace(markdown=own + notes.markdown)
+        text = model_card(Path(output), facts, call, pipeline_folder(parts.path), notes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return target
-
-
-def without_place(value: Any) -> Any:
-    """The value, but an absolute path without its folders: exports are passed on, and they tell of a machine.
-
-    Relative paths (`assets/...`) and hub names stay as they are.
-    """
-    if isinstance(value, (str, Path)) and Path(value).expanduser().is_absolute():
-        return Path(value).name
-    return value
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -129,36 +121,6 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
         with _edited(path) as config:  # both libraries note where a part was read from
             for name in {"_name_or_path", "name_or_path"} & config.keys():
                 config[name] = without_place(config[name])
-
-
-def shown_name(output: Path) -> str:
-    """What the card calls its own folder: no place on a machine."""
-    return output.name if output.is_absolute() else output.as_posix()
-
-
-def model_card(output: Path, facts: dict[str, Any], call: str) -> str:
-    """Markdown text: the snippet that draws a picture, then the facts as a table."""
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    return f"""```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
-image = pipe("a red apple", {call}).images[0]
-image.save("apple.png")
-```
-
-# {output.name}: a one-step text-to-image model
-
-A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
-always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
-folder, which holds the timestep the student starts from.
-
-| | |
-|---|---|
-{rows}
-
-The licence is that of the teacher it was distilled from.
-"""
 
 
 @contextmanager

@@ -1,17 +1,20 @@
-"""The two score networks of variational score distillation on one set of base weights.
+"""Student, teacher and fake score as functions; the two scores on one set of base weights.
 
 Adapter off: the frozen teacher. Adapter on: the fake score, an online model of the student's samples.
 (SwiftBrush, arXiv 2312.05239, section 3; LoRA: arXiv 2106.09685.)
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,62 +29,143 @@ from lightning_modules.networks.weights import hide_from_state_dict
 ADAPTER = "fake_score"
 
 
+class RoleNetwork:
+    """One role as a function of noised samples; implements the objectives' `Network`.
+
+    Args:
+        schedule: with which its output is read.
+        network: a context in which the network of the role is ready to be called.
+
+    Attributes:
+        calls_with_gradient: calls so far that autograd follows into weights.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, network: Callable[[], AbstractContextManager[nn.Module]]
+    ) -> None:
+        self._schedule, self._network = schedule, network
+        self.calls_with_gradient = 0
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Condition | None = None,
+        *,
+        features: Sequence[str] = (),
+    ) -> Prediction:
+        """Prediction at x_t [B, C, h, w], t [B]; guidance in kappa form.
+
+        Raises:
+            ValueError: the network has no layer of a name in `features`.
+        """
+
+        def call(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return run_network(network, x_t, t, condition)
+
+        self.calls_with_gradient += torch.is_grad_enabled()
+        with self._network() as network, captured(network, features) as outputs:
+            prediction = guided_prediction(call, self._schedule, x_t, t, condition, guidance_scale, negative)
+        # under guidance the pass with text is the second half
+        return replace(prediction, features={name: out[-len(x_t) :] for name, out in outputs.items()})
+
+
+@contextmanager
+def captured(network: nn.Module, features: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of these layers of the network, by name, while it is called inside.
+
+    Raises:
+        ValueError: it has no layer of such a name.
+    """
+    outputs: dict[str, Tensor] = {}
+    if not features:
+        yield outputs
+        return
+    layers = dict(network.named_modules())
+    if unknown := [name for name in features if name not in layers]:
+        close = difflib.get_close_matches(unknown[0], layers, n=3, cutoff=0.3)
+        raise ValueError(f"the network has no layer {unknown[0]!r}; near it are {', '.join(close)}")
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            kept: Tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(network, FSDPModule) and kept.requires_grad:
+                # shards are gathered when a gradient comes to the network's output; to this one it need not
+                kept.register_hook(lambda gradient: network.unshard() and None)
+            outputs.setdefault(name, kept)
+
+        return hook
+
+    handles = [layers[name].register_forward_hook(keep(name)) for name in features]
+    compiled, network._compiled_call_impl = network._compiled_call_impl, None  # a graph calls no hooks
+    try:
+        yield outputs
+    finally:
+        network._compiled_call_impl = compiled
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class RunNetworks:
+    """The networks of a run as an objective sees them (its `Networks`)."""
+
+    schedule: NoiseSchedule
+    student: RoleNetwork
+    teacher: RoleNetwork
+    fake_score: RoleNetwork
+
+
 class ScoreModels(nn.Module):
-    """Teacher and fake score as functions of (x_t, t, condition); implements the objectives' `Scores`.
+    """Teacher and fake score as functions of (x_t, t, condition).
 
     With `lora`, an adapter is put **into `base` itself** (copy the student from it before), and at rest
     the adapter is on; `teacher` switches it off for the duration of the call. Without, the fake score is a
     full copy. The state dict holds only what is trained. Frozen weights stay in evaluation mode.
 
+    Args:
+        base: the teacher's network.
+        schedule: the teacher's.
+        lora: adapter of the fake score; None: a full copy.
+        with_fake_score: False: there is no fake score at all.
+
     Raises:
         UserError: a LoRA target matches no layer.
     """
 
-    def __init__(self, base: nn.Module, schedule: NoiseSchedule, lora: LoraSettings | None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        schedule: NoiseSchedule,
+        lora: LoraSettings | None,
+        with_fake_score: bool = True,
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.lora = lora
         base.requires_grad_(False).eval()
         self.base = base
         self.full_copy: nn.Module | None = None
-        if lora is None:
+        self.with_fake_score = with_fake_score
+        if with_fake_score and lora is None:
             self.full_copy = copy.deepcopy(base).to(torch.float32).requires_grad_(True).train()
-        else:
+        elif with_fake_score and lora is not None:
             inject_adapter(base, lora, ADAPTER)
         # looked for once: a walk over all modules at every switch costs milliseconds on large networks
         self._adapter_layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         hide_from_state_dict(self, lambda name: name not in trained and not name.startswith("full_copy."))
+        self.teacher = RoleNetwork(schedule, self.teacher_network)
+        self.fake_score = RoleNetwork(schedule, self._fake_network)
+
+    def with_student(self, student: nn.Module) -> RunNetworks:
+        """Both, and the student beside them."""
+        own = RoleNetwork(self.schedule, lambda: nullcontext(student))
+        return RunNetworks(self.schedule, own, self.teacher, self.fake_score)
 
     # --- the two roles --------------------------------------------------------------------------------------
-
-    def teacher(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        guidance_scale: float | Tensor = 1.0,
-        negative: Condition | None = None,
-    ) -> Prediction:
-        """Prediction of the frozen teacher at x_t [B, C, h, w], t [B]; guidance in kappa form."""
-        with self.teacher_network() as network:
-            return guided_prediction(
-                _caller(network), self.schedule, x_t, t, condition, guidance_scale, negative
-            )
-
-    def fake_score(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        guidance_scale: float | Tensor = 1.0,
-        negative: Condition | None = None,
-    ) -> Prediction:
-        """Prediction of the fake score at x_t [B, C, h, w], t [B]; guidance in kappa form."""
-        with self._fake_network() as network:
-            return guided_prediction(
-                _caller(network), self.schedule, x_t, t, condition, guidance_scale, negative
-            )
 
     @contextmanager
     def teacher_network(self) -> Iterator[nn.Module]:
@@ -92,6 +176,8 @@ class ScoreModels(nn.Module):
     @contextmanager
     def _fake_network(self) -> Iterator[nn.Module]:
         """The network as the fake score; without gradients the adapter is folded in, which saves products."""
+        if not self.with_fake_score:
+            raise ValueError("the objective does not name fake_score among its roles, so there is none")
         if self.full_copy is not None:
             yield self.full_copy
         elif torch.is_grad_enabled() or not all(map(_is_foldable, self._adapter_layers)):
@@ -138,11 +224,6 @@ class ScoreModels(nn.Module):
         for layer in self._adapter_layers:
             layer.lora_dropout.train(mode)
         return self
-
-
-def _caller(network: nn.Module) -> Callable[[Tensor, Tensor, Condition], Tensor]:
-    """The network as the function that `guided_prediction` calls."""
-    return lambda x_t, t, condition: run_network(network, x_t, t, condition)
 
 
 @contextmanager

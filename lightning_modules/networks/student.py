@@ -1,4 +1,8 @@
-"""Reads a one-step student from a training checkpoint, an exported folder or any model folder."""
+"""Reads a one-step student from a training checkpoint, an exported folder, any model folder or one file.
+
+Files with one network are published to be put into the place of a multi-step model's: DMD2
+(arXiv 2405.14867) does so with SDXL's UNet, which starts at timestep 399.
+"""
 
 import json
 from dataclasses import dataclass
@@ -6,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from lightning_modules.checkpoints import check_format, consolidated, is_sharded
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
@@ -46,6 +51,11 @@ class LoadedStudent:
     weights: str
     facts: dict[str, Any]
     adapter: StudentAdapter | None = None
+
+
+def is_network_file(path: str | Path) -> bool:
+    """Whether the name is that of a file with the weights of one network."""
+    return Path(path).suffix in NETWORK_FILES
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -102,6 +112,32 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
 
 
+def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStudent:
+    """The student whose network is in the file, with all other parts, and the schedule, of `base`.
+
+    Args:
+        path: weights by diffusers' names, .safetensors or .bin.
+        base: folder or hub name of a model with the same network.
+        start_timestep: where the student starts.
+
+    Raises:
+        UserError: a model can't be read, the weights are not of such a network, or the timestep is none.
+    """
+    parts = load_parts(base)
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # OSError, SafetensorError, pickle and zip errors
+        raise UserError(f"{path} can't be read: {first_line(error)} Fetch it again.") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} does not hold the weights of a network by name.")
+    if found := difference(weights, parts.denoiser.state_dict(), ("file", "base")):
+        raise UserError(f"{path} does not hold the network of {base}: {found}. Give another --base.")
+    parts.denoiser.load_state_dict(weights)
+    parts.scheduler = one_step_scheduler(parts.scheduler, start_timestep)
+    return LoadedStudent(parts, start_timestep, "as stored", {"teacher": base, "network": path.name})
+
+
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
     """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
 
@@ -139,7 +175,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not (path.is_file() or is_sharded(path)):
         raise UserError(f"The checkpoint {path} does not exist. Give a .ckpt file, or best or last.")
-    if path.suffix in NETWORK_FILES:
+    if is_network_file(path):
         raise UserError(
             f"{path} is a network alone. Make a model folder of it first: export --checkpoint {path} --base "
             "MODEL --start-timestep T, with the model whose other parts it needs and the T it was trained at."
@@ -202,7 +238,10 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     content = read_checkpoint(path)
     facts = dict(content["one_step"])
     state, chosen = student_weights(content, path, weights)
-    adapter = _adapter(facts, state) if "student_lora" in facts else None
+    adapter = None
+    if "student_lora" in facts:
+        base, settings = StudentBase(**facts["student_base"]), LoraSettings(**facts["student_lora"])
+        adapter = StudentAdapter(base, settings, state)
     student = _whole(facts, state, path) if adapter is None else _folded(adapter, path)
     try:
         parts = load_parts(facts["teacher"], denoiser=student.requires_grad_(False).eval())
@@ -226,11 +265,6 @@ def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Mo
         )
     student.load_state_dict(state)
     return student
-
-
-def _adapter(facts: dict[str, Any], state: dict[str, Tensor]) -> StudentAdapter:
-    """What the checkpoint of a LoRA student holds."""
-    return StudentAdapter(StudentBase(**facts["student_base"]), LoraSettings(**facts["student_lora"]), state)
 
 
 def _folded(adapter: StudentAdapter, path: Path) -> nn.Module:

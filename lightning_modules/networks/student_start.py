@@ -1,6 +1,7 @@
 """The student at the start of training: a copy of the teacher, or any one-step model that fits it."""
 
 import copy
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -58,8 +59,13 @@ def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: 
     words = ("student", "teacher")
     if found := difference(student.parts.denoiser.state_dict(), teacher.denoiser.state_dict(), words):
         return f"{found}; give a model of the teacher's architecture"
-    if found := _other_setting(student.parts.denoiser, teacher.denoiser):
-        return f"{found}; give a model of the teacher's architecture"
+    # the size of a transformer changes its position codes
+    harmless = _HARMLESS if isinstance(teacher.denoiser, UNet2DConditionModel) else set()
+    if odd := other_setting(student.parts.denoiser, teacher.denoiser, harmless):
+        return (
+            f"its network has {odd.name} {odd.own}, the teacher's {odd.wanted}; give a model of the "
+            "teacher's architecture"
+        )
     own, wanted = noise_schedule(student.parts.scheduler), noise_schedule(teacher.scheduler)
     if own.prediction_type != wanted.prediction_type:
         return (
@@ -85,12 +91,26 @@ def mismatch(student: LoadedStudent, teacher: TextToImageParts, start_timestep: 
     return None
 
 
-def _other_setting(student: nn.Module, teacher: nn.Module) -> str | None:
-    """The first setting that makes the same weights another function; absent ones count as false."""
-    own, wanted = architecture(student), architecture(teacher)
-    # the size of a transformer changes its position codes
-    harmless = _HARMLESS if isinstance(teacher, UNet2DConditionModel) else set()
-    for name in sorted((own.keys() | wanted.keys()) - harmless):
-        if (own.get(name) or None) != (wanted.get(name) or None):
-            return f"its network has {name} {own.get(name)}, the teacher's {wanted.get(name)}"
+class OtherSetting(NamedTuple):
+    """A setting of two networks."""
+
+    name: str
+    own: Any
+    wanted: Any
+
+
+def other_setting(own: nn.Module, wanted: nn.Module, harmless: set[str]) -> OtherSetting | None:
+    """The first setting, harmless ones apart, that makes the same weights another function."""
+    sides = architecture(own), architecture(wanted)
+    for name in sorted((sides[0].keys() | sides[1].keys()) - harmless):
+        values = [side.get(name) for side in sides]
+        if _plain(values[0]) != _plain(values[1]):
+            return OtherSetting(name, *values)
     return None
+
+
+def _plain(value: Any) -> Any:
+    """One way to say the same: an absent setting counts as false, 8 for every block as 8."""
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+        value = value[0]
+    return value or None

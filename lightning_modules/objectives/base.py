@@ -1,10 +1,11 @@
-"""What every distillation objective has in common: what it is given, and what it returns."""
+"""What every distillation objective has in common: what it plans, what it is given, and what it returns."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -13,24 +14,88 @@ from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
 
+NEGATIVE_PROMPTS, REAL_PICTURES = "negative_prompts", "real_pictures"
+"""What an objective may need besides prompts (`Objective.needs`)."""
+
+
+class Turn(NamedTuple):
+    """One update within a student step.
+
+    Attributes:
+        role: whose weights move: student, fake_score, or another role that the objective names.
+        batch: which of the step's batches of prompts; turns on one batch share its samples.
+    """
+
+    role: str
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Real:
+    """Given pictures as latents at unit scale, x0 [R, C, H, W], with the captions they belong to."""
+
+    x0: Tensor
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a batch is sampled from: B prompts, a negative prompt each and real pictures if there are some."""
+
+    condition: Condition
+    negative: Condition | None = None
+    real: Real | None = None
+
 
 @dataclass(frozen=True)
 class StudentSample:
     """What the student made of a batch of prompts.
 
     Attributes:
-        x0: latents at unit scale, [B, C, H, W]; carries the student's graph in the student's turn only.
+        x0: latents at unit scale, [B, C, H, W]; a leaf that asks for its gradient in the student's turn,
+            without a gradient in the others.
         condition: the B prompts it was made from.
-        negative: a negative prompt for each of them, for objectives that use some.
+        negative: a negative prompt for each of them, for objectives that need some.
+        x_t: what the step that carries the gradient was given, [B, C, H, W].
+        t: the timesteps of that step, [B].
+        k: its number among the student's steps.
+        real: given pictures, for objectives that need some.
     """
 
     x0: Tensor
     condition: Condition
     negative: Condition | None = None
+    x_t: Tensor | None = None
+    t: Tensor | None = None
+    k: int = 0
+    real: Real | None = None
 
 
-class ScoreFunction(Protocol):
-    """(x_t [B, …], t [B], condition, κ, negative) -> :class:`Prediction`; see ``guided_prediction``."""
+class Sampler(Protocol):
+    """The student in `Objective.sample`: one call is one step to x0 [B, C, H, W]."""
+
+    start_timestep: int
+    latent_shape: tuple[int, int, int]
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        condition: Condition,
+        t: Tensor | None = None,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> Tensor:
+        """x0 from x_t [B, C, H, W] at timesteps t [B] (None: the start timestep).
+
+        With a negative prompt for each sample, attention goes away from it by NASA at α = `negative_scale`.
+        """
+
+
+class Network(Protocol):
+    """(x_t [B, …], t [B], condition, κ, negative) -> :class:`Prediction`; see ``guided_prediction``.
+
+    ``features`` names layers of the network whose outputs the prediction brings along, of the pass with text.
+    """
 
     def __call__(
         self,
@@ -39,59 +104,116 @@ class ScoreFunction(Protocol):
         condition: Condition,
         guidance_scale: float | Tensor = 1.0,
         negative: Condition | None = None,
+        *,
+        features: Sequence[str] = (),
     ) -> Prediction: ...
 
 
-class Scores(Protocol):
-    """The two score models, as functions. The objective decides where gradients flow through them."""
+class Networks(Protocol):
+    """All networks of a run, as functions. The objective decides where gradients flow through them."""
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The schedule both are read with."""
+        """The schedule they are read with."""
 
     @property
-    def teacher(self) -> ScoreFunction:
+    def student(self) -> Network:
+        """The generator; a term that calls it here reaches its weights directly."""
+
+    @property
+    def teacher(self) -> Network:
         """The frozen score of real images."""
 
     @property
-    def fake_score(self) -> ScoreFunction:
+    def fake_score(self) -> Network:
         """The trained score of the student's images."""
 
 
-class Objective(nn.Module, ABC):
-    """The mathematics of a method: losses of the student's and of the fake score's turn.
-
-    An objective knows nothing of ranks, loggers or optimizers. Losses are dicts of named scalar terms, each
-    already weighted: their sum is what is minimised, and each is a mean over the samples at hand.
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What an objective may know of the teacher before training.
 
     Attributes:
-        diagnostics: numbers or scalar tensors worth logging, each as of the last call that set it.
+        schedule: of the teacher.
+        latent_shape: (C, h, w).
+        feature_shape: the shape [C, …] of one sample's output of a layer, by the layer's name; raises
+            ValueError if there is none of that name.
     """
+
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, ...]
+    feature_shape: Callable[[str], tuple[int, ...]]
+
+
+class Terms(NamedTuple):
+    """What a turn minimises, and what it tells.
+
+    Attributes:
+        losses: named scalar terms, each already weighted and a mean over the samples at hand; their sum is
+            minimised.
+        numbers: worth logging; those called nonfinite… or truncated… are counts.
+    """
+
+    losses: dict[str, Tensor]
+    numbers: Mapping[str, float | Tensor] = {}
+
+
+class Objective(nn.Module, ABC):
+    """The mathematics of a method. It knows nothing of ranks, loggers or optimizers.
+
+    A method has a function ``ROLE_loss(sample, networks, random) -> Terms`` for each role that it trains.
+
+    Attributes:
+        roles: networks that are trained; a role that is not named here is not built. Roles other than student
+            and fake_score consist of networks that the objective owns.
+        mean: mean of a tensor over all processes, set from outside.
+    """
+
+    roles: tuple[str, ...] = ("student", "fake_score")
 
     def __init__(self) -> None:
         super().__init__()
-        self.diagnostics: dict[str, float | Tensor] = {}
-
-    @abstractmethod
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        """Loss terms of the student's turn; gradients reach ``sample.x0`` and no weight of a score model."""
-
-    @abstractmethod
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
-        """Loss terms of the fake score's turn; ``sample.x0`` is detached."""
+        self.mean: Callable[[Tensor], Tensor] = lambda value: value
 
     @property
-    def uses_negatives(self) -> bool:
-        """Whether samples need negative prompts; not by default."""
-        return False
+    def needs(self) -> frozenset[str]:
+        """What it takes besides prompts: NEGATIVE_PROMPTS, REAL_PICTURES; nothing by default."""
+        return frozenset()
 
-    def student_negative_scale(self, random: StepRandom) -> float | None:
-        """α of NASA in the student's forward pass of this step; None (the default): the pass is plain."""
-        return None
+    def build(self, facts: TeacherFacts) -> None:  # noqa: B027 - optional
+        """Check the settings against the teacher and make own networks; called once, before training.
 
-    def check_schedule(self, schedule: NoiseSchedule) -> None:  # noqa: B027 - optional
-        """Raise ValueError if the settings do not fit the teacher's schedule; called before training."""
+        Raises:
+            ValueError: the settings do not fit the teacher.
+        """
 
-    def extra_parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups of networks the objective owns (a discriminator …); none by default."""
-        return []
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The updates of one student step, in order; exactly one is the student's.
+
+        By default the student's, then the fake score's on the same samples. The number of batches is that of
+        step 0 in all steps.
+        """
+        return [Turn(role) for role in self.roles]
+
+    def sample(self, student: Sampler, inputs: Inputs, random: StepRandom, role: str) -> StudentSample:
+        """The student's samples for a turn of `role`; by default in one step from noise at the start."""
+        noise = random.normal("start", student.latent_shape)
+        return StudentSample(
+            student(noise, inputs.condition), inputs.condition, inputs.negative, noise, real=inputs.real
+        )
+
+    def loss(self, role: str, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
+        """Loss terms of a turn of `role`.
+
+        In the student's turn gradients reach the student alone: through ``sample.x0`` and through calls of
+        ``networks.student``. In the other turns they reach the role's own weights alone.
+        """
+        terms: Terms = getattr(self, f"{role}_loss")(sample, networks, random)
+        return terms
+
+    def parameters_of(self, role: str) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
+        """Own parameters (or parameter groups) that move in turns of `role`; all with the fake score's."""
+        return self.parameters() if role == "fake_score" else ()
+
+    def after_update(self, role: str, networks: Networks) -> None:  # noqa: B027 - optional
+        """Called after each update of `role` that was not skipped; nothing by default."""

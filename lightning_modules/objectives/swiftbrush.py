@@ -16,7 +16,16 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.timesteps import UniformTimesteps
 from lightning_modules.diffusion.weighting import alpha_squared, sigma_squared
 from lightning_modules.guidance.scales import GuidanceScale, as_guidance
-from lightning_modules.objectives.base import Objective, Scores, StudentSample
+from lightning_modules.objectives.base import (
+    NEGATIVE_PROMPTS,
+    Inputs,
+    Networks,
+    Objective,
+    Sampler,
+    StudentSample,
+    TeacherFacts,
+    Terms,
+)
 
 
 class SwiftBrush(Objective):
@@ -39,7 +48,7 @@ class SwiftBrush(Objective):
     - Any prediction type works, each network is read as ε; the code takes its output for ε.
     - ᾱ, x_t, noises, score difference and losses are in float32; the code keeps ᾱ, x_t and the noises in the
       half type and has only the final squared error in float32.
-    - Non-finite entries of g are counted (``diagnostics["nonfinite_score_gradients"]``) and left in, so that
+    - Non-finite entries of g are counted (number ``nonfinite_score_gradients``) and left in, so that
       the loss is non-finite too and the caller can skip the update visibly; the code sets them to zero.
     - ε and t follow from (seed, step, sample), not from a global generator: different in every process, equal
       for any number of them. The code gives all processes one seed.
@@ -73,7 +82,7 @@ class SwiftBrush(Objective):
 
     Raises:
         ValueError: on timesteps or a probability out of range (``max_timestep`` past the schedule:
-            in ``check_schedule`` and at use).
+            in ``build`` and at use).
     """
 
     def __init__(
@@ -101,83 +110,99 @@ class SwiftBrush(Objective):
         self.prompt_dropout = prompt_dropout
         self.dropout_per_sample = dropout_per_sample
 
-    def student_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def build(self, facts: TeacherFacts) -> None:
+        """Check the timesteps.
+
+        Raises:
+            ValueError: ``max_timestep`` lies past the schedule.
+        """
+        self._check(facts.schedule)
+
+    def sample(self, student: Sampler, inputs: Inputs, random: StepRandom, role: str) -> StudentSample:
+        """One step from noise; NASA-T: away from the negative prompts, at one α for the whole batch."""
+        noise = random.normal("start", student.latent_shape)
+        alpha = self.student_negative_scale(random)
+        x0 = student(noise, inputs.condition, negative=inputs.negative, negative_scale=alpha)
+        return StudentSample(x0, inputs.condition, inputs.negative, noise)
+
+    def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"vsd": ½ MSE(x̂, sg[x̂ − g])}``: gradient g / numel at ``sample.x0``, value mean(g²) / 2."""
-        self.check_schedule(scores.schedule)
+        self._check(networks.schedule)
         x0 = at_least_float32(sample.x0)
         kappa = self.guidance.draw(random)
         kappas = kappa, kappa if self.fake_guidance is None else self.fake_guidance.draw(random)
         with torch.no_grad():
-            gradient, t = self._score_gradient(x0, sample, scores, random, kappas)
-        for role, value in zip(("teacher", "fake_score"), kappas, strict=True):
-            self.diagnostics[f"guidance_scale/{role}"] = value.mean() if isinstance(value, Tensor) else value
+            gradient, t = self._score_gradient(x0, sample, networks, random, kappas)
+        numbers: dict[str, float | Tensor] = {
+            f"guidance_scale/{role}": value.mean() if isinstance(value, Tensor) else value
+            for role, value in zip(("teacher", "fake_score"), kappas, strict=True)
+        }
         if (alpha := self.student_negative_scale(random)) is not None:
-            self.diagnostics["student_negative_scale"] = alpha
-        self.diagnostics.update(
-            student_timestep=t.float().mean(),
-            score_gradient_rms=gradient.square().mean().sqrt(),
-            nonfinite_score_gradients=(~torch.isfinite(gradient)).sum(),
-        )
+            numbers["student_negative_scale"] = alpha
+        numbers |= {
+            "student_timestep": t.float().mean(),
+            "score_gradient_rms": gradient.square().mean().sqrt(),
+            "nonfinite_score_gradients": (~torch.isfinite(gradient)).sum(),
+        }
         # ½ MSE(x̂, sg[x̂ − g]): the gradient is g / numel, because d/dx̂ of ½ (x̂ − c)² is x̂ − c = g.
-        return {"vsd": 0.5 * F.mse_loss(x0, (x0 - gradient).detach())}
+        return Terms({"vsd": 0.5 * F.mse_loss(x0, (x0 - gradient).detach())}, numbers)
 
     def _score_gradient(
         self,
         x0: Tensor,
         sample: StudentSample,
-        scores: Scores,
+        networks: Networks,
         random: StepRandom,
         kappas: tuple[float | Tensor, float | Tensor],
     ) -> tuple[Tensor, Tensor]:
         """g [B, C, H, W], which points from the teacher's x0 towards the fake score's, and t [B]."""
-        if self.uses_negatives and sample.negative is None:
+        if NEGATIVE_PROMPTS in self.needs and sample.negative is None:
             raise ValueError("the objective needs negative prompts, but the samples have none")
         t = self.student_timesteps.draw(random.uniform("student_timestep")).to(x0.device)
         noise = random.normal("student_noise", x0.shape[1:]).to(x0)
-        x_t = scores.schedule.add_noise(x0, noise, t)
+        x_t = networks.schedule.add_noise(x0, noise, t)
         text, teacher_kappa, fake_kappa = sample.condition, *kappas
         negative = sample.negative if self.teacher_negatives else None
-        teacher = scores.teacher(x_t, t, text, guidance_scale=teacher_kappa, negative=negative)
+        teacher = networks.teacher(x_t, t, text, guidance_scale=teacher_kappa, negative=negative)
         negative = sample.negative if self.fake_score_negatives else None
-        fake = scores.fake_score(x_t, t, text, guidance_scale=fake_kappa, negative=negative)
+        fake = networks.fake_score(x_t, t, text, guidance_scale=fake_kappa, negative=negative)
         # The paper's VSD gradient, weighted as in the official code: g = σ_t² (ε_teacher^κ − ε_fake^κ).
-        weight = sigma_squared(*scores.schedule.alpha_sigma(t))
+        weight = sigma_squared(*networks.schedule.alpha_sigma(t))
         return expand_like(weight, x0) * (teacher.epsilon - fake.epsilon), t
 
-    def fake_score_loss(self, sample: StudentSample, scores: Scores, random: StepRandom) -> dict[str, Tensor]:
+    def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"denoising": MSE(α_t ε_fake, α_t ε)}`` at the detached sample: trains the fake score only."""
         x0 = at_least_float32(sample.x0.detach())
-        timesteps = UniformTimesteps(0, scores.schedule.num_timesteps)
+        timesteps = UniformTimesteps(0, networks.schedule.num_timesteps)
         t = timesteps.draw(random.uniform("fake_timestep")).to(x0.device)
         noise = random.normal("fake_noise", x0.shape[1:]).to(x0)
-        x_t = scores.schedule.add_noise(x0, noise, t)
-        condition = self._with_dropout(sample.condition, random)
-        prediction = scores.fake_score(x_t, t, condition, guidance_scale=1.0)
+        x_t = networks.schedule.add_noise(x0, noise, t)
+        condition, dropped = self._with_dropout(sample.condition, random)
+        prediction = networks.fake_score(x_t, t, condition, guidance_scale=1.0)
         # MSE(α_t ε_fake, α_t ε) = mean of α_t² (ε_fake − ε)², in float32.
-        weight = expand_like(alpha_squared(*scores.schedule.alpha_sigma(t)), x0)
-        return {"denoising": (weight * (prediction.epsilon - noise).square()).mean()}
+        weight = expand_like(alpha_squared(*networks.schedule.alpha_sigma(t)), x0)
+        loss = (weight * (prediction.epsilon - noise).square()).mean()
+        return Terms({"denoising": loss}, {"dropped_prompts": dropped})
 
-    def _with_dropout(self, condition: Condition, random: StepRandom) -> Condition:
-        """``condition`` with ∅ in place of prompts: for the whole global batch, or sample by sample."""
+    def _with_dropout(self, condition: Condition, random: StepRandom) -> tuple[Condition, float | Tensor]:
+        """``condition`` with ∅ in place of prompts, for the whole global batch or sample by sample; share."""
         if self.dropout_per_sample:
             mask = random.uniform("prompt_dropout") < self.prompt_dropout
-            self.diagnostics["dropped_prompts"] = mask.float().mean()
-            return condition.without_text(mask)
+            return condition.without_text(mask), mask.float().mean()
         drop = random.shared_uniform("prompt_dropout") < self.prompt_dropout
-        self.diagnostics["dropped_prompts"] = float(drop)
-        return condition.without_text() if drop else condition
+        return condition.without_text() if drop else condition, float(drop)
 
     @property
-    def uses_negatives(self) -> bool:
-        """Whether any of the three roles gets negative prompts."""
-        return self.teacher_negatives or self.fake_score_negatives or self.student_negatives is not None
+    def needs(self) -> frozenset[str]:
+        """Negative prompts, if any of the three roles gets some."""
+        used = self.teacher_negatives or self.fake_score_negatives or self.student_negatives is not None
+        return frozenset([NEGATIVE_PROMPTS] if used else [])
 
     def student_negative_scale(self, random: StepRandom) -> float | None:
-        """α of NASA in the student's forward pass: one draw per step, apart from κ's."""
+        """α of NASA in the student's forward pass: one draw per step, apart from κ's; None for none."""
         return None if self.student_negatives is None else float(self.student_negatives.draw(random, "alpha"))
 
-    def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """Raise ValueError if ``max_timestep`` lies past the schedule."""
+    def _check(self, schedule: NoiseSchedule) -> None:
         if self.student_timesteps.high > schedule.num_timesteps:
             raise ValueError(
                 f"max_timestep is {self.student_timesteps.high}, but the teacher's schedule has only "

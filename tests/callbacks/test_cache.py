@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.metrics.result_cache import ResultCache
-from common.files import user_cache_dir
+from callbacks.metrics.result_cache import SHIPPED, ResultCache
+from common.files import user_cache_dir, written_whole
 from common.hashing import hash_folder, hash_tensors, hash_texts
 
 KEY = {"teacher": "abc", "steps": 25}
@@ -63,6 +63,23 @@ def test_shipped_entries_come_first_and_are_never_written(tmp_path: Path) -> Non
     (shipped / cache.file_name("row", KEY)).write_bytes(b"damaged")
     entry = cache.get("row", KEY)
     assert entry is not None and entry.value == {"value": 2}
+
+
+def test_the_bundled_teachers_results_are_shipped() -> None:
+    assert list(SHIPPED.glob("teacher-steps_25-clip_score-*.safetensors"))
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for content in ("old", "new"):
+        with written_whole(file) as partial:
+            partial.write_text(content)
+            assert not file.exists() or file.read_text() == "old"
+        assert file.read_text() == content
+    with pytest.raises(OSError, match="full"), written_whole(file) as partial:
+        partial.write_text("half")
+        raise OSError("full")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
 
 
 def test_unwritable_folder_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

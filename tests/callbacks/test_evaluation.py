@@ -11,13 +11,11 @@ import torch
 from callbacks.evaluation import Evaluation
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
-from callbacks.metrics.binding import framed_reference
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
-from callbacks.metrics.reference import compute_reference
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference import ReferenceFolder, compute_reference, framed_reference
 from callbacks.metrics.teacher import Teacher
 from common.errors import UserError
 from common.hashing import hash_texts
@@ -214,10 +212,10 @@ class Two(ClipScore):
     def prepare(self, captions: Any, groups: Any = None, negatives: Any = None) -> None:
         self.captions, self.groups, self.places = list(captions), groups, []
 
-    def _add_at(self, features: torch.Tensor, prompts: list[str], positions: Any) -> None:
+    def _add(self, features: torch.Tensor, prompts: list[str], positions: Any) -> None:
         assert [self.captions[place] for place in positions] == prompts
         self.places += positions
-        super()._add_at(features, prompts, positions)
+        super()._add(features, prompts, positions)
 
     def results(self) -> dict[str, Any]:
         whole = self.result()

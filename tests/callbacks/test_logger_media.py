@@ -29,7 +29,8 @@ from callbacks.logging_media import Table, log_config, log_media, log_report
 from callbacks.report import RunReport
 from callbacks.run_folder import RunFolder
 from callbacks.samples import SampleGrid
-from reports.run_report import Report, write_report
+from reports.run_report import Report
+from reports.write import write_report
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import own_cache, trainer  # noqa: F401 - a fixture
 

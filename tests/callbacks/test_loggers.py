@@ -101,17 +101,14 @@ def test_a_log_without_values_leaves_no_row(tmp_path: Path) -> None:
     assert read(tmp_path / "metrics.csv") == []
 
 
-def test_a_repeated_measurement_replaces_the_row_that_holds_it(tmp_path: Path) -> None:
+def test_a_measurement_repeated_in_a_resumed_session_replaces_the_first(tmp_path: Path) -> None:
     first = MetricsCSV(tmp_path)
-    assert first.amend({"test/fd": 1.0}, step=2) is False, "there is none yet"
     first.log_metrics({"loss": 0.5}, step=2)
     first.flush()
     first.log_metrics({"test/fd": 3.0, "test/clip": 0.25}, step=2)
     first.finalize("success")
     second = MetricsCSV(tmp_path, resume_step=2)
-    assert second.amend({"test/fd": 3.5, "test/clip": 0.5}, step=2) is True
-    assert second.amend({"test/fd": 4.0}, step=3) is False
-    assert second.amend({"test/new": 1.0, "test/fd": 4.0}, step=2) is False, "no row holds both"
+    second.log_metrics({"test/fd": 3.5, "test/clip": 0.5}, step=2)
     second.finalize("success")
     assert read(tmp_path / "metrics.csv") == [
         {"step": "2", "loss": "0.5", "test/fd": "3.5", "test/clip": "0.5"},

@@ -154,7 +154,7 @@ def test_clip_score_against_transformers(tiny_clip: Path, extractor: ClipExtract
     assert -1 <= expected <= 1 and abs(expected) > 1e-3
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (33, 20), (12, 40), (64, 64)])
+@pytest.mark.parametrize("height, width", [(16, 16), (33, 20), (12, 40), (16, 33), (64, 64)])
 @pytest.mark.parametrize("size", [{"shortest_edge": 16}, {"height": 16, "width": 16}])
 def test_preprocessing_is_the_image_processors(
     height: int, width: int, size: dict[str, int], tiny_clip: Path
@@ -163,7 +163,7 @@ def test_preprocessing_is_the_image_processors(
     image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
     files = [Image.fromarray(to_uint8(one).permute(1, 2, 0).numpy()) for one in image]
     expected = processor(images=files, return_tensors="pt").pixel_values
-    found = ClipPreprocessing(processor.to_dict())(image)
+    found = ClipPreprocessing(processor)(image)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -205,9 +205,12 @@ def test_damaged_clip_folders_are_refused_in_one_line(tiny_clip: Path, tmp_path:
         save_file(weights, folder / file, metadata={"format": "pt"})
 
     damages = {
-        "cut": (cut, "cut' can't be loaded as a CLIP model"),
-        "forgotten": (forget, r"forgotten' lacks the weights visual_projection.weight \(1 missing\)"),
-        "config": (lambda folder: (folder / "config.json").write_text("{"), "config' can't be loaded"),
+        "cut": (cut, "cut can't be loaded"),
+        "forgotten": (forget, r"forgotten lacks the weights visual_projection.weight \(1 missing\)"),
+        "config": (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "config/config.json can't be read",
+        ),
     }
     for name, (spoil, message) in damages.items():
         shutil.copytree(tiny_clip, tmp_path / name)

@@ -12,13 +12,12 @@ import torchvision.transforms.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.clip_features import ClipExtractor, OpenClipNetwork
 from callbacks.metrics.clip_score import PRESETS, ClipScore
 from callbacks.metrics.hpsv2 import HPSv2
-from callbacks.metrics.hpsv2_features import FILES
 from callbacks.metrics.inception import InceptionNetwork
-from callbacks.metrics.open_clip_features import OpenClipNetwork, open_clip_parts
 from common.errors import UserError
+from lightning_modules.networks.clip_models import HPS_FILES, OpenClip
 from tests.callbacks.networks import inception_file, open_clip_file, pictures, pil
 
 LONG = "a very long prompt about a dog " * 20
@@ -150,9 +149,9 @@ def test_missing_or_wrong_hps_checkpoints(
     with pytest.raises(UserError, match="looked for .*mine.pt. Get it with"):
         HPSv2("v2.1", str(tmp_path / "mine.pt")).bind()
     (tmp_path / "hps").mkdir()
-    shutil.copy(network[1], tmp_path / "hps" / FILES["v2.0"])
+    shutil.copy(network[1], tmp_path / "hps" / HPS_FILES["v2.0"])
     found = HPSv2("v2.0", architecture=network[0]).bind()
-    assert found.extractor.path == tmp_path / "hps" / FILES["v2.0"]
+    assert found.extractor.path == tmp_path / "hps" / HPS_FILES["v2.0"]
     with pytest.raises(UserError, match="open_clip can't load the model 'tiny-other'"):
         HPSv2("v2.0", architecture="tiny-other").bind()
 
@@ -168,5 +167,5 @@ def test_weights_trained_with_quick_gelu_get_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     for weights in ("openai", "laion2b_s34b_b79k"):
         with pytest.raises(UserError, match="no weights here"):
-            open_clip_parts("ViT-B-32", weights)
+            OpenClip("ViT-B-32", weights)
     assert forced == [True, False]

@@ -12,14 +12,12 @@ import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.binding import bind_metrics
+from callbacks.metrics.base import ImageMetric, bind_metrics
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.frechet import FID, FrechetDistance
 from callbacks.metrics.inception import InceptionExtractor, InceptionNetwork, find_inception
 from callbacks.metrics.precision_recall import Precision, Recall
-from callbacks.metrics.reference import ReferenceStatistics
-from callbacks.metrics.reference_folder import ReferenceFolder, open_reference
+from callbacks.metrics.reference import ReferenceFolder, ReferenceStatistics, open_reference
 from common.errors import UserError
 from tests.callbacks.networks import inception_file, pictures, save
 

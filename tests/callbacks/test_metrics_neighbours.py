@@ -9,7 +9,7 @@ from torch import Tensor
 import callbacks.metrics.precision_recall as precision_recall
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.precision_recall import NeighbourMetric, Precision, Recall, covered, squared_radii
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference import ReferenceFolder
 from common.errors import UserError
 from tests.callbacks.networks import pictures, save
 

@@ -13,7 +13,7 @@ from callbacks.metrics.frechet import FID, FrechetDistance
 from callbacks.metrics.hpsv2 import HPSv2
 from callbacks.metrics.inception import InceptionExtractor
 from callbacks.metrics.precision_recall import Precision, Recall
-from callbacks.metrics.reference_folder import ReferenceFolder
+from callbacks.metrics.reference import ReferenceFolder
 from common.errors import UserError
 from tests.callbacks.networks import inception_file, open_clip_file, pictures, save
 

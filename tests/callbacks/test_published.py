@@ -13,12 +13,12 @@ from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from reports.html import render_html
 from reports.published import PROTOCOLS, deviations, label, open_questions, published_rows
 from reports.run_report import Report, measured_table, published_table, result_table
-from reports.text import render_markdown
+from reports.write import render_html, render_markdown
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import CAPTIONS
+from tests.pages import cells
 
 FID = {"mode": "clean", "extractor": "Inception v3 (x), mode clean", "reference_num_images": 40_504}
 CLIP = {"prefix": "A photo depicts ", "scale": 1.0, "extractor": "open_clip ViT-g-14, laion2b_s12b_b42k"}
@@ -61,7 +61,8 @@ def test_every_deviation_is_named_and_hides_the_published_values(
 
 
 def test_few_samples_have_their_own_name() -> None:
-    assert [label("fid", coco(n)) for n in (30_000, 5000, 100)] == ["FID", "FID-5k", "FID-100"]
+    names = [label("fid", coco(n)) for n in (30_000, 5000, 2500, 100)]
+    assert names == ["FID", "FID-5k", "FID-2.5k", "FID-100"]
     assert label("clip_score", coco(5000)) == "clip_score-5k"
     assert label("fid", EvaluationSet("mine", ["x"], [0])) == "FID"
 
@@ -81,9 +82,9 @@ def test_published_values_stand_beside_ours() -> None:
     table = published_table(report)
     assert table is not None
     assert ["fid ↓", "9.000", "8.350", "DMD2, SD1.5, one step", "DMD2, arXiv 2405.14867"] in table[1]
-    markdown, page = render_markdown(report, Path(".")), render_html(report)
+    markdown = render_markdown(report, Path("."))
     assert "| fid ↓ | 9.000 | 8.350 | DMD2, SD1.5, one step |" in markdown and "# coco30k_dmd2\n" in markdown
-    assert "<td>DMD2, SD1.5, one step</td>" in page
+    assert table[1][0] in cells(render_html(report), "Published values, measured the same way")
     assert published_table(Report(content, {})) is None and measured_table(Report(content, {})) is None
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,51 +12,24 @@ import torch
 from PIL import Image
 
 from callbacks import report as report_module
+from callbacks.loggers import MetricsCSV
 from callbacks.report import RunReport, StepTimer, sample_pictures
 from callbacks.samples import SampleGrid
 from callbacks.stage_report import StageReport
 from common.environment import peak_memory_gib
-from reports.plots import Series, grouped, line_plot, read_series
-from reports.run_report import Report, findings, format_value, write_report
-from reports.text import render_text_table
+from reports.html import figure_json
+from reports.plots import Series, grouped, line_figure, read_series, thinned
+from reports.run_report import Report, findings, render_text_table
+from reports.text import bullets, format_value, markdown_table
+from reports.write import render_html, write_report
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import evaluation, own_cache, reference, trainer  # noqa: F401 - fixtures
+from tests.pages import Page, figures, without_scripts
 
 KEYS = {
     "experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing", "environment",
     "config_path",
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced and collects every address and all text."""
-
-    VOID = {"meta", "img", "br", "line", "circle", "polyline", "path"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert self.stack == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action")]
-        if tag not in self.VOID:
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.stack.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
@@ -127,7 +99,7 @@ def test_a_run_of_one_step_leaves_a_whole_report(
     assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
 
 
-def test_page_fetches_nothing_and_holds_pictures_and_curves(
+def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
     tiny_sd: Path,
     tiny_clip: Path,
     reference: str,  # noqa: F811
@@ -138,12 +110,18 @@ def test_page_fetches_nothing_and_holds_pictures_and_curves(
     trainer(folder, *callbacks, max_steps=4).fit(StandIn(tiny_sd), StandInData())
     text = (folder / "report.html").read_text()
     page = Page(text)
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    *pictures, script = page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in pictures)
+    assert script == "../../plotly.min.js", "what draws the curves lies once beside all experiments"
+    assert "plotly.js v" in (tmp_path / "plotly.min.js").read_text()
+    assert not re.search(r"https?:|url\(|@import|<link", text)
     assert page.tags.count("img") == 3  # steps 4, 0, 2
-    assert page.tags.count("svg") == 3  # frechet_distance, clip_score, train/loss
     assert "a<b>&c, step 4" in page.text and "a<b>" not in text
-    assert "student updates" in page.text and "teacher, 2 steps" in page.text
+    drawn = {one["layout"]["title"]["text"]: one for one in figures(text)}
+    assert list(drawn) == ["clip_score", "frechet_distance", "train/loss"]
+    assert drawn["train/loss"]["layout"]["xaxis"]["title"]["text"] == "student updates"
+    names = [trace["name"] for trace in drawn["clip_score"]["data"]]
+    assert names == ["val/clip_score", "test/clip_score", "teacher, 2 steps", "teacher, 1 step"]
 
 
 def test_completing_a_finished_run_keeps_its_timing_and_its_rows(
@@ -161,7 +139,8 @@ def test_completing_a_finished_run_keeps_its_timing_and_its_rows(
     (folder / "report.json").unlink()
     module = StandIn(tiny_sd)
     module.student_steps = 2  # a distillation takes it from the checkpoint
-    again = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2)
+    logger = MetricsCSV(folder, resume_step=2)
+    again = trainer(folder, RunReport(), evaluation(tiny_clip, reference), max_steps=2, logger=logger)
     again.fit(module, StandInData(), ckpt_path=tmp_path / "last.ckpt")
     after = json.loads((folder / "report.json").read_text())
     for name in ("seconds_per_step", "images_per_second"):
@@ -227,11 +206,6 @@ def test_numbers_have_four_digits(value: float, text: str) -> None:
     assert format_value(value) == text
 
 
-def points_of(svg: str) -> list[tuple[float, float]]:
-    found = re.findall(r'<polyline[^>]* points="([^"]*)"', svg)
-    return [(float(x), float(y)) for text in found for x, y in (pair.split(",") for pair in text.split())]
-
-
 def test_curves_drop_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     rows = [f"{i},{math.sin(i)},{'' if i % 10 else i}" for i in range(200)]
@@ -239,13 +213,8 @@ def test_curves_drop_nothing(tmp_path: Path) -> None:
     series = read_series(path)
     assert len(series["train/loss"].points) == 200 and series["train/loss"].not_finite == 2
     assert [x for x, _ in series["val/clip_score"].points] == [*range(0, 200, 10), 201]
-    svg = line_plot("loss", [series["train/loss"]])
-    points = points_of(svg)
-    assert len(points) == 200 and "2 not finite" in svg
-    # Up is up and right is right.
-    highest = max(range(200), key=math.sin)
-    assert min(range(200), key=lambda i: points[i][1]) == highest
-    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    (trace,) = line_figure("loss", [series["train/loss"]]).data
+    assert list(zip(trace.x, trace.y)) == series["train/loss"].points and "2 not finite" in trace.name
     assert read_series(tmp_path / "none.csv") == {}
 
 
@@ -253,13 +222,10 @@ def test_long_curves_keep_their_extremes() -> None:
     values = [(float(i), math.sin(i / 700)) for i in range(50_000)]
     values[31_234] = (31_234.0, 9.0)
     values[40_001] = (40_001.0, -7.0)
-    points = points_of(line_plot("x", [Series("x", values)]))
-    few = values[::17] + [values[31_234], values[40_001]]
-    every = points_of(line_plot("x", [Series("x", few)]))
-    assert len(points) < 2_000
-    assert min(y for _, y in points) == pytest.approx(min(y for _, y in every))
-    assert max(y for _, y in points) == pytest.approx(max(y for _, y in every))
-    assert (points[0][0], points[-1][0]) == (pytest.approx(58), pytest.approx(446, abs=0.2))
+    points = thinned(values)
+    assert len(points) <= 2_000 and points == sorted(points)
+    assert {values[0], values[31_234], values[40_001], values[-1]} <= set(points)
+    assert list(line_figure("x", [Series("x", values)]).data[0].x) == [x for x, _ in points]
 
 
 @pytest.mark.parametrize(
@@ -272,20 +238,20 @@ def test_long_curves_keep_their_extremes() -> None:
         [(1.0, 1e-7), (9.0, 2.0)],
     ],  # fmt: skip
 )
-def test_every_curve_has_axes(values: list[tuple[float, float]]) -> None:
-    svg = line_plot("a<b", [Series("a<b", values)], {"teacher": 1.0, "none": float("nan")})
-    assert "a&lt;b" in svg and "student updates" in svg and "nan" not in svg and "teacher" in svg
-    assert svg.count('class="grid"') >= 3
-    numbers = [float(n) for n in re.findall(r' (?:x|y|x1|x2|y1|y2|cx|cy)="([^"]+)"', svg)]
-    assert all(0 <= n <= 460 for n in numbers)
+def test_every_curve_has_names_and_levels(values: list[tuple[float, float]]) -> None:
+    figure = line_figure("a<b", [Series("a<b", values)], {"teacher": 1.0, "none": float("nan")})
+    text = figure_json(figure)
+    assert "<" not in text and "NaN" not in text, "it may stand in a page as it is"
+    content = json.loads(text)
+    assert content["layout"]["title"]["text"].startswith("a<b")
+    assert [trace["name"] for trace in content["data"]] == ["a<b", "teacher"]
+    assert content["data"][1]["y"] == [1.0, 1.0]
 
 
 def test_wide_ranges_get_powers_of_ten() -> None:
-    svg = line_plot("x", [Series("x", [(0.0, 1e-4), (1.0, 1e-2), (2.0, 1.0)])])
-    assert "x (log)" in svg and ">1e-4<" in svg and ">1<" in svg
-    heights = [y for _, y in points_of(svg)]
-    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
-    assert "(log)" not in line_plot("x", [Series("x", [(0.0, 0.0), (1.0, 1e4)])])
+    figure = line_figure("x", [Series("x", [(0.0, 1e-4), (1.0, 1e-2), (2.0, 1.0)])])
+    assert figure.layout.yaxis.type == "log" and figure.layout.title.text == "x (log)"
+    assert line_figure("x", [Series("x", [(0.0, 0.0), (1.0, 1e4)])]).layout.yaxis.type == "linear"
 
 
 def test_groups() -> None:
@@ -297,7 +263,38 @@ def test_groups() -> None:
         "train/norm": ["train/norm/a", "train/norm/b"],
         "norm": ["norm/a", "norm/b"], "lr": ["lr"],
     }  # fmt: skip
-    assert line_plot("empty", [Series("empty", [], 3)]) == ""
+    assert line_figure("empty", [Series("empty", [], 3)]) is None
+
+
+def test_several_scales_never_share_an_axis() -> None:
+    sizes = {
+        "norm/a": 1.0,
+        "norm/b": 5.0,
+        "time/load": 0.01,
+        "time/step": 2.0,
+        "val/fid": 9.0,
+        "test/fid": 0.1,
+    }
+    groups = grouped({name: Series(name, [(0.0, size)]) for name, size in sizes.items()})
+    assert list(groups) == ["norm", "time/load", "time/step", "fid"], "val and test are of one kind"
+
+
+def test_a_spread_is_a_band_behind_its_curve() -> None:
+    one = Series("a", [(0.0, 1.0), (1.0, 2.0)], spread=[(0.5, 1.5), (1.0, 3.0)])
+    band, curve = line_figure("x", [one]).data
+    assert list(zip(band.x, band.y)) == [(0, 1.5), (1, 3), (1, 1), (0, 0.5)] and band.fill == "toself"
+    assert list(curve.y) == [1, 2] and curve.line.color == band.fillcolor
+
+
+def test_text_in_a_page_and_in_markdown_is_escaped() -> None:
+    report = made_report(model="<script>alert(1)</script>", experiment="a<b>")
+    text = render_html(report)
+    page = Page(without_scripts(text))
+    assert "<script>alert(1)</script>" in page.text and "<b>" not in text
+    assert markdown_table(["", "x"], [["a|b", "1"]])[-1].startswith("| a\\|b |")
+    assert bullets({"a": {"b": [1, 2], "c": None}, "d": 0.5}) == [
+        "- a:", "  - b: 1, 2", "  - c: none", "- d: 0.5000",
+    ]  # fmt: skip
 
 
 def test_timer_takes_the_median_once_warm(monkeypatch: pytest.MonkeyPatch) -> None:

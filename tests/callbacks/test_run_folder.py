@@ -34,11 +34,11 @@ def test_versions_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
 
 
 def test_new_version_takes_the_next_free_number(tmp_path: Path) -> None:
-    assert new_version(tmp_path, "a")[0].name == "version_0"
+    assert new_version(tmp_path, "a").name == "version_0"
     (tmp_path / "a" / "version_7").mkdir()
     (tmp_path / "a" / "version_8").touch()  # something else in the way
-    assert new_version(tmp_path, "a")[0].name == "version_9"
-    assert new_version(tmp_path, "b")[0].name == "version_0"
+    assert new_version(tmp_path, "a").name == "version_9"
+    assert new_version(tmp_path, "b").name == "version_0"
 
 
 def test_last_is_the_newest_version_with_a_checkpoint(tmp_path: Path) -> None:
@@ -85,28 +85,26 @@ def test_a_folder_is_removed_only_by_the_one_who_made_it(tmp_path: Path) -> None
     RunFolder(theirs).discard()
     assert theirs.is_dir()
     made = new_version(tmp_path / "runs", "b")
-    RunFolder(made[0], made=made).discard()
-    assert not made[0].parent.exists()
+    RunFolder(made, is_new=True).discard()
+    assert not made.parent.exists()
     assert theirs.is_dir()
 
 
-def test_folders_that_were_there_before_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_experiment_and_root_go_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "given").mkdir()
-    made = new_version(tmp_path / "given" / "deep", "a")
-    assert made == [tmp_path / "given" / "deep" / path for path in ("a/version_0", "a", ".")]
-    RunFolder(made[0], made=made).discard()
+    RunFolder(new_version(tmp_path / "given" / "root", "a"), is_new=True).discard()
     assert [path.name for path in tmp_path.rglob("*")] == ["given"]
     monkeypatch.chdir(tmp_path / "given")
-    made = new_version(Path("."), "a")
-    RunFolder(made[0], made=made).discard()
+    RunFolder(new_version(Path("."), "a"), is_new=True).discard()
     assert [path.name for path in tmp_path.rglob("*")] == ["given"]
 
 
 def test_a_folder_another_run_has_begun_to_use_stays(tmp_path: Path) -> None:
-    mine = new_version(tmp_path / "runs", "a")
-    theirs = new_version(tmp_path / "runs", "a")[0]
-    RunFolder(mine[0], made=mine).discard()
-    assert theirs.is_dir() and not mine[0].exists()
+    mine, theirs = new_version(tmp_path / "runs", "a"), new_version(tmp_path / "runs", "a")
+    RunFolder(mine, is_new=True).discard()
+    assert theirs.is_dir() and not mine.exists()
 
 
 @pytest.mark.parametrize("name", ["is_dir", "exists"])

@@ -7,12 +7,22 @@ from typing import Any
 
 import lightning as L
 import pytest
+from PIL import Image
 
 from callbacks import start_summary
-from callbacks.start_summary import StartSummary, duration, effective_batch, estimated_time, memory_table
+from callbacks.samples import Pictures
+from callbacks.start_summary import (
+    StartSummary,
+    duration,
+    effective_batch,
+    estimated_time,
+    likely_cause,
+    memory_table,
+)
+from callbacks.throughput import Throughput
 from common.errors import UserError
 from lightning_modules.memory import EMA, GRADIENTS
-from tests.tiny_distillation import distillation, fit
+from tests.tiny_distillation import changed, distillation, fit, snapshot
 from tests.tiny_run import TinyData, TinyModule
 
 
@@ -57,27 +67,80 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_estimate_multiplies_by_the_number_of_updates() -> None:
-    text = estimated_time(0.5, 300, 60)
-    assert text.startswith("0.5 s per student update: 300 take about 2 min 30 s, 2 min 00 s to go;")
-    assert text.endswith("validations and the final evaluation are extra")
-    assert "to go" not in estimated_time(0.5, 300, 300)
+def test_the_estimate_says_what_is_left() -> None:
+    text = estimated_time(0.5, 300, 150.0, 120.0)
+    assert text.startswith(
+        "0.5 s per student update: 300 take about 2 min 30 s, 2 min 00 s to go; validations"
+    )
+    assert "included" in text
+
+
+class Clock:
+    """The first update takes 100 s, as a warm-up may, later ones 3 s, a drawing of pictures 8 s."""
+
+    def __init__(self) -> None:
+        self.ticks = iter([0, 100, 200, 203, 210, 213, 220, 223, 300, 400, 408])
+
+    def perf_counter(self) -> float:
+        return next(self.ticks)
 
 
 def test_a_fit_prints_table_batch_and_one_estimate(
     tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock goes 100 s in the first update, which is not counted, and 3 s in each of the others."""
-    ticks = iter([0, 100, 100, 103, 110, 113, 120, 123])
-    monkeypatch.setattr(start_summary, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    module = distillation(tiny_sd)
-    fit(module, tmp_path, 5, StartSummary(timed_updates=3), micro_batch_size=2)
+    """The training is the same whether pictures are drawn to see how long that takes or not."""
+    monkeypatch.setattr(start_summary, "time", Clock())
+    module, alone = distillation(tiny_sd), distillation(tiny_sd)
+    fit(module, tmp_path, 7, StartSummary(timed_updates=3), SampleGridOfTwo(), micro_batch_size=2)
     printed = capsys.readouterr().out
     for name, (values, _, _) in module.memory_parts().items():
         assert re.search(rf"^{re.escape(name)} +{values / 1e6:.3f} ", printed, re.MULTILINE), name
     assert "1 process x micro-batch 2 x accumulation 2 = 4" in printed
-    assert printed.count("to go;") == 1
-    assert "3 s per student update: 5 take about 15 s, 3 s to go" in printed
+    assert "Precision: 32-true" in printed and "SLOW" not in printed
+    # an update is 3 s and a grid of two pictures 4 s
+    assert printed.count(" to go;") == 1
+    assert "3 s per student update: 7 take about 49 s, 21 s to go;" in printed
+    fit(alone, tmp_path, 7, micro_batch_size=2)
+    assert not changed(snapshot(module), snapshot(alone))
+
+
+class SampleGridOfTwo(Pictures):
+    """Two pictures at every update, drawn at once."""
+
+    def __init__(self) -> None:
+        super().__init__(["a cat", "a dog"], num_images=2, every_n_steps=1)
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule) -> Image.Image:
+        return Image.new("RGB", (1, 1))
+
+
+def test_a_slow_update_is_told_with_its_cause(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update's operations take a second at the machine's speed, and the clock says 3, then 6 s."""
+    monkeypatch.setattr(start_summary, "_LONG", 5.0)
+    for seconds, is_told in [(1.0, False), (0.5, True)]:
+        counted = Throughput(peak_tflops=1.0)
+        monkeypatch.setattr(start_summary, "matmul_rate", lambda *_, n=counted, s=seconds: (n.flops or 0) / s)
+        monkeypatch.setattr(start_summary, "time", Clock())
+        fit(distillation(tiny_sd), tmp_path, 7, counted, StartSummary(timed_updates=3))
+        line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SLOW")]
+        assert len(line) == is_told
+    assert "takes 3 s, 6 times its operations at this processor's speed (0.5 s)" in line[0]
+    assert re.search(r"would end about 20\d\d-\d\d-\d\d \d\d:\d\d\. Likely cause: \S", line[0])
+
+
+def test_likely_causes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_summary.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(start_summary.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(start_summary, "is_slow_in_bf16", lambda _: True)
+    loads = iter([9.0, 9.0, 9.0, 2.1, 9.0])
+    monkeypatch.setattr(start_summary.os, "getloadavg", lambda: (next(loads), 0, 0))
+    assert "without bf16 units; set --trainer.precision=32-true" in likely_cause("bf16-mixed", 1, True)
+    assert "4 threads on 2 cores; set OMP_NUM_THREADS=1" in likely_cause("32-true", 2, True)
+    assert "swaps" in likely_cause("32-true", 1, True)
+    assert likely_cause("32-true", 1, False).startswith("none seen")
+    assert "other processes on the cores (load average 9.0" in likely_cause("32-true", 1, False)
 
 
 def test_modules_without_parts_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from common.errors import UserError
-from datamodules import readers
 from datamodules.order import ListedTexts, PromptDraws
 from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, read_prompts
 
@@ -137,7 +136,7 @@ def test_bad_files_have_one_clear_message(tmp_path: Path, content: bytes | None,
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Path, "is_file"), (readers, "_CountedFile")])
+@pytest.mark.parametrize(("owner", "name"), [(Path, "is_file"), (Path, "open")])
 def test_files_that_may_not_be_read_have_one_clear_message(
     owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

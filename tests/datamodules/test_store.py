@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -131,7 +132,7 @@ def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch:
         yield from PROMPTS * 100
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store.optional_package("datasets.arrow_writer", "the test")  # the child has nothing to import
+    importlib.import_module("datasets.arrow_writer")  # the child has nothing to import
     if (child := os.fork()) == 0:
         monkeypatch.setattr(store, "read_texts", killed)
         opened(file)
@@ -150,13 +151,16 @@ def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch:
 def test_what_is_dropped_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("a red ship\nhi\n\na ship\na red ship\n" + "long " * 9 + "\na ship\nhi\na house")
-    made = opened(path, Cleaning(min_length=3, max_length=20, deduplicate=True))
+    (made,) = PromptPools(str(path), cleaning=Cleaning(3, 20, deduplicate=True)).open()
+    assert isinstance(made, PromptStore)
     assert texts_of(made) == ["a red ship", "a ship", "a house"]
     expected = {"read": 9, "kept": 3, "dropped": {"empty": 1, "long": 1, "repeated": 2, "short": 2}}
     report = json.loads((made.folder / "report.json").read_text())
     assert {name: report[name] for name in expected} == expected
+    said = capsys.readouterr().out
     assert ("3 of 9 prompts kept (dropped: 1 empty, 1 above 20 characters, 2 repeated, 2 below 3 characters)"
-            in capsys.readouterr().out)  # fmt: skip
+            in said)  # fmt: skip
+    assert str(path) in said and "The first: 'a red ship'" in said
 
 
 def test_lists_and_small_files_are_cleaned_alike(
@@ -345,7 +349,7 @@ def test_too_little_room(file: Path, own_cache: Path, monkeypatch: pytest.Monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    writing = store.optional_package("datasets.arrow_writer", "the test")
+    writing = importlib.import_module("datasets.arrow_writer")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device; make room"):
         patch.setattr(writing.ArrowWriter, "write_batch", full)
         opened(file)
@@ -366,12 +370,3 @@ def test_a_damaged_store_is_named(file: Path) -> None:
     with pytest.raises(UserError, match="delete the folder") as caught:
         opened(file)
     assert str(folder) in str(caught.value)
-
-
-def test_a_missing_package_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr("importlib.import_module", refuse)
-    with pytest.raises(UserError, match=r'needs the package datasets: run pip install -e "\.\[datasets\]"'):
-        opened(file)

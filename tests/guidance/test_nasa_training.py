@@ -42,7 +42,7 @@ def test_a_student_turn_with_negative_prompts(tiny_sd: Path, checkpointing: bool
 
     def gradients(x0: Tensor) -> list[Tensor]:
         terms = objective.student_loss(StudentSample(x0, condition, negative), scores, random)
-        found = torch.autograd.grad(terms["vsd"], list(student.parameters()))
+        found = torch.autograd.grad(terms.losses["vsd"], list(student.parameters()))
         return [gradient.clone() for gradient in found]
 
     given = {"sample": noise, "timestep": torch.tensor([625, 625]), **condition.tensors}

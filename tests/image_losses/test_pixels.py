@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPImageProcessor
 
 from common.errors import UserError
-from lightning_modules.image_losses.pixels import PixelProcessing, processing_of
+from lightning_modules.networks.clip_models import differentiable_pixels, require_differentiable
 
 
 def pictures(height: int, width: int) -> torch.Tensor:
@@ -33,18 +33,21 @@ def test_is_the_processors(height: int, width: int, settings: dict[str, Any]) ->
     images = pictures(height, width)
     eight_bit = [(image * 255).byte() for image in images]
     expected = processor(eight_bit, return_tensors="pt").pixel_values
-    result = processing_of(processor.to_dict())(images)
+    result = differentiable_pixels(processor, images)
     assert result.shape == expected.shape
     assert (result - expected).abs().max() < 0.03
     assert (result - expected).abs().mean() < 0.006
 
 
 def test_gradient_by_finite_differences() -> None:
-    processing = PixelProcessing(5, (5, 5), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).double()
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 5}, crop_size={"height": 5, "width": 5}, image_mean=[0.4, 0.5, 0.6],
+        image_std=[0.2, 0.3, 0.4],
+    )  # fmt: skip
     images = pictures(9, 11).double().mul(0.6).add(0.2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: processing(x).sin(), [images])
+    assert torch.autograd.gradcheck(lambda x: differentiable_pixels(processor, x).sin(), [images])
 
 
 def test_a_filter_without_gradient_is_refused() -> None:
     with pytest.raises(UserError, match="filter 1"):
-        processing_of(CLIPImageProcessor(resample=1).to_dict())
+        require_differentiable(CLIPImageProcessor(resample=1))

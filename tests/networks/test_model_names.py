@@ -13,17 +13,16 @@ from torch import Tensor
 from common.errors import UserError
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.interpolation import stored_dtype
-from lightning_modules.networks.loading import load_parts, pipeline_folder
-from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase
-from lightning_modules.networks.lora_files import lora_card
+from lightning_modules.networks.loading import load_parts, model_hash, pipeline_folder
+from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, lora_card
 from lightning_modules.networks.model_names import ModelName, model_name
 from lightning_modules.networks.student import architecture, load_student
+from lightning_modules.pipelines import load_any_pipeline
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache and the hub's, both empty; nothing is asked of the hub."""
-    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "user"))
+    """The hub's cache, empty; nothing is asked of the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def offline(name: str, **options: Any) -> str:
@@ -82,10 +81,11 @@ def test_variants(own_sd: Path) -> None:
     assert torch.equal(weights(load_parts(own_sd).denoiser), plain)
     assert stored_dtype(named) == torch.float16 and stored_dtype(str(own_sd)) == torch.float32
     again = load_student(named)
-    assert again.start_timestep == 999 and pipeline_folder(named) == Path(again.parts.path)
-    first = pipeline_folder(named)
+    assert again.start_timestep == 999 and again.parts.path == named and pipeline_folder(named) == own_sd
+    hashes = {model_hash(named), model_hash(own_sd)}
     moved(own_sd, 1.0).half().save_pretrained(own_sd / "unet", variant="fp16", max_shard_size="60KB")
-    assert pipeline_folder(named) != first  # other files, other links
+    hashes |= {model_hash(named), model_hash(own_sd)}
+    assert len(hashes) == 4  # pictures of one are never taken for another's
     torch.testing.assert_close(weights(load_parts(named).denoiser), plain + 1, rtol=0, atol=1e-3)
     (own_sd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="part 'unet' has weights of a variant only, .*: NAME#fp16"):
@@ -93,6 +93,13 @@ def test_variants(own_sd: Path) -> None:
     shutil.rmtree(own_sd / "unet")
     with pytest.raises(UserError, match=r"no weights of the variant 'fp16'. Leave #fp16 behind"):
         load_parts(named)
+
+
+def test_a_stock_pipeline_takes_the_variant(own_sd: Path) -> None:
+    """A class that is not drawn with here goes through diffusers' own loader."""
+    moved(own_sd, 0.5).save_pretrained(own_sd / "unet", variant="half")
+    found = [weights(load_any_pipeline(name).unet) for name in (str(own_sd), f"{own_sd}#half")]
+    torch.testing.assert_close(found[1], found[0] + 0.5)
 
 
 def put_into_cache(cache: Path, model: Path, revision: str, commit: str) -> Path:
@@ -164,7 +171,7 @@ def test_half_a_download_is_fetched_again(
         assert load_parts(name).path  # whole
         for shard in shards[1:]:
             shard.unlink()
-        first = plain[1].name
+        first = shards[1].name
         message = rf"part 'unet' is missing {len(plain) - 1} of its files of weights, {first} .*: hf download"
         with pytest.raises(UserError, match=message):
             load_parts(name)

@@ -10,7 +10,10 @@ from common.files import (
     check_output_folder,
     check_writable_folder,
     filled_at_once,
+    unfinished,
+    write_text_atomically,
     written_at_once,
+    written_whole,
 )
 
 
@@ -102,3 +105,19 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise OSError("disk full")
     assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
     assert [entry.name for entry in target.iterdir()] == ["former"]
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    write_text_atomically(file, "one")
+    with pytest.raises(KeyError), written_whole(file) as partial:
+        partial.write_text("tw")
+        assert unfinished(tmp_path) == [partial] and file.read_text() == "one"
+        raise KeyError
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_text_atomically(file, "two")
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"] and file.read_text() == "one"
+    write_text_atomically(file, "two")
+    assert file.read_text() == "two"

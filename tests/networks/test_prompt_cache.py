@@ -1,5 +1,7 @@
 """Caches of text embeddings: what was written is what is read, whatever happens in between."""
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,16 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+import lightning_modules.networks.prompt_cache.cache as prompt_cache
 from common.errors import UserError
-from lightning_modules.networks.prompt_cache import writer as prompt_cache_writer
-from lightning_modules.networks.prompt_cache.cache import MASK, TOKENS, Layout, PromptCache, text_keys
-from lightning_modules.networks.prompt_cache.writer import cache_writer
+from lightning_modules.networks.prompt_cache.cache import (
+    MASK,
+    TOKENS,
+    Layout,
+    PromptCache,
+    cache_writer,
+    text_keys,
+)
 
 TEXTS = [f"prompt {number}" for number in range(20)]
 ENCODER = {"model": "some/model", "hash": "a" * 64}
@@ -93,11 +101,10 @@ def test_of_masked_tokens_nothing_is_kept(tmp_path: Path) -> None:
     wanted[TOKENS] = wanted[TOKENS] * wanted[MASK][..., None]
     assert_same(read(tmp_path / "masked", TEXTS), wanted)
     cache = PromptCache(tmp_path / "masked")
-    kept = sum(len(shard.tensors[TOKENS]) for shard in cache.shards)
+    kept = sum(len(tokens.as_buffer()) for tokens in cache.table[TOKENS]) // (3 * 4)
     assert kept == int(wanted[MASK].sum()) < wanted[MASK].numel()
     mean = kept / len(TEXTS)
-    stored = sum(x.nbytes for s in cache.shards for x in (*s.tensors.values(), s.keys, s.checks, s.ends))
-    assert cache.layout.bytes_per_text(mean) * len(TEXTS) == pytest.approx(stored)
+    assert cache.layout.bytes_per_text(mean) * len(TEXTS) == pytest.approx(cache.table.nbytes)
 
 
 def test_the_size_without_a_mask_is_exact(tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_the_size_without_a_mask_is_exact(tmp_path: Path) -> None:
     size = Layout.of(plain(TEXTS), torch.float16).bytes_per_text()
     assert size == 2 * (4 * 3 + 2) + 16 + 8
     (shard,) = shards(tmp_path)
-    assert 0 <= shard.stat().st_size - size * len(TEXTS) < 1000  # the file's table of contents
+    assert 0 <= shard.stat().st_size - size * len(TEXTS) < 2500  # the file's table of contents
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -129,24 +136,25 @@ def test_an_interrupted_cache_goes_on_and_nothing_is_lost(tmp_path: Path, error:
 def test_a_process_killed_while_it_writes_leaves_only_whole_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = prompt_cache_writer._settle
+    replace = os.replace
 
     def killed(partial: Path, path: Path) -> None:
         if path.name.startswith("shard-00001"):
             partial.write_bytes(partial.read_bytes()[:50])
             monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing
             raise MemoryError
-        settle(partial, path)
+        replace(partial, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_cache_writer, "_settle", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(MemoryError):
             write(tmp_path, TEXTS)
     monkeypatch.undo()
-    assert [path.suffix for path in shards(tmp_path)] == [".safetensors", ".partial"]
+    assert [path.name for path in shards(tmp_path)] == ["shard-00000.arrow"]
+    assert list(tmp_path.glob(".*.partial"))
     kept = len(PromptCache(tmp_path))
     assert write(tmp_path, TEXTS) == TEXTS[kept:]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.partial"))
     assert_same(read(tmp_path, TEXTS), plain(TEXTS))
 
 
@@ -155,7 +163,7 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_cache_writer, "_settle", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(UserError, match="No space left on device; make room"):
             write(tmp_path, TEXTS)
     assert shards(tmp_path) == []
@@ -197,22 +205,25 @@ def test_a_changed_byte_anywhere_is_noticed_or_harmless(tmp_path: Path, encode: 
     (shard,) = shards(tmp_path)
     whole = shard.read_bytes()
     wanted = read(tmp_path, TEXTS[:4])
-    first = 8 + int.from_bytes(whole[:8], "little")  # behind the table of contents
-    assert len(whole) - first < 1000
-    outcomes = Counter[str]()
-    for place in range(first, len(whole), 13):
+    columns = [column.chunk(0) for column in PromptCache(tmp_path).table.columns]
+    buffers = [buffer.to_pybytes() for column in columns for buffer in column.buffers() if buffer is not None]
+    data = {whole.index(buffer) + place for buffer in buffers for place in range(len(buffer))}
+    outcomes, elsewhere = Counter[str](), Counter[str]()
+    for place in range(0, len(whole), 7):
+        seen = outcomes if place in data else elsewhere
         shard.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        cache = PromptCache(tmp_path)
-        rows = cache.find(text_keys(TEXTS[:4]))
-        if not (rows >= 0).all():
-            outcomes["another text"] += 1
-            continue
         try:
+            cache = PromptCache(tmp_path)
+            rows = cache.find(text_keys(TEXTS[:4]))
+            if not (rows >= 0).all():
+                seen["another text"] += 1
+                continue
             assert_same(cache.take(rows), wanted)  # where an empty text begins does not matter
-            outcomes["harmless"] += 1
+            seen["harmless"] += 1
         except UserError as error:
-            assert "shard-00000.safetensors is damaged" in str(error) and "delete this file" in str(error)
-            outcomes["told"] += 1
+            assert "shard-00000.arrow is damaged" in str(error) and "delete this file" in str(error)
+            seen["told"] += 1
+    assert elsewhere["told"] > 20  # the rest is padding, and what is written twice
     assert outcomes["told"] > 0.7 * outcomes.total() and outcomes["harmless"] <= 3
 
 
@@ -223,9 +234,9 @@ def test_a_damaged_file_is_named_and_made_again_once_deleted(tmp_path: Path, dam
     write(tmp_path / "other", TEXTS[:3], masked)
     shard, other = shards(folder)[1], shards(tmp_path / "other")[0].read_bytes()
     whole = shard.read_bytes()
-    changed = {"cut": whole[:-5], "header": whole[:20] + b"?" + whole[21:], "empty": b"", "other": other}
+    changed = {"cut": whole[:-5], "header": whole[:-20] + b"?" + whole[-19:], "empty": b"", "other": other}
     shard.write_bytes(changed[damage])
-    with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged .*delete this file"):
+    with pytest.raises(UserError, match=r"shard-00001.arrow is damaged .*delete this file"):
         PromptCache(folder)
     with pytest.raises(UserError, match="is damaged"):
         write(folder, TEXTS)
@@ -235,17 +246,18 @@ def test_a_damaged_file_is_named_and_made_again_once_deleted(tmp_path: Path, dam
     assert_same(read(folder, TEXTS), plain(TEXTS))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "can't be read"), ("[]", "cache.json is not what encode-prompts writes"),
-     ('{"format": 1}', "is not what encode-prompts writes"),
-     ('{"format": 0}', "another version")],
-)  # fmt: skip
-def test_a_manifest_must_be_right(tmp_path: Path, content: str, message: str) -> None:
-    write(tmp_path, TEXTS)
-    (tmp_path / "cache.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        PromptCache(tmp_path)
+def test_caches_of_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    former = tmp_path / "former"
+    former.mkdir()
+    (former / "cache.json").write_text(json.dumps({"format": 1}))
+    (former / "shard-00000.safetensors").touch()
+    monkeypatch.setattr(prompt_cache, "FORMAT", 3)
+    write(tmp_path / "later", TEXTS)
+    monkeypatch.undo()
+    for folder in (former, tmp_path / "later"):
+        for use in (PromptCache, lambda folder: write(folder, TEXTS)):
+            with pytest.raises(UserError, match=f"{folder} was written by another version; delete it"):
+                use(folder)
 
 
 def test_other_folders_are_no_caches_and_left_alone(tmp_path: Path) -> None:
@@ -266,11 +278,11 @@ def test_two_processes_do_not_write_at_a_time(tmp_path: Path) -> None:
 def test_reading_maps_the_files(tmp_path: Path) -> None:
     """Opening takes no memory for the embeddings: they lie in the mapped file."""
     write(tmp_path, TEXTS, shard_bytes=10**6)
-    tensor = PromptCache(tmp_path).shards[0].tensors[TOKENS]
+    data = PromptCache(tmp_path).table[TOKENS].chunks[0].buffers()[-1]
     maps = Path("/proc/self/maps").read_text().splitlines()
     spans = [line.split() for line in maps if "shard-00000" in line]
     borders = [[int(end, 16) for end in span[0].split("-")] for span in spans]
-    assert any(begin <= tensor.data_ptr() < end for begin, end in borders)
+    assert any(begin <= data.address < end for begin, end in borders)
 
 
 def test_hashes_are_of_the_text_alone() -> None:

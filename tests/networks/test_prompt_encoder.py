@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lightning_modules.generator import stock_pipeline
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEncoder
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.pipelines import stock_pipeline
 
 PROMPTS = ["a red cat", "", "dog on a dog, " * 12]  # the last one is cut
 

@@ -31,7 +31,7 @@ def student_gradient(
     """∂L/∂x0 by autograd."""
     x0 = x0.clone().requires_grad_()
     terms = objective.student_loss(StudentSample(x0, condition), scores, step_random(len(x0), step))
-    (gradient,) = torch.autograd.grad(sum(terms.values(), torch.tensor(0.0)), x0)
+    (gradient,) = torch.autograd.grad(sum(terms.losses.values(), torch.tensor(0.0)), x0)
     return gradient
 
 
@@ -78,15 +78,16 @@ def test_loss_value_and_diagnostics(make_scores: Any, text: Text) -> None:
     scores = make_scores()
     objective = SwiftBrush(3.0)
     x0 = torch.randn(SHAPE, requires_grad=True)
-    (loss,) = objective.student_loss(StudentSample(x0, text([0.0] * 4)), scores, step_random()).values()
+    losses, numbers = objective.student_loss(StudentSample(x0, text([0.0] * 4)), scores, step_random())
+    (loss,) = losses.values()
     (gradient,) = torch.autograd.grad(loss, x0)
     g = gradient * x0.numel()
     torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
     assert loss.dtype == torch.float32 and loss.ndim == 0
-    assert objective.diagnostics["guidance_scale/teacher"] == 3.0
-    assert objective.diagnostics["guidance_scale/fake_score"] == 3.0
-    assert objective.diagnostics["nonfinite_score_gradients"] == 0
-    torch.testing.assert_close(objective.diagnostics["score_gradient_rms"], g.square().mean().sqrt())
+    assert numbers["guidance_scale/teacher"] == 3.0
+    assert numbers["guidance_scale/fake_score"] == 3.0
+    assert numbers["nonfinite_score_gradients"] == 0
+    torch.testing.assert_close(numbers["score_gradient_rms"], g.square().mean().sqrt())
 
 
 def test_both_scores_are_read_at_the_same_point_with_the_same_guidance(make_scores: Any, text: Text) -> None:
@@ -110,7 +111,9 @@ def test_both_scores_are_read_at_the_same_point_with_the_same_guidance(make_scor
 def test_no_gradient_reaches_the_score_models_in_the_student_turn(make_scores: Any, text: Text) -> None:
     scores = make_scores()
     x0 = torch.randn(SHAPE, requires_grad=True)
-    (loss,) = SwiftBrush().student_loss(StudentSample(x0, text([0.0] * 4)), scores, step_random()).values()
+    (loss,) = (
+        SwiftBrush().student_loss(StudentSample(x0, text([0.0] * 4)), scores, step_random()).losses.values()
+    )
     loss.backward()
     assert x0.grad is not None and x0.grad.abs().sum() > 0
     weights = [*scores.real.parameters(), *scores.fake.parameters()]
@@ -156,7 +159,9 @@ def test_fake_score_loss_is_the_weighted_noise_error(
     scores = make_scores()
     x0 = torch.randn(SHAPE)
     objective = SwiftBrush(prompt_dropout=0.0)
-    (loss,) = objective.fake_score_loss(StudentSample(x0, text([0.0] * 4)), scores, step_random()).values()
+    (loss,) = objective.fake_score_loss(
+        StudentSample(x0, text([0.0] * 4)), scores, step_random()
+    ).losses.values()
     (call,) = scores.calls
     assert call.role == "fake_score" and call.guidance_scale == 1.0
     alpha, sigma = (c[:, None, None, None] for c in schedule.alpha_sigma(call.t))
@@ -173,7 +178,7 @@ def test_fake_score_loss_never_reaches_the_student(make_scores: Any, text: Text)
     (loss,) = (
         SwiftBrush()
         .fake_score_loss(StudentSample(x0, text([0.0] * 4)), make_scores(), step_random())
-        .values()
+        .losses.values()
     )
     loss.backward()
     assert x0.grad is None
@@ -185,8 +190,10 @@ def dropped_rows(
     """Which samples of a fake-score turn were trained without text, boolean [B]."""
     scores.calls.clear()
     sample = StudentSample(torch.zeros(len(indices), 1, 1, 1), condition)
-    objective.fake_score_loss(sample, scores, StepRandom(0, step, indices))
-    return scores.calls[0].condition.tensors["text"] == -7
+    told = objective.fake_score_loss(sample, scores, StepRandom(0, step, indices)).numbers["dropped_prompts"]
+    rows = scores.calls[0].condition.tensors["text"] == -7
+    torch.testing.assert_close(torch.as_tensor(told), rows.float().mean())
+    return rows
 
 
 def test_dropout_is_one_decision_for_the_global_batch(make_scores: Any, text: Text) -> None:
@@ -197,7 +204,6 @@ def test_dropout_is_one_decision_for_the_global_batch(make_scores: Any, text: Te
         second = dropped_rows(objective, scores, text([1.0] * 3, null=-7.0), step, torch.tensor([2, 3, 4]))
         together = torch.cat([first, second])
         assert together.all() or not together.any()
-        assert objective.diagnostics["dropped_prompts"] == float(together[0])
         decisions.append(bool(together[0]))
     rate = sum(decisions) / len(decisions)
     assert abs(rate - 0.1) < 5 * math.sqrt(0.09 / len(decisions))
@@ -209,7 +215,6 @@ def test_dropout_per_sample(make_scores: Any, text: Text) -> None:
     condition = text([1.0] * n, null=-7.0)
     dropped = dropped_rows(objective, scores, condition, 0, torch.arange(n))
     assert abs(dropped.float().mean() - 0.1) < 5 * math.sqrt(0.09 / n)
-    torch.testing.assert_close(objective.diagnostics["dropped_prompts"], dropped.float().mean())
     part = dropped_rows(objective, scores, condition[:1000], 0, torch.arange(1000, 2000))
     assert torch.equal(part, dropped[1000:2000])
     assert not torch.equal(dropped, dropped_rows(objective, scores, condition, 1, torch.arange(n)))
@@ -234,8 +239,8 @@ def test_losses_do_not_depend_on_the_split_into_micro_batches(make_scores: Any, 
 
     def losses(indices: Tensor) -> Tensor:
         sample, random = StudentSample(x0[indices], condition[indices]), StepRandom(0, 5, indices)
-        student = objective.student_loss(sample, scores, random)["vsd"]
-        return torch.stack([student, objective.fake_score_loss(sample, scores, random)["denoising"]])
+        student = objective.student_loss(sample, scores, random).losses["vsd"]
+        return torch.stack([student, objective.fake_score_loss(sample, scores, random).losses["denoising"]])
 
     whole = losses(torch.arange(8))
     parts = (losses(torch.arange(6)) * 6 + losses(torch.arange(6, 8)) * 2) / 8
@@ -248,13 +253,13 @@ def test_half_precision_samples_are_scored_in_float32(make_scores: Any, text: Te
     scores = make_scores()
     x0 = torch.randn(SHAPE).bfloat16().requires_grad_()
     sample = StudentSample(x0, text([0.0] * 4))
-    student = SwiftBrush().student_loss(sample, scores, step_random())["vsd"]
-    fake = SwiftBrush().fake_score_loss(sample, scores, step_random())["denoising"]
+    student = SwiftBrush().student_loss(sample, scores, step_random()).losses["vsd"]
+    fake = SwiftBrush().fake_score_loss(sample, scores, step_random()).losses["denoising"]
     assert student.dtype == fake.dtype == torch.float32
     # The same as of the same numbers in float32: noise and noised samples were never rounded.
     sample = StudentSample(x0.detach().float(), sample.condition)
-    assert torch.equal(student, SwiftBrush().student_loss(sample, scores, step_random())["vsd"])
-    assert torch.equal(fake, SwiftBrush().fake_score_loss(sample, scores, step_random())["denoising"])
+    assert torch.equal(student, SwiftBrush().student_loss(sample, scores, step_random()).losses["vsd"])
+    assert torch.equal(fake, SwiftBrush().fake_score_loss(sample, scores, step_random()).losses["denoising"])
     student.backward()
     assert x0.grad is not None and x0.grad.abs().sum() > 0
 
@@ -273,10 +278,11 @@ def test_non_finite_score_gradients_are_counted_and_not_hidden(make_scores: Any,
     scores = make_scores()
     scores.real = BrokenNetwork()
     objective = SwiftBrush(1.0)
-    (loss,) = objective.student_loss(
+    losses, numbers = objective.student_loss(
         StudentSample(torch.zeros(SHAPE), text([0.0] * 4)), scores, step_random()
-    ).values()
-    assert objective.diagnostics["nonfinite_score_gradients"] == 2
+    )
+    (loss,) = losses.values()
+    assert numbers["nonfinite_score_gradients"] == 2
     assert not loss.isfinite()
 
 
@@ -303,5 +309,5 @@ def test_timesteps_past_the_schedule_are_refused(make_scores: Any, text: Text) -
 
 def test_swiftbrush_owns_no_networks() -> None:
     objective = SwiftBrush()
-    assert objective.extra_parameter_groups() == []
+    assert not [*objective.parameters_of("student"), *objective.parameters_of("fake_score")]
     assert not list(objective.parameters()) and not objective.state_dict()

@@ -70,7 +70,7 @@ def train(
                 continue
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.zero_grad()
-            torch.stack(list(loss_of(sample, scores, random).values())).sum().backward()
+            torch.stack(list(loss_of(sample, scores, random).losses.values())).sum().backward()
             optimizer.step()
         scores.calls.clear()
 

@@ -14,7 +14,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.guidance.scales import UniformGuidance
-from lightning_modules.objectives.base import StudentSample
+from lightning_modules.objectives.base import NEGATIVE_PROMPTS, StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 
 Text = Callable[..., Condition]
@@ -23,13 +23,14 @@ SHAPE = (4, 2, 4, 4)
 
 def judge(
     objective: SwiftBrush, scores: Any, sample: StudentSample, step: int = 0, first: int = 0
-) -> tuple[Tensor, Any, Any]:
-    """Gradient at x0, and what teacher and fake score were asked."""
+) -> tuple[Tensor, Any, Any, Any]:
+    """Gradient at x0, what teacher and fake score were asked, and the numbers told."""
     x0 = sample.x0.clone().requires_grad_()
     random = StepRandom(0, step, torch.arange(first, first + len(x0)))
     given = StudentSample(x0, sample.condition, sample.negative)
-    (loss,) = objective.student_loss(given, scores, random).values()
-    return torch.autograd.grad(loss, x0)[0], *scores.calls[-2:]
+    losses, numbers = objective.student_loss(given, scores, random)
+    (loss,) = losses.values()
+    return torch.autograd.grad(loss, x0)[0], *scores.calls[-2:], numbers
 
 
 @pytest.mark.parametrize("both", ["both", "teacher", "fake_score"])
@@ -43,11 +44,11 @@ def test_the_scale_is_random_where_wanted(make_scores: Any, text: Text, both: st
     sample = StudentSample(torch.zeros(2, 1, 1, 1), text([0.0] * 2))
     seen = []
     for step in range(300):
-        _, teacher, fake = judge(objective, scores, sample, step)
-        logged = [objective.diagnostics[f"guidance_scale/{role}"] for role in ("teacher", "fake_score")]
+        _, teacher, fake, numbers = judge(objective, scores, sample, step)
+        logged = [numbers[f"guidance_scale/{role}"] for role in ("teacher", "fake_score")]
         assert logged == [teacher.guidance_scale, fake.guidance_scale]
         # the same on another process and after a resume: a function of seed and step alone
-        _, again, _ = judge(objective, scores, sample, step, first=2)
+        _, again, _, _ = judge(objective, scores, sample, step, first=2)
         assert again.guidance_scale == teacher.guidance_scale
         seen.append(logged)
     values = torch.tensor(seen)
@@ -74,7 +75,7 @@ def test_negative_prompts_take_the_place_of_no_text(
     unwanted = torch.tensor([3.0, -2.0, 0.5, 1.0])
     sample = StudentSample(torch.randn(SHAPE), text(values, null=0.25), text(unwanted, null=0.25))
     objective = SwiftBrush(kappa, teacher_negatives=in_teacher, fake_score_negatives=in_fake_score)
-    gradient, teacher, _ = judge(objective, scores, sample)
+    gradient, teacher, _, _ = judge(objective, scores, sample)
     alpha, sigma = schedule.alpha_sigma(teacher.t)
     bases = [unwanted if used else torch.full((4,), 0.25) for used in (in_teacher, in_fake_score)]
     real_text, fake_text = (base + kappa * (values - base) for base in bases)
@@ -100,10 +101,10 @@ def test_the_students_scale_is_one_draw_per_step_apart_from_the_guidance(
     sample = StudentSample(torch.zeros(2, 1, 1, 1), text([0.0] * 2), text([0.0] * 2))
     pairs = []
     for step in range(500):
-        judge(objective, make_scores(), sample, step)
+        *_, numbers = judge(objective, make_scores(), sample, step)
         alpha = objective.student_negative_scale(StepRandom(0, step, torch.arange(7, 9)))
-        assert isinstance(alpha, float) and alpha == objective.diagnostics["student_negative_scale"]
-        pairs.append([alpha, objective.diagnostics["guidance_scale/teacher"]])
+        assert isinstance(alpha, float) and alpha == numbers["student_negative_scale"]
+        pairs.append([alpha, numbers["guidance_scale/teacher"]])
     alphas, kappas = torch.tensor(pairs, dtype=torch.float64).T
     assert 0 <= alphas.min() < 0.02 and 0.98 < alphas.max() <= 1
     assert abs(alphas.mean() - 0.5) < 5 / math.sqrt(12 * 500)
@@ -114,10 +115,10 @@ def test_the_students_scale_is_one_draw_per_step_apart_from_the_guidance(
 def test_what_needs_negative_prompts_says_so(make_scores: Any, text: Text) -> None:
     plain = StudentSample(torch.zeros(2, 1, 1, 1), text([0.0] * 2))
     uses = ({"teacher_negatives": True}, {"fake_score_negatives": True}, {"student_negatives": 0.5})
-    assert not SwiftBrush(UniformGuidance(0.5, 4)).uses_negatives
+    assert not SwiftBrush(UniformGuidance(0.5, 4)).needs
     for settings in uses:
         objective = SwiftBrush(**settings)  # type: ignore[arg-type]
-        assert objective.uses_negatives
+        assert objective.needs == {NEGATIVE_PROMPTS}
         with pytest.raises(ValueError, match="needs negative prompts"):
             judge(objective, make_scores(), plain)
     with pytest.raises(ValueError, match="one draw per step"):

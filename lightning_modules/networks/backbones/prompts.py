@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,12 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.weights import hide_from_state_dict
 
-if TYPE_CHECKING:
-    from lightning_modules.networks.prompt_cache.lookup import CachedTexts
+
+class TextLookup(Protocol):
+    """What takes the place of text encoders: `prompt_cache.lookup.CachedTexts`."""
+
+    def embed(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `PromptEncoder.embed_texts` gives [B, …], on this device, real numbers in this type."""
 
 
 class PromptEncoder(nn.Module, ABC):
@@ -29,7 +33,7 @@ class PromptEncoder(nn.Module, ABC):
         self.max_length = max_length
         self.truncated_prompts = 0
         self._null: dict[str, Tensor] | None = None
-        self._cached: CachedTexts | None = None
+        self._cached: TextLookup | None = None
         hide_from_state_dict(self)
 
     @property
@@ -37,7 +41,7 @@ class PromptEncoder(nn.Module, ABC):
         """Where the text encoders are, or what a cache gives is wanted."""
         return next(self.parameters()).device
 
-    def look_up_in(self, cached: "CachedTexts") -> None:
+    def look_up_in(self, cached: TextLookup) -> None:
         """Take prompts from a cache from now on, and let go of the text encoders."""
         self._cached, self.text_encoders = cached, nn.ModuleList()
         # moves and is cast as the text encoders would

@@ -1,21 +1,28 @@
-"""Prompts looked up in a cache while training, in the place of text encoders."""
+"""Prompts looked up in a cache while training, in the place of the text encoders that made it."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from common.hashing import hash_file, hash_json, hash_tensors
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.backbones import TextToImageParts
 from lightning_modules.networks.backbones.prompts import PromptEncoder
-from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.loading import load_parts, weight_files
+from lightning_modules.networks.model_names import model_name
 from lightning_modules.networks.prompt_cache.cache import PromptCache, text_keys
-from lightning_modules.networks.prompt_cache.text_identity import text_identity
+
+_UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class CachedTexts:
@@ -78,3 +85,50 @@ def use_prompt_cache(encoder: PromptEncoder, parts: TextToImageParts, folder: st
     cache = PromptCache(Path(folder).expanduser())
     cache.check_encoder(text_identity(parts, encoder))
     encoder.look_up_in(CachedTexts(cache, load))
+
+
+def text_identity(parts: TextToImageParts, encoder: PromptEncoder) -> dict[str, Any]:
+    """Which text encoders a model has: `model` (a path, for messages), `encoder`, `max_length`, and a `hash`.
+
+    The hash is of encoder and length, and of weights, settings and tokenizers of all text encoders. Weights
+    are read from their files, one tensor at a time, so that they need not be loaded. The same numbers in
+    another type are another encoder.
+    """
+    model = model_name(parts.path)
+    told = {"encoder": type(encoder).__name__, "max_length": encoder.max_length}
+    content = told | {
+        "weights": [
+            _weights_hash(weight_files(Path(model.name) / name, model.variant))
+            for name in parts.backbone.text_encoders
+        ],
+        "settings": [_settings(network.config) for network in parts.text_encoders],
+        "tokenizers": [_rules(tokenizer) for tokenizer in parts.tokenizers],
+    }
+    return {"model": parts.path, **told, "hash": hash_json(content)}
+
+
+def _weights_hash(files: list[Path]) -> str:
+    """SHA-256 of all weights of a network by name, whatever its files are called."""
+    digests: dict[str, str] = {}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for path in files:
+            if path.suffix != ".safetensors":
+                digests[path.name] = hash_file(path)
+                continue
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+                hashes = pool.map(lambda name: hash_tensors({"": file.get_tensor(name)}), names)  # noqa: B023
+                digests |= dict(zip(names, hashes, strict=True))
+    return hash_json(digests)
+
+
+def _settings(config: Any) -> dict[str, str]:
+    """What differs from the defaults of the configuration's class, apart from how it was saved."""
+    different = config.to_diff_dict().items()
+    return {k: str(v) for k, v in different if k not in _UNIMPORTANT and not k.startswith("_")}
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """All rules of a tokenizer; cutting and padding are the caller's and come and go with calls."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}

@@ -1,0 +1,102 @@
+"""The configuration files of a command line: what they build on, and names that have moved since."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.processes import say
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PARTS = ("trainer", "data")
+MOVED = {
+    "lightning_modules.pretraining_pixart.PixArtPretraining":
+        "lightning_modules.pretraining.transformer.PixArtPretraining",
+}  # fmt: skip
+"""Class paths of earlier versions, as they stand in saved configurations, and what they are now."""
+
+
+def given_configs(args: list[str]) -> list[str]:
+    """The values of `--config` on a command line, in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    return parser.parse_known_args(args)[0].config
+
+
+def experiment_name(args: list[str]) -> str:
+    """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
+
+    Files in folders called trainer or data are parts that go with any experiment: they name it only
+    where there is no other.
+    """
+    configs = given_configs(args)
+    whole = [name for name in configs if Path(name).parent.name not in PARTS]
+    return Path([*configs, *whole][-1]).stem if configs else "experiment"
+
+
+def expand(args: list[str]) -> list[str]:
+    """Put the bases of each configuration file before it, and present names in place of moved ones.
+
+    A file's top-level key `base` names one or more files, relative to it or to the repository, whose settings
+    hold unless it says otherwise. What has to be changed is handed on as text in place of the file's name.
+
+    Raises:
+        UserError: a file is missing, is no YAML with keys, or is its own base.
+    """
+    expanded: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        option, joined, value = arg.partition("=")
+        if option in ("--config", "-c") and (name := value if joined else next(rest, "")):
+            for config in _with_bases(Path(name)):
+                expanded += ["--config", config]
+        else:
+            expanded.append(_renamed(arg, "the command line"))
+    return expanded
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
+    """A file's bases, then itself: its name, or its text where that differs from the file's."""
+    if path.resolve() in above:
+        circle = " -> ".join(str(file) for file in (*above[above.index(path.resolve()) :], path))
+        raise UserError(f"the configuration {path} is its own base: {circle}; remove one `base`")
+    text, content = _read(path)
+    if "base" not in content:
+        renamed = _renamed(text, str(path))
+        return [str(path) if renamed == text else renamed]
+    bases = content.pop("base")
+    configs: list[str] = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        places = (path.parent / str(base), REPOSITORY / str(base))
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(f"{path} has the base {base}, which is neither beside it nor in the repository")
+        configs += _with_bases(found, (*above, path.resolve()))
+    own = [_renamed(yaml.safe_dump(content, sort_keys=False), str(path))] if content else []
+    return [*configs, *own]
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+    except FileNotFoundError as error:
+        raise UserError(f"configuration file not found: {path}") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"configuration file {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
+    return text, content
+
+
+def _renamed(text: str, where: str) -> str:
+    for old, new in MOVED.items():
+        if old in text:
+            say(f"{where}: {old} is now {new}")
+            text = text.replace(old, new)
+    return text

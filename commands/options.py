@@ -1,0 +1,97 @@
+"""The options of a command: a dataclass with typed fields, which jsonargparse reads from the command line.
+
+A field `num_images` is written `--num-images` (underscores do, too); its help is its line in the docstring.
+A module with options does without `from __future__ import annotations`: jsonargparse would then import what
+stands under TYPE_CHECKING, and `--help` would take the seconds that torch needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_type_hints
+
+import jsonargparse
+from jsonargparse.typing import restricted_number_type
+
+from commands.config_errors import explain
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    Scale: TypeAlias = float
+    Port: TypeAlias = int
+else:
+    Scale = restricted_number_type("Scale", float, [(">=", 0), ("<", math.inf)])
+    Port = restricted_number_type("Port", int, [(">=", 1), ("<=", 65535)])
+
+Options = TypeVar("Options")
+_RANGE = re.compile(r"Not of type \w+: (?:(?P<given>\S+) )?does not conform to restriction (?P<range>.+)")
+_CHOICES = re.compile(r"Expected a typing\.Literal\[(.+?)\]")
+
+
+class CommandParser(jsonargparse.ArgumentParser):
+    """Writes options with hyphens; a list of texts takes one or several, and may be given several times.
+
+    Attributes:
+        lists: names of the options that are such lists.
+    """
+
+    lists: Collection[str] = ()
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        """See argparse."""
+        if names[0].lstrip("-") in self.lists:
+            action = {"action": "extend"} if names[0].startswith("-") else {}
+            del settings["action"]  # jsonargparse's: YAML in one word
+            names, settings = names[:1], settings | {"type": str, "nargs": "+"} | action
+        return super().add_argument(*(_hyphens(name) for name in names), **settings)
+
+
+def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Options:
+    """Read a command line.
+
+    Args:
+        kind: a dataclass. Fields without a default are required; those that are not keyword-only are the
+            command's positional arguments.
+        args: the words behind the command.
+        description: `prog`, `description` and `epilog` of the parser.
+
+    Raises:
+        UserError: an option is unknown, missing, out of range or of another type.
+        SystemExit: after `--help`.
+    """
+    parser = CommandParser(exit_on_error=False, allow_abbrev=False, **description)
+    parser.lists = {name for name, type_ in get_type_hints(kind).items() if type_ == list[str]}
+    parser.add_class_arguments(kind, as_group=False, as_positional=True)
+    given = [_hyphens(word) for word in args]
+    try:
+        found = parser.parse_args(given)
+    except argparse.ArgumentError as error:
+        raise UserError(_message(error, parser, given)) from error
+    return kind(**parser.instantiate(found).as_dict())
+
+
+def _hyphens(word: str) -> str:
+    """An option as it is written in help; values and nested keys (`--data.file_names`) stay."""
+    name, rest = re.match(r"([^.=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (name.replace("_", "-") if name.startswith("--") else name) + rest
+
+
+def _message(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
+    """What is wrong with an option, on one line."""
+    text = str(error)
+    if missing := re.search(r"arguments are required: (.+)", text):
+        names = [f"--{name.replace('_', '-')}" for name in missing[1].split(", ")]
+        return f"{' and '.join(names)} must be given; see --help"
+    key = re.search(r'Parser key "(\w+)"', text)
+    if key is None:
+        return explain(error, parser, args) if "unrecognized" in text else f"{text}; see --help"
+    option = f"--{key[1].replace('_', '-')}"
+    given = re.search(r"Given value: (.*)", text)
+    if limits := _RANGE.search(text):
+        return f"{option} {limits['given'] or (given or '')[1]}: must be {limits['range'].replace('v', '')}"
+    if choices := _CHOICES.search(text):
+        return f"{option} {given[1] if given else ''}: must be one of {choices[1]}"
+    return f"{option}: {' '.join(text.splitlines()[1].split())}"

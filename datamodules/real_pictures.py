@@ -1,0 +1,114 @@
+"""Real pictures with captions, for methods that learn from them beside the prompts.
+
+Which pictures a student update sees is a function of random numbers that the caller draws for the places in
+the global batch, so it doesn't depend on the number of processes and nothing has to be stored for a resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from datamodules.picture_files import Frame, match_files, read_pictures
+from datamodules.tables import read_column
+
+
+@dataclass
+class RealPictures:
+    """Pictures with captions. A training that uses them is no longer image-free.
+
+    Attributes:
+        folder: of the pictures.
+        captions: file of captions: a table (JSON Lines, CSV …) with a column caption, prompt or text, or one
+            caption a line.
+        file_column: the table's column of file names; null: the pictures in the order of their names.
+        batch_size: pictures per student update, over all processes.
+    """
+
+    folder: str
+    captions: str
+    file_column: str | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.batch_size < 1:
+            raise UserError(f"data.real.batch_size is {self.batch_size}: it must be at least 1")
+
+    def read(self) -> tuple[list[Path], list[str]]:
+        """The files of the pictures and their captions, in the same order.
+
+        Raises:
+            UserError: the captions can't be read, a picture is missing, or the numbers differ.
+        """
+        captions = read_column(self.captions)
+        names = read_column(self.captions, self.file_column) if self.file_column else None
+        return match_files(self.folder, len(captions), names), captions
+
+    def places(self, rank: int = 0, world_size: int = 1, at: int = 0, passes: int = 1) -> Tensor:
+        """Places in the global batch of the pictures of one process, or of one of its passes, long [b].
+
+        Raises:
+            UserError: the passes of all processes can't share the batch out equally.
+        """
+        share, rest = divmod(self.batch_size, world_size * passes)
+        if rest:
+            raise UserError(
+                f"data.real.batch_size is {self.batch_size}: it must be a multiple of the {world_size} "
+                f"processes{f' times {passes} micro-batches' if passes > 1 else ''}"
+            )
+        first = (rank * passes + at) * share
+        return torch.arange(first, first + share)
+
+
+class RealPictureSource:
+    """Pictures drawn at random, cropped to squares and resized, with their captions.
+
+    Args:
+        settings: which pictures.
+        side: of the squares, in pixels.
+
+    Raises:
+        UserError: as `RealPictures.read`.
+    """
+
+    def __init__(self, settings: RealPictures, side: int) -> None:
+        self.settings = settings
+        self.frame = Frame(side)
+        self.files, self.captions = settings.read()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def notice(self) -> str:
+        """What a run prints at its start."""
+        return (
+            f"This training is not image-free: it also sees {len(self):,} captioned pictures of "
+            f"{self.settings.folder} (data.real)."
+        )
+
+    @property
+    def trained_on(self) -> str:
+        """What checkpoint and model card say."""
+        return f"prompts and {len(self)} captioned pictures, so not image-free"
+
+    def take(self, uniform: Tensor) -> tuple[Tensor, list[str]]:
+        """Draw a picture for each random number.
+
+        Args:
+            uniform: numbers in [0, 1), float [b], those of the `RealPictures.places` of a process.
+
+        Returns:
+            Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, and their captions.
+
+        Raises:
+            UserError: a picture is damaged; it is named.
+        """
+        chosen = (uniform.double() * len(self)).long().tolist()
+        pictures = read_pictures([self.files[i] for i in chosen], self.frame)
+        return torch.stack(pictures), [self.captions[i] for i in chosen]

@@ -1,0 +1,107 @@
+"""The student as objectives sample it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.randomness import StepRandom
+from lightning_modules.guidance import negative_attention
+from lightning_modules.guidance.methods import Nasa
+from lightning_modules.networks.roles import RoleNetwork
+from lightning_modules.objectives.base import Inputs, Objective
+
+
+class StudentSampler:
+    """One call is one step of the student to x0; implements the objectives' `Sampler`.
+
+    Args:
+        network: the student.
+        role: the same as a function.
+        start_timestep: T.
+        latent_shape: (C, h, w).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        role: RoleNetwork,
+        start_timestep: int,
+        latent_shape: tuple[int, int, int],
+    ) -> None:
+        self._network, self._role = network, role
+        self.start_timestep, self.latent_shape = start_timestep, latent_shape
+        self._attention = ExitStack()
+
+    @contextmanager
+    def turn(self) -> Iterator["StudentSampler"]:
+        """What the last call did to the attention stays as it is until the end, backward pass included.
+
+        Gradient checkpointing draws again there. So only the last call may be differentiated with it.
+        """
+        try:
+            yield self
+        finally:
+            self._attention.close()
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        condition: Condition,
+        t: Tensor | None = None,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> Tensor:
+        """x0 [B, C, h, w], at least float32, from x_t [B, C, h, w] at timesteps t [B] (None: T).
+
+        With `negative` and a scale, attention goes away from those prompts by NASA (arXiv 2412.02687).
+        """
+        self._attention.close()
+        if negative is not None and negative_scale is not None:
+            self._attention.enter_context(negative_attention(self._network, negative, Nasa(negative_scale)))
+        if t is None:
+            t = torch.full((len(x_t),), self.start_timestep, dtype=torch.long, device=x_t.device)
+        return self._role(x_t, t, condition).x0
+
+
+class _Recorder:
+    """Takes note of the scales of negative prompts, and draws nothing."""
+
+    start_timestep, latent_shape = 0, (1, 1, 1)
+
+    def __init__(self) -> None:
+        self.scales: list[float | None] = []
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        condition: Condition,
+        t: Tensor | None = None,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> Tensor:
+        self.scales.append(negative_scale)
+        return x_t
+
+
+def check_negative_scale(objective: Objective, seed: int) -> None:
+    """Refuse to compile a student whose negative prompts' scale changes: each would be another graph.
+
+    After a few of them torch.compile gives up without a word, and the student runs as it is.
+
+    Raises:
+        UserError: the scales of the first two steps differ.
+    """
+    nothing = Condition({"text": torch.zeros(1, 1)}, {"text": torch.zeros(1, 1)})
+    recorders = _Recorder(), _Recorder()
+    for step, recorder in enumerate(recorders):
+        random = StepRandom(seed, step, torch.arange(1))
+        objective.sample(recorder, Inputs(nothing, nothing), random, "student")
+    if recorders[0].scales != recorders[1].scales:
+        raise UserError(
+            "compile does not work with a random student_negatives: the student would be compiled in every "
+            "step. Set compile to false, or student_negatives to a number."
+        )

@@ -1,0 +1,112 @@
+"""A report on disk: report.json, report.md, report.html and the manifest that stands beside them."""
+
+import json
+import os
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from common.files import write_text_atomically
+from reports.html import Row, Table, image_source, render, shared_script
+from reports.plots import grouped, line_figure, read_series
+from reports.run_report import (
+    Report,
+    findings,
+    headline,
+    measured_table,
+    notes,
+    published_table,
+    result_rows,
+    result_table,
+    steps_in_words,
+)
+from reports.text import bullets, markdown_table, said
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write manifest.json, report.json, report.md and report.html, each whole; returns the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("manifest.json", report.manifest), ("report.json", report.content)):
+        write_text_atomically(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(folder / "report.md", render_markdown(report, folder))
+    write_text_atomically(folder / "report.html", render_html(report, folder))
+    return folder / "report.html"
+
+
+def render_markdown(report: Report, folder: Path) -> str:
+    """The report as Markdown; pictures are linked relative to ``folder``."""
+    content = report.content
+    lines = [f"# {headline(report)}", ""]
+    lines += [f"- {text}" for text in findings(report)] + [""]
+    lines += markdown_table(*result_table(report)) + [""]
+    lines += [f"- {text}" for text in notes(report)] + [""]
+    lines += [
+        f"Weights: {content['weights']}. Model: `{content['model']}`. Settings: `{content['config_path']}`.",
+        "",
+    ]
+    for title, table in _more_tables(report).items():
+        lines += [f"## {title}", "", *markdown_table(*table), ""]
+    for title, path in report.pictures.items():
+        lines += [f"## {title}", "", f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})", ""]
+    for title, values in [("Timing", content["timing"]), ("Environment", content["environment"])]:
+        lines += [f"## {title}", "", *(f"- {name}: {said(value)}" for name, value in values.items()), ""]
+    lines += ["## Manifest", "", "See manifest.json:", "", *bullets(report.manifest), ""]
+    return "\n".join(lines)
+
+
+def render_html(report: Report, folder: Path | None = None) -> str:
+    """The report as one page with its pictures in it.
+
+    Args:
+        report: what to show.
+        folder: where the page will lie; plotly's script is put there or above it, once for all runs, if there
+            are curves. None: the script is put into the page.
+    """
+    header, cells = result_table(report)
+    figures = _curves(report)
+    return render(
+        "run.html",
+        headline(report),
+        script=shared_script(folder) if folder is not None and figures else None,
+        report=report,
+        findings_=findings(report),
+        results=Table(header, [*map(Row, cells[:-1]), Row(cells[-1], "marked")]),
+        notes_=notes(report),
+        tables={title: Table.of(*table, kind="text") for title, table in _more_tables(report).items()},
+        pictures={title: image_source(path.read_bytes()) for title, path in report.pictures.items()},
+        figures=figures,
+        details={
+            title: {
+                name: {"value": one["value"], "num_images": one["num_images"], **one["details"]}
+                for name, one in results.items()
+            }
+            for title, results in result_rows(report)
+        },
+        environment=report.content["environment"] | {"settings": report.content["config_path"]},
+    )
+
+
+def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """How each number was measured, and published values, where these are told."""
+    tables = {
+        "How each number was measured": measured_table(report),
+        "Published values, measured the same way": published_table(report),
+    }
+    return {title: table for title, table in tables.items() if table is not None}
+
+
+def _curves(report: Report) -> list[go.Figure]:
+    """The columns of metrics.csv, those that were measured at the end first."""
+    groups = grouped(read_series(report.curves)) if report.curves is not None else {}
+    order = sorted(groups, key=lambda title: (title not in report.content["metrics"], title))
+    drawn = [line_figure(title, groups[title], _teacher_levels(title, report)) for title in order]
+    return [figure for figure in drawn if figure is not None]
+
+
+def _teacher_levels(title: str, report: Report) -> dict[str, float]:
+    teacher = report.content["teacher_metrics"]
+    return {
+        f"teacher, {steps_in_words(row)}": results[title]["value"]
+        for row, results in teacher.items()
+        if title in results
+    }
