@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.files import ROOT, asset_path
 from common.processes import say
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("trainer", "data")
 MOVED = {
     "lightning_modules.pretraining_pixart.PixArtPretraining":
@@ -52,11 +53,23 @@ def expand(args: list[str]) -> list[str]:
     for arg in rest:
         option, joined, value = arg.partition("=")
         if option in ("--config", "-c") and (name := value if joined else next(rest, "")):
-            for config in _with_bases(Path(name)):
+            for config in _with_bases(asset_path(name)):
                 expanded += ["--config", config]
         else:
             expanded.append(_renamed(arg, "the command line"))
     return expanded
+
+
+def content_of(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says together with its bases; no defaults of classes are filled in.
+
+    Raises:
+        UserError: as `expand`.
+    """
+    parts = expand(["--config", str(path)])[1::2]
+    texts = (part if "\n" in part else Path(part).read_text(encoding="utf-8") for part in parts)
+    merged = OmegaConf.merge(*map(OmegaConf.create, texts))
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
@@ -71,7 +84,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     bases = content.pop("base")
     configs: list[str] = []
     for base in bases if isinstance(bases, list) else [bases]:
-        places = (path.parent / str(base), REPOSITORY / str(base))
+        places = (path.parent / str(base), ROOT / str(base))
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise UserError(f"{path} has the base {base}, which is neither beside it nor in the repository")

@@ -37,19 +37,18 @@ from commands.kept_pictures import KeptPictures
 from commands.quiet import quieten
 from common.environment import peak_memory_gib
 from common.errors import UserError
-from common.files import check_output_folder, write_text_atomically
+from common.files import ROOT, asset_path, check_output_folder, write_text_atomically
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.picture_files import match_files
 from datamodules.tables import read_json
 from lightning_modules.drawing import Drawer, Recipe, given_pictures, model_drawer
-from lightning_modules.networks.model_names import REPOSITORY, asset_path
 from lightning_modules.networks.student import student_path
 from reports.run_report import Report, render_text_table, result_table
 from reports.sheets import save_png
 from reports.write import write_report
 
-DEFAULT_CONFIG = REPOSITORY / "configs" / "eval" / "emoji.yaml"
+DEFAULT_CONFIG = ROOT / "configs" / "eval" / "emoji.yaml"
 CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfinished"
 KIND = "evaluation"
 """Marks the manifests of this command."""

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
+from common.files import ROOT
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
@@ -21,9 +22,8 @@ from datamodules.sources import PromptPools, as_sources, listed_prompts
 from datamodules.streams import EvaluationPrompts, PromptStream
 from datamodules.tables import read_texts
 
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-CAPTIONS = _ASSETS / "captions.txt"
-EVAL_CAPTIONS = _ASSETS / "eval_captions.txt"
+CAPTIONS = ROOT / "assets" / "captions.txt"
+EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import user_cache_dir, written_whole
+from common.files import ROOT, user_cache_dir, written_whole
 from common.hashing import hash_json, hash_tensors
-from lightning_modules.networks.model_names import REPOSITORY
 
 log = logging.getLogger(__name__)
-SHIPPED = REPOSITORY / "assets" / "cache"
+SHIPPED = ROOT / "assets" / "cache"
 
 
 @dataclass(frozen=True)
