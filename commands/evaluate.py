@@ -34,7 +34,7 @@ from commands.kept_pictures import KeptPictures
 from commands.quiet import quieten
 from common.environment import peak_memory_gib
 from common.errors import UserError
-from common.files import asset_path, check_output_folder, write_text_atomically
+from common.files import ROOT, asset_path, check_output_folder, write_text_atomically
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.picture_files import match_files
