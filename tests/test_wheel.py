@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["commands", "callbacks", "reports", "lightning_modules", "datamodules", "common"]
-LEFT_OUT = shutil.ignore_patterns(".*", "runs", "outputs", "data", "build", "*.egg-info", "__pycache__")
+LEFT_OUT = shutil.ignore_patterns(".*", "runs", "outputs", "build", "*.egg-info", "__pycache__")
 
 ELSEWHERE = """
 import cli

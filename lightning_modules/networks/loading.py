@@ -42,9 +42,7 @@ def find_model(given: str | Path) -> ModelName:
     folder = asset_path(wanted.name)
     if not folder.exists():
         if not may_be_hub_name(wanted.name):
-            raise UserError(
-                f"The model folder {wanted.name} does not exist. {missing_advice(wanted.name)}"
-            )
+            raise UserError(f"The model folder {wanted.name} does not exist. {missing_advice(wanted.name)}")
         folder = _hub_folder(wanted)
     elif not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")
