@@ -52,14 +52,14 @@ def data_module(path: str, batch_size: int, workers: int = 0) -> "PromptDataModu
 
 def make(path: str, batch_size: int) -> dict[str, float]:
     """Make the store: seconds, its bytes, prompts kept, memory at its largest above that of the imports."""
-    import datasets.arrow_writer  # noqa: F401
+    import datasets  # noqa: F401
 
     module, before = data_module(path, batch_size), psutil.Process().memory_info().rss
     start = time.perf_counter()
     module.prepare_data()
     seconds = time.perf_counter() - start
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    (size,) = {file.stat().st_size for file in Path(os.environ["ONE_STEP_CACHE"]).rglob("prompts.arrow")}
+    (size,) = {file.stat().st_size for file in Path(os.environ["ONE_STEP_CACHE"]).rglob("*.arrow")}
     kept = sum(len(texts) for texts in module._prompts.open())
     return {"seconds": seconds, "bytes": size, "memory": largest - before, "kept": kept}
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import check_output_folder
-from datamodules.order import ListedTexts, Places, Texts
+from datamodules.order import Places, Texts
 from datamodules.sources import PromptPools, PromptSource
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.loading import load_parts
@@ -116,7 +116,7 @@ def _read(options: argparse.Namespace) -> _Joined:
     pools = [PromptPools(prompts, key="--prompts")]
     if negatives:
         pools.append(PromptPools(negatives, key="--negative-prompts"))
-    return _Joined([ListedTexts([""]), *(texts for pool in pools for texts in pool.open())])
+    return _Joined([Texts([""]), *(texts for pool in pools for texts in pool.open())])
 
 
 def _keys(texts: _Joined) -> Keys:

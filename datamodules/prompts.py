@@ -6,19 +6,20 @@ stored number, the position in the stream, with any number of processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
-from datamodules.sources import PromptPools, as_sources, listed_prompts
-from datamodules.streams import EvaluationPrompts, PromptStream
+from datamodules.sources import PromptPools, listed_prompts
 from datamodules.tables import read_texts
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -38,13 +39,77 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def as_prompts(given: str | list[str] | None, default: Path, key: str) -> list[str]:
-    """Return the prompts of a file, of a list (as in YAML), or of the default file.
+class PromptStream(IterableDataset[dict[str, Any]]):
+    """The endless stream of training batches: each item is one process's share of one student update.
 
-    Raises:
-        UserError: as `read_prompts`; also if the list is empty or holds an empty prompt.
+    Args:
+        draws: What stands at each place of the stream.
+        batch_size: Prompts per student update over all processes.
+        position: Prompts already used by the run.
+        rank: Number of this process.
+        world_size: Number of processes; divides `batch_size`.
+        negatives: Negative prompts, drawn at the same places.
+        batches: Batches of a student update, one after the other in each item.
     """
-    return listed_prompts(given, key) if isinstance(given, list) else read_prompts(given or default)
+
+    def __init__(self, draws: PromptDraws, batch_size: int, position: int = 0, rank: int = 0,
+                 world_size: int = 1, negatives: PromptDraws | None = None,
+                 batches: int = 1) -> None:  # fmt: skip
+        self.draws, self.negatives, self.position = draws, negatives, position
+        self.step = batch_size * batches
+        share = batch_size // world_size
+        indices = np.arange(rank * share, (rank + 1) * share)
+        self.places = (indices + batch_size * np.arange(batches)[:, None]).ravel()  # of the first update
+        self.indices = torch.from_numpy(indices).repeat(batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, count = _worker()
+        while True:
+            places = self.position + number * self.step + self.places
+            batch = {"prompts": self.draws.at(places), "indices": self.indices}
+            if self.negatives is not None:
+                batch["negative_prompts"] = self.negatives.at(places)
+            yield batch
+            number += count
+
+
+class EvaluationPrompts(IterableDataset[dict[str, Any]]):
+    """A process's batches of the evaluation prompts; over all processes each prompt is counted exactly once.
+
+    All processes get the same number of batches of the same size. Where that leaves a place over, it holds a
+    prompt again, marked as padding: generated, as every process must take part in a forward pass, and not
+    counted.
+
+    Args:
+        prompts: The evaluation prompts.
+        batch_size: Prompts per process and batch.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, prompts: list[str], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.prompts) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, count = _worker()
+        size = len(self.prompts)
+        for step in range(number, len(self), count):
+            start = step * self.batch_size * self.world_size
+            # the last batches are made equally short on all processes
+            share = min(self.batch_size, -(-(size - start) // self.world_size))
+            places = start + self.rank * share + torch.arange(share)
+            indices = places % size
+            prompts = [self.prompts[i] for i in indices.tolist()]
+            yield {"prompts": prompts, "indices": indices, "is_padding": places >= size}
+
+
+def _worker() -> tuple[int, int]:
+    """Number of this worker process and how many there are; loaders take from them in turn."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 class PromptDataModule(LightningDataModule):
@@ -111,15 +176,16 @@ class PromptDataModule(LightningDataModule):
         self.seed, self.real = seed, real
         self.batches_per_step = 1  # an objective may ask for more
         cleaning = Cleaning(min_length, max_length, deduplicate)
-        self._prompts = PromptPools(
-            str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
-        )
-        self._negatives = (
-            None if negative_prompts is None else PromptPools(negative_prompts, key="data.negative_prompts")
-        )
+        given = str(CAPTIONS) if prompts is None else prompts
+        self._prompts, self._negatives = PromptPools(given, column, cleaning, epoch_size), None
+        if negative_prompts is not None:
+            self._negatives = PromptPools(negative_prompts, key="data.negative_prompts")
         if self._prompts.is_small and (self._negatives is None or self._negatives.is_small):
             self._draws()  # mistakes show before the networks are loaded
-        captions = as_prompts(eval_captions, EVAL_CAPTIONS, "data.eval_captions")
+        if isinstance(eval_captions, list):
+            captions = listed_prompts(eval_captions, "data.eval_captions")
+        else:
+            captions = read_prompts(eval_captions or EVAL_CAPTIONS)
         if eval_size is not None and eval_size > len(captions):
             raise UserError(
                 f"data.eval_size is {eval_size} but data.eval_captions has {len(captions)} captions; "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import UserError
-from datamodules.cleaning import Cleaner, Cleaning
-from datamodules.order import ListedTexts, PromptDraws, Texts, epoch_shares
+from datamodules.cleaning import Cleaning
+from datamodules.order import PromptDraws, Texts, epoch_shares
 from datamodules.store import Part, chunks, names_of, open_store
-from datamodules.tables import is_compressed, is_dataset_folder
+from datamodules.tables import is_packed
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
 _PACKED = 4  # text is packed to about a quarter in .gz, .zst and Parquet
+
+Given = str | list[str] | list[dict[str, Any]]
+"""A path or pattern, a list of prompts, or a list of sources, each a mapping of the fields of `PromptSource`.
+
+Mappings, not `PromptSource` itself: the command line would read the file that a path names for a list of
+objects."""
 
 
 @dataclass
@@ -37,131 +44,104 @@ class PromptSource:
     weight: float | None = None
 
 
-def as_sources(
-    given: str | list[str] | list[dict[str, Any]] | list[PromptSource],
-) -> str | list[str] | list[PromptSource]:
-    """The setting `data.prompts` with its mappings (as in YAML) made into sources.
-
-    Mappings, not `PromptSource` itself, are the setting's type: the command line would read the file that
-    a path names for a list of objects.
-
-    Raises:
-        UserError: a mapping has an unknown key or no path.
-    """
-    if isinstance(given, str) or not any(isinstance(item, dict) for item in given):
-        return given  # type: ignore[return-value]
-    known = {field.name for field in fields(PromptSource)}
-    for number, item in enumerate(given, 1):
-        if not isinstance(item, dict) or "path" not in item or set(item) - known:
-            raise UserError(
-                f"data.prompts: source {number} is {item!r}; give each a path and, if wanted, a column and a "
-                "weight"
-            )
-    return [PromptSource(**item) for item in given]  # type: ignore[arg-type]
-
-
-class PromptPool:
-    """Files that are read as one source: into memory if they are small, else into a store.
-
-    Args:
-        sources: Their paths, read one after the other.
-        column: Column of sources that name none.
-        cleaning: What is dropped from them.
-
-    Raises:
-        UserError: a path does not exist; reading raises what `read_texts` and `open_store` raise.
-    """
-
-    def __init__(self, sources: Sequence[PromptSource], column: str | None, cleaning: Cleaning) -> None:
-        self.parts: list[Part] = [
-            (path, source.column or column) for source in sources for path in matching_paths(source.path)
-        ]
-        self.cleaning = cleaning
-        self.estimate = sum(_text_bytes(path) for path, _ in self.parts)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the texts are kept in memory."""
-        return self.estimate <= IN_MEMORY_BYTES
-
-    def open(self) -> Texts:
-        """Read the files, or open their store, which takes a while the first time; say what was read."""
-        texts: Texts
-        if self.is_small:
-            cleaner = Cleaner(self.cleaning)
-            texts = ListedTexts([text for chunk in chunks(self.parts) for text in cleaner.keep(chunk)])
-            cleaner.check_kept(names_of(self.parts))
-            report, place = cleaner.report(), ""
-        else:
-            texts = store = open_store(self.parts, self.cleaning, self.estimate)
-            report, place = store.report, f", in {store.folder}"
-        first = texts.take(np.zeros(1, np.int64))[0]
-        kept = self.cleaning.describe(report)
-        _print(f"{names_of(self.parts)}: {kept}{place}. The first: {first[:80]!r}")
-        return texts
-
-
 class PromptPools:
     """Everything that a stream of prompts is drawn from.
 
+    Sources without weights are one pool, read one after the other; with weights each is a pool of its own.
+    A pool's texts are read into memory if they are few, else written into a store.
+
     Args:
-        given: A path or pattern; a list of prompts; or a list of sources.
+        given: What they come from.
         column: Column of sources that name none.
         cleaning: What is dropped. With weights, repeats are looked for within each source.
         epoch_size: Draws in an epoch; to be given if the sources have weights, and only then.
         key: Name of the setting, for messages.
 
     Raises:
-        UserError: a source does not exist, a list is empty, or the settings don't fit together.
+        UserError: a source does not exist, a list is empty, or the settings don't fit together. Opening
+            raises what `read_texts` and `open_store` raise.
     """
 
     def __init__(
         self,
-        given: str | list[str] | list[PromptSource],
+        given: Given,
         column: str | None = None,
         cleaning: Cleaning | None = None,
         epoch_size: int | None = None,
         key: str = "data.prompts",
     ) -> None:
-        cleaning = cleaning or Cleaning()
-        self.shares: list[int] | None = None
+        self.cleaning = cleaning or Cleaning()
+        self.pools: list[list[Part]] = []
         self._texts: list[Texts] | None = None
-        if not isinstance(given, list):
-            given = [PromptSource(given)]
-        sources = [source for source in given if isinstance(source, PromptSource)]
-        weights = [source.weight for source in sources if source.weight is not None]
-        if weights and len(weights) < len(sources):
-            raise UserError(f"{key}: some sources have a weight and some have none; give all one, or none")
+        weights: list[float] = []
+        if isinstance(given, list) and all(isinstance(item, str) for item in given):
+            texts, counts = self._cleaned([listed_prompts(given, key)], key)  # type: ignore[arg-type]
+            self._texts = [texts]
+            if counts["kept"] < counts["read"]:
+                _print(f"{key}: {self.cleaning.describe(counts)}")
+        else:
+            sources = [PromptSource(given)] if isinstance(given, str) else _sources(given, key)
+            weights = [source.weight for source in sources if source.weight is not None]
+            if weights and len(weights) < len(sources):
+                raise UserError(
+                    f"{key}: some sources have a weight and some have none; give all one, or none"
+                )
+            parts = [
+                [(path, source.column or column) for path in matching_paths(source.path)]
+                for source in sources
+            ]
+            self.pools = parts if weights else [sum(parts, [])]
         if bool(weights) != (epoch_size is not None):
             raise UserError(
                 f"data.epoch_size is {epoch_size}; it is the number of draws in an epoch, to be given if the "
                 f"sources in {key} have weights, and only then"
             )
-        if epoch_size is not None:
-            self.shares = epoch_shares(weights, epoch_size)
-        pools = [[source] for source in sources] if weights else [sources] if sources else []
-        self.pools = [PromptPool(pool, column, cleaning) for pool in pools]
-        if not sources:
-            texts = listed_prompts([str(text) for text in given], key)
-            cleaner = Cleaner(cleaning)
-            self._texts = [ListedTexts(cleaner.keep(texts))]
-            if cleaner.num_kept < len(texts):
-                _print(f"{key}: {cleaning.describe(cleaner.report())}")
+        self.shares = None if epoch_size is None else epoch_shares(weights, epoch_size)
 
     @property
     def is_small(self) -> bool:
         """Whether opening takes no store."""
-        return all(pool.is_small for pool in self.pools)
+        return all(_is_small(parts) for parts in self.pools)
 
     def open(self) -> list[Texts]:
-        """Return the texts of each source; read at the first call."""
+        """Return the texts of each pool; read at the first call, which says what was read."""
         if self._texts is None:
-            self._texts = [pool.open() for pool in self.pools]
+            self._texts = [self._open(parts) for parts in self.pools]
         return self._texts
 
     def draws(self, seed: int) -> PromptDraws:
         """Return what stands at each place of the stream of this seed."""
         return PromptDraws(self.open(), seed, self.shares)
+
+    def _open(self, parts: list[Part]) -> Texts:
+        if _is_small(parts):
+            texts, counts = self._cleaned(chunks(parts), names_of(parts))
+            place = ""
+        else:
+            texts, counts, file = open_store(parts, self.cleaning)
+            place = f", in {file}"
+        first = texts.take(np.zeros(1, np.int64))[0]
+        kept = self.cleaning.describe(counts)
+        _print(f"{names_of(parts)}: {kept}{place}. The first: {first[:80]!r}")
+        return texts
+
+    def _cleaned(self, texts: Iterable[list[str]], name: str) -> tuple[Texts, Counter[str]]:
+        counts = Counter[str]()
+        kept = [text for chunk in self.cleaning.kept(texts, counts) for text in chunk]
+        self.cleaning.check(counts, name)
+        return Texts(kept), counts
+
+
+def _sources(given: list[Any], key: str) -> list[PromptSource]:
+    sources = []
+    for number, item in enumerate(given, 1):
+        try:
+            sources.append(item if isinstance(item, PromptSource) else PromptSource(**item))
+        except TypeError as error:
+            raise UserError(
+                f"{key}: source {number} is {item!r}; give each a path and, if wanted, a column and a weight"
+            ) from error
+    return sources
 
 
 def listed_prompts(given: list[str], key: str) -> list[str]:
@@ -190,20 +170,20 @@ def matching_paths(pattern: str) -> list[Path]:
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return [Path(pattern)]
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    found = [path for path in paths if path.is_file() or is_dataset_folder(path)]
+    found = [path for path in paths if path.is_file() or (path / "state.json").is_file()]
     if not found:
         raise UserError(f"no prompts file matches {pattern}; correct the pattern")
     return found
 
 
-def _text_bytes(path: Path) -> int:
-    """About how many bytes of text a source holds, 0 if there is none (reading it says so)."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.arrow"))
-    if not path.is_file():
-        return 0
-    packed = is_compressed(path) or path.suffix.lower() == ".parquet"
-    return path.stat().st_size * (_PACKED if packed else 1)
+def _is_small(parts: list[Part]) -> bool:
+    """Whether the sources hold less text than `IN_MEMORY_BYTES`; reading a missing one says that it is."""
+    size = 0
+    for path, _ in parts:
+        packed = is_packed(path) or path.suffix.lower() == ".parquet"
+        files = path.glob("*.arrow") if path.is_dir() else [path] if path.is_file() else []
+        size += sum(file.stat().st_size for file in files) * (_PACKED if packed else 1)
+    return size <= IN_MEMORY_BYTES
 
 
 @rank_zero_only
