@@ -69,6 +69,11 @@ def read_column(path: str | Path, name: str | None = None) -> list[str]:
     """
     texts = list(read_texts(path, name))
     if not is_table(path):
+        if name is not None:
+            raise UserError(
+                f"{path} is a text file, so it has no column {name!r}; give a CSV, TSV, JSON Lines or Parquet "
+                "file"
+            )
         texts = [text for text in texts if text]
     if not texts:
         raise UserError(f"{path} is empty; give a file with at least one caption")
