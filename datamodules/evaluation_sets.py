@@ -66,12 +66,10 @@ class EvaluationSet:
         share, rest = divmod(count, len(places))
         smallest = min(map(len, places.values()))
         if rest or not 1 <= share <= smallest:
-            equally = (
-                f", a multiple of {len(places)} (its groups: {', '.join(places)})" if self.groups else ""
-            )
+            groups = f", a multiple of {len(places)} (its groups: {', '.join(places)})"
             raise UserError(
                 f"count is {count}, but {self.name} has {len(self)} captions; choose {len(places)} to "
-                f"{len(places) * smallest}{equally}"
+                f"{len(places) * smallest}{groups if self.groups else ''}"
             )
         chosen = [place for group in places.values() for place in group[:share]]
         lists = {name: getattr(self, name) for name in ("captions", "seeds", "negatives", "groups", "files")}

@@ -16,10 +16,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
-from datamodules.cleaning import Cleaning
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
-from datamodules.sources import PromptPools, listed_prompts
+from datamodules.sources import Cleaning, PromptPools, listed_prompts
 from datamodules.tables import read_texts
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -28,11 +27,7 @@ EVAL_CAPTIONS = _ASSETS / "eval_captions.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read all prompts of a file (see `read_texts`); empty ones and blanks at the ends are dropped.
-
-    Raises:
-        UserError: as `read_texts`; also if the file holds no prompt.
-    """
+    """All prompts of a file (see `read_texts`), but for empty ones; a file without any is a UserError."""
     prompts = [text for text in read_texts(path) if text]
     if not prompts:
         raise UserError(f"prompts file {path} is empty; write one prompt a line into it")
@@ -200,14 +195,9 @@ class PromptDataModule(LightningDataModule):
         self.position = 0
 
     @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def local_batch_size(self) -> int:
@@ -216,12 +206,13 @@ class PromptDataModule(LightningDataModule):
         Raises:
             UserError: the number of processes does not divide `batch_size`.
         """
-        if self.batch_size % self.world_size:
+        _, processes = self._process
+        if self.batch_size % processes:
             raise UserError(
                 f"data.batch_size {self.batch_size} (over all processes) cannot be shared equally by "
-                f"{self.world_size} processes; choose a multiple of {self.world_size}"
+                f"{processes} processes; choose a multiple of {processes}"
             )
-        return self.batch_size // self.world_size
+        return self.batch_size // processes
 
     @property
     def micro_batch_size(self) -> int:
@@ -234,15 +225,16 @@ class PromptDataModule(LightningDataModule):
         if self.local_batch_size % micro:
             raise UserError(
                 f"data.micro_batch_size {micro} does not divide the {self.local_batch_size} prompts of a "
-                f"process (data.batch_size {self.batch_size} / {self.world_size} processes)"
+                f"process (data.batch_size {self.batch_size} over all processes)"
             )
         return micro
 
     def _draws(self) -> tuple[PromptDraws, PromptDraws | None]:
         """Prompts and negative prompts at the places of the stream; makes their stores if there are none."""
         draws = self._prompts.draws(self.seed)
-        if (size := sum(map(len, draws.sources))) < self.batch_size or draws.epoch_size < self.batch_size:
-            what = f"has {size} prompts" if size < self.batch_size else f"gives {draws.epoch_size} an epoch"
+        size = sum(map(len, draws.sources))
+        if (fewest := min(size, draws.epoch_size)) < self.batch_size:
+            what = f"has {size} prompts" if fewest == size else f"gives {fewest} an epoch"
             raise UserError(
                 f"data.prompts {what}, fewer than one batch (data.batch_size {self.batch_size}); add prompts "
                 "or lower data.batch_size"
@@ -257,48 +249,39 @@ class PromptDataModule(LightningDataModule):
             self._draws()
 
     def setup(self, stage: str) -> None:
-        """Check the sizes against the number of processes and open the prompts.
-
-        Raises:
-            UserError: the processes can't share a batch out, or a source can't be used.
-        """
+        """Check the sizes against the number of processes and open the prompts."""
         if stage == "fit":
             _ = self.micro_batch_size
             self._draws()
             if self.real is not None:
-                self.real.places(self.rank, self.world_size)
+                self.real.places(*self._process)
 
     def real_pictures(self, side: int) -> RealPictureSource | None:
-        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set.
-
-        Raises:
-            UserError: the pictures or captions can't be used.
-        """
+        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set."""
         return None if self.real is None else RealPictureSource(self.real, side)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The endless training stream, from the position reached so far."""
         _ = self.local_batch_size
         draws, negatives = self._draws()
-        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives,
-                              self.batches_per_step)  # fmt: skip
+        stream = PromptStream(
+            draws, self.batch_size, self.position, *self._process, negatives, self.batches_per_step
+        )
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of the first `eval_size` evaluation captions once over all processes."""
         return self._evaluation(self.eval_prompts)
 
-    def _evaluation(self, captions: list[str]) -> DataLoader[dict[str, Any]]:
-        prompts = EvaluationPrompts(captions, self.eval_batch_size, self.rank, self.world_size)
-        return DataLoader(prompts, batch_size=None, num_workers=self.num_workers)
+    predict_dataloader = val_dataloader
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of all evaluation captions once, so that `test` measures on as many as the end of `fit`."""
         return self._evaluation(self.eval_captions)
 
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """As `val_dataloader`."""
-        return self.val_dataloader()
+    def _evaluation(self, captions: list[str]) -> DataLoader[dict[str, Any]]:
+        prompts = EvaluationPrompts(captions, self.eval_batch_size, *self._process)
+        return DataLoader(prompts, batch_size=None, num_workers=self.num_workers)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count a training batch when it is used (loaders fetch ahead, so fetching is not using)."""

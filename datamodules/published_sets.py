@@ -34,8 +34,8 @@ class Coco30kDMD2(EvaluationSource):
     """
 
     needs: ClassVar[str] = (
-        "the list of 30,000 captions; give --captions captions_coco14_test.txt (it lies in main/coco_eval/ of "
-        "the DMD2 repository)"
+        "the list of 30,000 captions; give --captions captions_coco14_test.txt (it lies in main/coco_eval/ "
+        "of the DMD2 repository)"
     )
 
     def load(self) -> EvaluationSet:

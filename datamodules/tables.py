@@ -71,8 +71,7 @@ def read_column(path: str | Path, name: str | None = None) -> list[str]:
     if not is_table(path):
         if name is not None:
             raise UserError(
-                f"{path} is a text file, so it has no column {name!r}; give a CSV, TSV, JSON Lines or Parquet "
-                "file"
+                f"{path} is a text file, so it has no column {name!r}; give a CSV, TSV, JSON or Parquet file"
             )
         texts = [text for text in texts if text]
     if not texts:

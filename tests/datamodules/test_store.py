@@ -23,12 +23,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from common.errors import UserError
 from common.files import user_cache_dir
-from datamodules import sources, store
-from datamodules.cleaning import Cleaning, SeenTexts
+from datamodules import sources
 from datamodules.order import Texts
 from datamodules.prompts import PromptDataModule
-from datamodules.sources import PromptPools, PromptSource
-from datamodules.store import open_store
+from datamodules.sources import Cleaning, PromptPools, PromptSource, SeenTexts, open_store
 
 PROMPTS = [f"prompt {number}" for number in range(1000)]
 
@@ -96,7 +94,7 @@ def test_it_is_found_again_as_long_as_the_source_is_the_same(
 ) -> None:
     first = opened(file)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "read_texts", None)  # nothing is read any more
+        patch.setattr(sources, "read_texts", None)  # nothing is read any more
         assert opened(file) == first
     assert opened(file, Cleaning(deduplicate=True)) != first
     before = file.stat()
@@ -113,7 +111,7 @@ def test_one_process_makes_it_while_others_wait(file: Path, monkeypatch: pytest.
         yield from PROMPTS
 
     reads: list[Any] = []
-    monkeypatch.setattr(store, "read_texts", slow)
+    monkeypatch.setattr(sources, "read_texts", slow)
     threads = [threading.Thread(target=opened, args=(file,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -129,7 +127,7 @@ def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch:
 
     importlib.import_module("pyarrow")  # the child has nothing to import
     if (child := os.fork()) == 0:
-        monkeypatch.setattr(store, "read_texts", killed)
+        monkeypatch.setattr(sources, "read_texts", killed)
         opened(file)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
@@ -326,7 +324,7 @@ def test_a_source_that_changes_while_being_read(
         yield from PROMPTS
         file.write_text("another prompt")
 
-    monkeypatch.setattr(store, "read_texts", changing)
+    monkeypatch.setattr(sources, "read_texts", changing)
     with pytest.raises(UserError, match=r"prompts\.txt changed while being read"):
         opened(file)
     assert left_in(own_cache) == []
