@@ -116,7 +116,7 @@ class PromptDataModule(LightningDataModule):
     list of evaluation prompts.
 
     Small sources are read into memory at once. Large ones are written into a memory-mapped store the first
-    time (see `datamodules.store`), before the training starts.
+    time (see `datamodules.sources`), before the training starts.
 
     Args:
         prompts: Training prompts: a file (.txt, .csv, .tsv, .jsonl, .parquet, also .gz or .zst), a glob
