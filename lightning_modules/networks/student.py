@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
-from lightning_modules.checkpoints import check_format, consolidated, is_sharded
+from lightning_modules.checkpoints import check_format, is_sharded
+from lightning_modules.checkpoints import read as read_content
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
     TextToImageParts,
@@ -158,7 +159,7 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
         key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
         reverse=True,
     )
-    newest = next((file for file in files if _is_distillation(_read(file, mmap=True))), None)
+    newest = next((file for file in files if _is_distillation(read_content(file))), None)
     if newest is None:
         raise UserError(
             f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
@@ -180,7 +181,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is a network alone. Make a model folder of it first: export --checkpoint {path} --base "
             "MODEL --start-timestep T, with the model whose other parts it needs and the T it was trained at."
         )
-    content = _read(path)
+    content = read_content(path)
     if not _is_distillation(content):
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
     check_format(content, path)
@@ -213,19 +214,6 @@ def student_weights(
     if not state:
         raise UserError(f"{path} holds no student weights.")
     return state, chosen
-
-
-def _read(path: Path, mmap: bool = False) -> Any:
-    """Content of a file; with `mmap` its tensors stay on disk until they are used."""
-    try:
-        if is_sharded(path):
-            return consolidated(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # pickle, zip and runtime errors alike
-        raise UserError(
-            f"{path} can't be read as a checkpoint: it is damaged or holds more than tensors and plain data. "
-            "Give one that `fit` wrote."
-        ) from error
 
 
 def _is_distillation(content: Any) -> bool:
