@@ -21,17 +21,23 @@ MOVED = {
 """Class paths of earlier versions, as they stand in saved configurations, and what they are now."""
 
 
+def given_configs(args: list[str]) -> list[str]:
+    """The values of `--config` on a command line, in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    given: list[str] = parser.parse_known_args(args)[0].config
+    return given
+
+
 def experiment_name(args: list[str]) -> str:
     """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
 
     Files in folders called trainer or data are parts that go with any experiment: they name it only
     where there is no other.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    configs = [Path(name) for name in parser.parse_known_args(args)[0].config]
-    whole = [path for path in configs if path.parent.name not in PARTS]
-    return [*configs, *whole][-1].stem if configs else "experiment"
+    configs = given_configs(args)
+    whole = [name for name in configs if Path(name).parent.name not in PARTS]
+    return Path([*configs, *whole][-1]).stem if configs else "experiment"
 
 
 def expand(args: list[str]) -> list[str]:
