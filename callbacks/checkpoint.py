@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from callbacks.checkpoint_files import PlainFile, give_name, publish, remove, remove_leftovers, root_cause
 from callbacks.loggers import MetricsCSV, log_now
 from callbacks.resume import random_states, restore_random_states
-from callbacks.run_folder import run_dir
-from callbacks.stopping import StopRequests
+from callbacks.run_folder import REPLACED, numbered, run_dir
+from callbacks.time_limit import StopRequests
 from common.errors import UserError, first_line
+from common.processes import from_every_rank
 from lightning_modules.checkpoints import FORMAT, KEY
 
 
@@ -24,7 +28,7 @@ class RunCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt`, `best.ckpt` and `step_<n>.ckpt` in the run folder.
 
     A step is a student update. Saved are: every `every_n_steps` steps, the last step, and, when the run is
-    asked to stop (see `callbacks.stopping`), the step in progress once it is complete. An error between two
+    asked to stop (see `callbacks.time_limit`), the step in progress once it is complete. An error between two
     steps (in a validation, say) is saved too; one inside a step leaves the last complete checkpoint, since
     some of the weights would be a step ahead of the others. A validation that was interrupted, or due, is
     run again when the run continues. Lightning's ModelCheckpoint treats manual optimization as a special
@@ -54,20 +58,15 @@ class RunCheckpoint(Checkpoint):
                 f"RunCheckpoint: every_n_steps is {every_n_steps} (at least 1), mode {mode!r} ('min' or "
                 f"'max'), keep_step_checkpoints {keep_step_checkpoints} (-1 or more)"
             )
-        self.every_n_steps = every_n_steps
-        self.monitor = monitor
-        self.mode = mode
-        self.keep_step_checkpoints = keep_step_checkpoints
+        self.every_n_steps, self.keep_step_checkpoints = every_n_steps, keep_step_checkpoints
+        self.monitor, self.mode = monitor, mode
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.saved_step = self.validated_step = -1
         self.requests = StopRequests()
-        self._between_steps = False
-        self._has_validated = False
-        self._has_warned = False
-        self._random_states: list[dict[str, Any]] | None = None
+        self._between_steps = self._has_validated = self._has_warned = False
+        self._random_states: list[dict[str, Any]] | None = None  # to be restored
         self._states_before_validation: list[dict[str, Any]] | None = None
-        self._table: MetricsCSV | None = None
 
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder of the checkpoints."""
@@ -76,20 +75,16 @@ class RunCheckpoint(Checkpoint):
     # When
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write files in the plain way, unless the run has a way of its own; find metrics.csv."""
+        """Write files in the plain way, unless the run has a way of its own."""
         strategy = trainer.strategy
         if type(getattr(strategy, "_checkpoint_io", None) or TorchCheckpointIO()) is TorchCheckpointIO:
             strategy.checkpoint_io = PlainFile()
-        tables = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
-        self._table = tables[0] if tables else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore random states, watch for signals, remove leftovers, run a validation that was cut off."""
-        self._restore_random_states(trainer, again=True)
+        restore_random_states(self._random_states, trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero:
             remove_leftovers(self.folder(trainer))
-        if self._table is not None:
-            self._table.open()
         self._between_steps, self._has_validated = True, False
         # a checkpoint named by its path brings the best score of another run, whose best.ckpt is not here
         if not trainer.strategy.broadcast((self.folder(trainer) / "best.ckpt").exists()):
@@ -109,18 +104,14 @@ class RunCheckpoint(Checkpoint):
         trainer.training = True
         self._random_states = random_states()  # Lightning draws a number when it now skips the validation
 
-    def _restore_random_states(self, trainer: Trainer, again: bool = False) -> None:
-        """`again`: also at the first batch, for what Lightning and callbacks may draw until then."""
-        if self._random_states is not None:
-            restore_random_states(self._random_states, trainer)
-            self._random_states = self._random_states if again else None
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """From here to `on_train_batch_end` the weights are not those of a whole step."""
         self._between_steps = False
-        self._restore_random_states(trainer)
+        # again, for what Lightning and callbacks may have drawn since training began
+        restore_random_states(self._random_states, trainer.global_rank, trainer.world_size)
+        self._random_states = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save if it is time, if this is the last step, or if somebody wants the run to stop.
@@ -129,16 +120,15 @@ class RunCheckpoint(Checkpoint):
         is not resumed into a validation.
         """
         self._between_steps = True
-        step = trainer.global_step
         decided = self.requests.decide(trainer)
         is_last, is_due = _is_last(trainer), _validation_is_due(trainer)
         self._states_before_validation = random_states() if is_due else None
-        waits = is_last and is_due
-        if step != self.saved_step and not waits and (step % self.every_n_steps == 0 or is_last or decided):
-            if self._table is not None:
-                log_now(trainer, [self._table])  # so that the checkpoint can hold this step's row
-            self.save(trainer, keep=step % self.every_n_steps == 0)
-        if decided and not waits:
+        if is_last and is_due:
+            return
+        if trainer.global_step != self.saved_step and (self._is_time(trainer) or is_last or decided):
+            log_now(trainer, _tables(trainer))  # Lightning would after the checkpoint
+            self.save(trainer)
+        if decided:
             log_now(trainer, trainer.loggers)  # Lightning will not get to it
             self.requests.leave(trainer, decided, self.saved_step)
 
@@ -161,7 +151,7 @@ class RunCheckpoint(Checkpoint):
         # last.ckpt too: it must know the best score, or a resumed run would take a worse one for the best,
         # and that this validation is done
         if is_best or step == self.saved_step or _is_last(trainer):
-            self.save(trainer, keep=step % self.every_n_steps == 0, best=is_best)
+            self.save(trainer, best=is_best)
 
     def _is_best(self, trainer: Trainer) -> bool:
         """Whether this validation has the best score so far, which is noted."""
@@ -188,7 +178,14 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer)
         undecided = self.best_score is None and not self._has_validated
         if self.monitor is not None and trainer.enable_validation and undecided:
-            self._take_last_for_best(trainer)
+            # without a score: the first validation of a continued run decides anew
+            if trainer.is_global_zero:
+                give_name(self.folder(trainer) / "last.ckpt", self.folder(trainer) / "best.ckpt")
+            rank_zero_info(
+                "the run ended before its first validation (trainer.val_check_interval is "
+                f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by {self.monitor}"
+            )
+            trainer.strategy.barrier("run-checkpoint-best")
         self.requests.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -201,79 +198,51 @@ class RunCheckpoint(Checkpoint):
         if self._between_steps and 0 < trainer.global_step != self.saved_step:
             self.save(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """metrics.csv of a run that had done all its steps: the row that waited in the checkpoint."""
-        if self._table is not None:
-            self._table.open()
-
     # How
 
-    def _take_last_for_best(self, trainer: Trainer) -> None:
-        """Without a score: the first validation of a continued run decides anew."""
-        last, best = (self.folder(trainer) / f"{name}.ckpt" for name in ("last", "best"))
-        if trainer.is_global_zero:
-            give_name(last, best)
-            rank_zero_info(
-                "the run ended before its first validation (trainer.val_check_interval is "
-                f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by {self.monitor}"
-            )
-        trainer.strategy.barrier("run-checkpoint-best")
+    def _is_time(self, trainer: Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0
 
-    def save(self, trainer: Trainer, keep: bool = False, best: bool = False) -> None:
-        """Write the present state once and give it its names; every process must call this.
+    def save(self, trainer: Trainer, best: bool = False) -> None:
+        """Write the present state once and give it its names; every process must call this between two steps.
 
         Args:
-            trainer: The trainer, between two steps.
-            keep: Also as `step_<n>.ckpt`, if such checkpoints are kept.
+            trainer: The trainer.
             best: Also as `best.ckpt`.
+
+        Raises:
+            UserError: the file system refuses; what was saved before is as it was.
         """
-        before, step = self.saved_step, trainer.global_step
-        self.saved_step = step
+        self.saved_step, before, step = trainer.global_step, self.saved_step, trainer.global_step
         folder = self.folder(trainer)
-        temporary = folder / "saving.tmp"
-        trainer.save_checkpoint(temporary, weights_only=False)  # makes the folder, too
+        names = ["last", "best"] if best else ["last"]
+        names += [f"step_{step}"] if self.keep_step_checkpoints and self._is_time(trainer) else []
+        for table in _tables(trainer):  # the rows up to here must not be lost
+            table.flush()
         failure = None
-        if trainer.is_global_zero:
-            names = ["last", *([f"step_{step}"] if keep and self.keep_step_checkpoints else [])]
-            names += ["best"] if best else []
-            failure = self._publish(trainer, temporary, [folder / f"{name}.ckpt" for name in names])
-        if failure := trainer.strategy.broadcast(failure):
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | {KEY: FORMAT}
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, folder / "saving.tmp")  # makes the folder, too
+            if trainer.is_global_zero:
+                publish(folder / "saving.tmp", [folder / f"{name}.ckpt" for name in names])
+                if self.keep_step_checkpoints >= 0:
+                    steps = numbered(folder, r"step_(\d+)\.ckpt")
+                    for path in steps[: len(steps) - self.keep_step_checkpoints]:
+                        remove(path)
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch wraps what the file raises
+            failure = first_line(root_cause(error))
+        # raised by one process alone it would leave the others waiting
+        if failure := next(filter(None, from_every_rank(failure)), None):
+            if trainer.is_global_zero:
+                remove(folder / "saving.tmp")
             kept = f"that of step {before} is as it was" if before > 0 else "earlier ones are untouched"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written into {folder}: {failure}; {kept}. Make "
                 "room and continue with --ckpt_path last"
             )
 
-    def _publish(self, trainer: Trainer, temporary: Path, targets: list[Path]) -> str | None:
-        """Give the checkpoint its names; return what the file system objects to, if anything."""
-        try:
-            strategy = trainer.strategy
-            if error := getattr(strategy, "save_error", None) or getattr(
-                strategy.checkpoint_io, "error", None
-            ):
-                raise error
-            publish(temporary, targets)
-            self._forget_old(targets[0].parent)
-        except (OSError, RuntimeError) as error:
-            remove(temporary)
-            return first_line(root_cause(error))
-        return None
-
-    def _forget_old(self, folder: Path) -> None:
-        if self.keep_step_checkpoints < 0:
-            return
-        paths = sorted(folder.glob("step_*.ckpt"), key=lambda path: int(path.stem.removeprefix("step_")))
-        for path in paths[: len(paths) - self.keep_step_checkpoints]:
-            remove(path)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Note the format."""
-        checkpoint[KEY] = FORMAT
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, the last validation, the random states of all processes, the waiting row.
+        """Return the best score, the last validation, the random states of all processes.
 
         In a validation the random states are those before it, since a resumed run begins it anew.
         """
@@ -282,17 +251,17 @@ class RunCheckpoint(Checkpoint):
             "best_step": self.best_step,
             "validated_step": self.validated_step,
             "random_states": self._states_before_validation or random_states(),
-            "row": self._table.waiting() if self._table is not None else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the random states are set when training starts."""
-        self.best_score = state_dict["best_score"]
-        self.best_step = state_dict["best_step"]
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self._random_states = state_dict["random_states"]
         self.validated_step = state_dict.get("validated_step", -1)
-        if self._table is not None and self._table.resume_step is not None:
-            self._table.restore(state_dict.get("row", {}))
+
+
+def _tables(trainer: Trainer) -> list[MetricsCSV]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
 
 
 def _is_last(trainer: Trainer) -> bool:
@@ -301,9 +270,94 @@ def _is_last(trainer: Trainer) -> bool:
 
 def _validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the step just done, by the number of batches (the only way to set it)."""
-    every = trainer.val_check_batch
-    if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
-        return False
-    if not isinstance(every, int) or every < 1:
+    every, is_on = trainer.val_check_batch, trainer.enable_validation
+    if not is_on or trainer.check_val_every_n_epoch is not None or not isinstance(every, int) or every < 1:
         return False
     return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
+
+
+# Files: written to a temporary name, then given their names, each in one step
+
+
+class PlainFile(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own copies the whole checkpoint in memory, then writes it to the system's folder for temporary
+    files, where a killed run leaves it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the file, and make its folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the file system's error behind another one, or that itself."""
+    if isinstance(error, CheckpointException):  # of shards: any process's, raised on all of them
+        error = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing; a folder that was being replaced gets its name back."""
+    for aside in folder.glob(f"*{REPLACED}"):
+        target = folder / f"{aside.name.removesuffix(REPLACED)}.ckpt"
+        if not target.exists():
+            os.replace(aside, target)
+    for leftover in folder.glob("*.tmp"):
+        remove(leftover)
+
+
+def publish(temporary: Path, targets: list[Path]) -> None:
+    """Give a complete checkpoint its names, each atomically; a reader sees the old file or the new one."""
+    _flush_to_disk(temporary)
+    for target in targets[1:]:
+        give_name(temporary, target)
+    _replace(temporary, targets[0])
+    _flush_to_disk(targets[0].parent)
+
+
+def give_name(source: Path, target: Path) -> None:
+    """Give a complete checkpoint another name, too."""
+    staged = target.with_suffix(".link.tmp")
+    remove(staged)
+    try:
+        os.link(source, staged)
+    except OSError:  # a folder, or a file system without hard links
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, staged)
+        _flush_to_disk(staged)
+    _replace(staged, target)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():  # a folder (sharded checkpoint) cannot be replaced in one call
+        aside = target.with_suffix(REPLACED)
+        remove(aside)
+        os.replace(target, aside)
+        os.replace(source, target)
+        remove(aside)
+    else:
+        os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder and the files in it, so that a rename never precedes the content."""
+    for item in [*path.iterdir(), path] if path.is_dir() and path.suffix == ".tmp" else [path]:
+        descriptor = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -20,8 +20,8 @@ class MetricsCSV(Logger):
 
     Lightning's CSVLogger deletes the file of an earlier session; this one keeps it. The file is only appended
     to, except that it is rewritten (atomically) when a new column appears, rows are dropped, or a step gets
-    more values after its row has been written. A row waits in memory until the next step begins; checkpoints
-    hold it (see `waiting`), so that a killed run loses none.
+    more values after its row has been written. A row waits in memory until the next step begins or `flush`,
+    which comes before each checkpoint, so that a killed run loses none.
 
     Args:
         folder: The run folder.
@@ -34,8 +34,7 @@ class MetricsCSV(Logger):
         self, folder: str | Path, resume_step: int | None = None, filename: str = "metrics.csv"
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
-        self.path = self.folder / filename
+        self.folder, self.path = Path(folder), Path(folder) / filename
         self.resume_step = resume_step
         self._columns: list[str] = ["step"]
         self._pending: dict[str, str] = {}
@@ -57,7 +56,6 @@ class MetricsCSV(Logger):
         """The run folder."""
         return str(self.folder)
 
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `config.yaml` holds them."""
 
@@ -65,26 +63,16 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Add values at a step; values of the same step share a row."""
         self.open()
-        row = {name: _text(value) for name, value in metrics.items()}
-        if not row:
-            return
         step_text = str(int(step or 0))
-        if self._pending and self._pending["step"] != step_text:
+        if metrics and self._pending.get("step", step_text) != step_text:
             self.flush()
-        self._pending = {**self._pending, "step": step_text, **row}
+        if metrics:
+            self._pending |= {"step": step_text, **{name: _text(value) for name, value in metrics.items()}}
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is pending."""
         self.flush()
-
-    def waiting(self) -> dict[str, str]:
-        """Return the row that is not in the file yet, as text by column; for checkpoints."""
-        return dict(self._pending)
-
-    def restore(self, row: dict[str, str]) -> None:
-        """Take the row that waited when the checkpoint was written; nothing happens on disk before `open`."""
-        self._pending = dict(row)
 
     @rank_zero_only
     def open(self) -> None:
@@ -96,29 +84,24 @@ class MetricsCSV(Logger):
         rows = self._read()
         if self.resume_step is not None:  # a kill may have cut the last row short
             rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= self.resume_step]
-        if any(row["step"] == self._pending.get("step") for row in rows):
-            self._pending = {}  # the killed session has got to writing it
+            self._last_step = rows[-1]["step"] if rows else None
         self._rewrite(rows)
-        if self.resume_step is not None and rows:
-            self._last_step = rows[-1]["step"]
 
     @rank_zero_only
     def flush(self) -> None:
         """Write the row in progress now; the file is rewritten if more values of its step come."""
         if not self._opened or not self._pending:
             return
-        new = [name for name in self._pending if name not in self._columns]
         again = self._pending["step"] == self._last_step
-        if new or again:
+        if again or not self._pending.keys() <= set(self._columns):
             rows = self._read()
-            self._columns += new
+            self._columns = list(dict.fromkeys([*self._columns, *self._pending]))
             earlier = rows.pop() if again else {}
             self._rewrite([*rows, {**earlier, **self._pending}])
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(self._pending)
-        self._last_step = self._pending["step"]
-        self._pending = {}
+        self._last_step, self._pending = self._pending["step"], {}
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -132,7 +115,7 @@ class MetricsCSV(Logger):
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.path)

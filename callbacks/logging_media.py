@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -86,27 +86,17 @@ def log_report(loggers: Iterable[Logger], report: Report, folder: Path) -> None:
         for name in REPORT_FILES:
             log_media(logger, name, folder / name, step)
         if isinstance(logger, TensorBoardLogger):
-            _log_hparams(logger, read_settings(config) if config.is_file() else {}, metrics, step)
+            settings = read_settings(config) if config.is_file() else {}
+            known = {key: value if isinstance(value, bool | int | float | str) else str(value)
+                     for key, value in settings.items() if value is not None}  # fmt: skip
+            for summary in hparams(known, metrics):  # Lightning would write the metrics' scalars once more
+                logger.experiment._get_file_writer().add_summary(summary, step)
+            logger.experiment.flush()
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The keys of a configuration file as on the command line, and their values."""
     return dict(flatten(yaml.safe_load(path.read_text(encoding="utf-8"))))
-
-
-def _log_hparams(
-    logger: TensorBoardLogger, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int
-) -> None:
-    """The three summaries of the HParams page; the metrics are scalars of the run already."""
-    known = {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in settings.items()
-        if value is not None
-    }
-    writer = logger.experiment._get_file_writer()
-    for summary in hparams(known, dict(metrics)):
-        writer.add_summary(summary, step)
-    logger.experiment.flush()
 
 
 def _to_tensorboard(logger: TensorBoardLogger, name: str, media: Media, step: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,50 +25,38 @@ class PredictionFiles(Callback):
 
     def __init__(self) -> None:
         self._entries: list[dict[str, Any]] = []
-        self._is_ignoring = False
-
-    def folder(self, trainer: Trainer) -> Path:
-        """Return the folder of the pictures."""
-        return run_dir(trainer) / "predictions"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the pictures of an earlier call, of which there may have been more."""
-        self._entries, self._is_ignoring = [], False
+        self._entries = []
         if trainer.is_global_zero:
-            for path in self.folder(trainer).glob("*.png"):
+            for path in (run_dir(trainer) / "predictions").glob("*.png"):
                 if path.stem.isdigit():
                     path.unlink()
         trainer.strategy.barrier("prediction-files")
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Save this process's pictures of a batch."""
         if not isinstance(outputs, dict) or outputs.get("images") is None:
-            if not self._is_ignoring:
+            if batch_idx == 0:
                 name = type(pl_module).__name__
                 rank_zero_warn(f"predict_step of {name} returns no images, so none are saved")
-            self._is_ignoring = True
             return
         indices, is_padding = outputs["indices"].tolist(), outputs["is_padding"].tolist()
         for image, index, prompt, padding in zip(outputs["images"], indices, outputs["prompts"], is_padding):
             if not padding:
                 name = f"{index}.png"
-                save_png(to_pil(image.float().cpu()), self.folder(trainer) / name)
+                save_png(to_pil(image), run_dir(trainer) / "predictions" / name)
                 self._entries.append({"index": index, "prompt": prompt, "file": name})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the list of all processes' pictures, in the order of the prompts, and say where it lies."""
         entries = sorted(chain(*from_every_rank(self._entries)), key=lambda entry: entry["index"])
-        if not entries or not trainer.is_global_zero:
-            return
-        folder = self.folder(trainer)
-        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
-        write_text_atomically(folder / "predictions.json", text)
-        rank_zero_info(f"{len(entries)} pictures: {folder}")
+        if entries and trainer.is_global_zero:
+            folder = run_dir(trainer) / "predictions"
+            text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+            write_text_atomically(folder / "predictions.json", text)
+            rank_zero_info(f"{len(entries)} pictures: {folder}")

@@ -12,9 +12,6 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from tqdm import tqdm
 
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-_ENDLESS_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-
 # What is shown where it is logged, beside what modules log for the bar: logged name -> short one.
 _BEFORE = {"counts/images_seen": "images"}
 _AFTER = {
@@ -32,13 +29,12 @@ class StepProgressBar(TQDMProgressBar):
     second and peak memory, as far as they are logged.
 
     Args:
-        refresh_seconds: Least time between two drawings.
+        refresh_seconds: Least time between two drawings; in a file or a pipe, which cannot be drawn over, it
+            is at least 20 s.
     """
 
     def __init__(self, refresh_seconds: float = 0.5) -> None:
         super().__init__()
-        self.refresh_seconds = refresh_seconds
-        # a file or a pipe cannot be drawn over: there a line now and then
         self._pause = refresh_seconds if sys.stderr.isatty() else max(refresh_seconds, 20.0)
         self._drawn = 0.0
 
@@ -59,31 +55,25 @@ class StepProgressBar(TQDMProgressBar):
 
     def _bar(self, what: str, total: float, done: int = 0, leave: bool = False) -> Tqdm:
         self._drawn = time.monotonic()
-        known = int(total) if 0 <= total < float("inf") else None
         return Tqdm(
-            desc=what, total=known, initial=done, leave=leave, unit="step" if leave else "batch",
-            bar_format=_FORMAT if known is not None else _ENDLESS_FORMAT, mininterval=self._pause,
-            maxinterval=max(self._pause, 10.0), smoothing=0.05, dynamic_ncols=True, file=sys.stderr,
-            disable=self.is_disabled,
+            desc=what, total=int(total) if 0 <= total < float("inf") else None, initial=done, leave=leave,
+            unit="step" if leave else "batch", mininterval=self._pause, maxinterval=max(self._pause, 10.0),
+            smoothing=0.05, dynamic_ncols=True, file=sys.stderr, disable=self.is_disabled,
         )  # fmt: skip
 
     def init_train_tqdm(self) -> Tqdm:
-        """A bar over student updates, at the step the run starts from."""
         trainer, total = self.trainer, float(self.trainer.max_steps)
         if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:  # as many steps as the epochs hold
             total = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
         return self._bar("Training", total, done=trainer.global_step, leave=True)
 
     def init_validation_tqdm(self) -> Tqdm:
-        """A bar over the batches of a validation."""
         return self._bar("Evaluating", sum(self.trainer.num_val_batches))
 
     def init_test_tqdm(self) -> Tqdm:
-        """A bar over the batches of a test."""
         return self._bar("Testing", sum(self.trainer.num_test_batches))
 
     def init_predict_tqdm(self) -> Tqdm:
-        """A bar over the batches of a prediction."""
         return self._bar("Predicting", sum(self.trainer.num_predict_batches))
 
     def _should_update(self, current: int, total: int | float) -> bool:
@@ -111,28 +101,24 @@ class StepProgressBar(TQDMProgressBar):
                 bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the finished bar, with its last values, on the screen."""
-        self._close(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar where it stopped, so that messages stand on lines of their own."""
-        self._close(trainer, pl_module)
-
-    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for bar in (self._val_progress_bar, self._test_progress_bar, self._predict_progress_bar):
-            if bar is not None:
-                bar.close()
-        if (bar := self._train_progress_bar) is not None:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
-            bar.close()
-            self._train_progress_bar = None
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the new values; the time of a validation is no part of the speed of training."""
         super().on_validation_end(trainer, pl_module)
-        if (bar := self._train_progress_bar) is not None:
-            bar.last_print_t = time.time()
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.last_print_t = time.time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bars where they stopped, with the last values, so that messages have their own lines."""
+        if (train := self._train_progress_bar) is not None:
+            train.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
+        for bar in (self._val_progress_bar, self._test_progress_bar, self._predict_progress_bar, train):
+            if bar is not None:
+                bar.close()
+        self._train_progress_bar = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        self.on_train_end(trainer, pl_module)
 
 
 def _short(value: Any) -> str:

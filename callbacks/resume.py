@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +17,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common.processes import from_every_rank
 
-_SIZE_MISMATCH = re.compile(
-    r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
-)
 _NOT_COMPARED = ("ckpt_path", "experiment", "config", "weights_only")
 # What a schedule counts up itself; everything else of its state are settings.
 _SCHEDULE_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_milestones")
@@ -39,17 +35,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def stored_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration a checkpoint was made with; where it holds none, its hyperparameters."""
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("RunFolder") and isinstance(state, dict) and state.get("config"):
-            return yaml.safe_load(state["config"])
-    hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
-    hyper_parameters.pop("_instantiator", None)
-    class_path = hyper_parameters.pop("_class_path", None)
-    if not hyper_parameters:
-        return {}
-    model: dict[str, Any] = {"init_args": hyper_parameters}
-    return {"model": {"class_path": class_path, **model} if class_path else model}
+    """Return the configuration that a checkpoint was made with; nothing of a run from Python."""
+    states = checkpoint.get("callbacks", {}).items()
+    texts = [state.get("config") for name, state in states if name.startswith("RunFolder")]
+    return yaml.safe_load(texts[0]) if texts and texts[0] else {}
 
 
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -73,22 +62,19 @@ def print_differences(checkpoint: dict[str, Any], current: dict[str, Any], path:
 
 
 def explain_mismatch(error: BaseException, path: Path) -> str | None:
-    """Return one message naming the first parameter in which a checkpoint and the model differ.
+    """Return PyTorch's words about the first place in which a checkpoint and the model differ, as one line.
 
     None if the error is something else than a failed `load_state_dict`.
     """
     text = str(error.args[0]) if error.args else ""
-    advice = "give a checkpoint of the same model, or change the model's settings to those of that run"
-    start = f"the checkpoint {path} is of another architecture:"
-    if sized := _SIZE_MISMATCH.search(text):
-        return f"{start} {sized[1]} has shape {sized[2]} in it and {sized[3]} in the model; {advice}"
-    if missing := re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', text):
-        return f"{start} it has no {missing[1]}; {advice}"
-    if unexpected := re.search(r'Unexpected key\(s\) in state_dict: "([^"]+)"', text):
-        return f"{start} the model has no {unexpected[1]}; {advice}"
-    if "loaded state dict" in text and "parameter group" in text:
-        return f"{start} its optimizer has other parameters than the model's; {advice}"
-    return None
+    if "loading state_dict" not in text and "loaded state dict" not in text:
+        return None
+    heading, _, details = text.partition("\n")
+    first = (details or heading).strip().splitlines()[0].rstrip(".")
+    return (
+        f"the checkpoint {path} is of another architecture: {first}. "
+        "Give a checkpoint of the same model, or change the model's settings to those of that run"
+    )
 
 
 class ConfigWins(Callback):
@@ -107,12 +93,9 @@ class ConfigWins(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the fresh settings, before Lightning restores the state."""
-        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._now = {
-            "optimizers": [
-                [_plain(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers
-            ],
-            "schedules": [_plain(vars(schedule)) for schedule in schedules],
+            "optimizers": [[_plain(group) for group in one.param_groups] for one in trainer.optimizers],
+            "schedules": [_plain(vars(config.scheduler)) for config in trainer.lr_scheduler_configs],
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,14 +104,17 @@ class ConfigWins(Callback):
         if stored is None:
             return
         for optimizer, before, now in zip(trainer.optimizers, stored["optimizers"], self._now["optimizers"]):
-            _apply_groups(optimizer, before, now)
+            apply_groups(optimizer, before, now)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         for schedule, before, now in zip(schedules, stored["schedules"], self._now["schedules"]):
             for name, value in now.items():
                 if name not in _SCHEDULE_PROGRESS and name in before and before[name] != value:
                     setattr(schedule, name, value)
-            if isinstance(schedule, LambdaLR):
-                _apply_factors(schedule)
+            if isinstance(schedule, LambdaLR):  # base rate x factor at the schedule's place
+                groups = schedule.optimizer.param_groups
+                for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                    group["lr"] = base * factor(schedule.last_epoch)
+                schedule._last_lr = [group["lr"] for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings as the configuration gave them."""
@@ -139,51 +125,24 @@ class ConfigWins(Callback):
         self._stored = state_dict or None
 
 
-def _apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+def apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Set what differs in the settings of parameter groups, as they were given before and are now."""
     for group, old, new in zip(optimizer.param_groups, before, now):
-        for name, value in new.items():
-            if old.get(name) == value or name == "lr":
-                continue
-            if name == "initial_lr" and group.get(
-                "initial_lr"
-            ):  # a schedule is at work: keep its present factor
-                group["lr"] = value * group["lr"] / group["initial_lr"]
-            group[name] = value
-        if "initial_lr" not in new and old.get("lr") != new["lr"]:
-            group["lr"] = new["lr"]
-        if group.get("fused"):
-            _steps_to_weights(optimizer, group)
-
-
-def _steps_to_weights(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Put step counts where the weights are, in float32: a fused kernel takes no others.
-
-    Other kernels keep them on the CPU, and a checkpoint may come from one.
-    """
-    for weight in group["params"]:
-        state = optimizer.state.get(weight, {})
-        if isinstance(step := state.get("step"), torch.Tensor):
-            state["step"] = step.to(device=weight.device, dtype=torch.float32)
-
-
-def _apply_factors(schedule: LambdaLR) -> None:
-    """Set the learning rates to base rate x factor at the schedule's place, as its next step would."""
-    groups = schedule.optimizer.param_groups
-    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        rate = base * factor(schedule.last_epoch)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-    schedule._last_lr = [group["lr"] for group in groups]
+        changed = {name: value for name, value in new.items() if old.get(name) != value}
+        if "initial_lr" in new:  # a schedule is at work: keep its present factor
+            changed.pop("lr", None)
+        if "initial_lr" in changed and group.get("initial_lr"):
+            group["lr"] = changed["initial_lr"] * group["lr"] / group["initial_lr"]
+        group.update(changed)
+    if any(group.get("fused") for group in optimizer.param_groups):
+        # the fused kernel wants step counts where the weights are, and a checkpoint may be of another one
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are plain values (a checkpoint loads with weights_only=True)."""
     plain: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
         items = value if isinstance(value, (list, tuple)) else [value]
         if all(item is None or isinstance(item, (bool, int, float, str)) for item in items):
             plain[name] = list(items) if isinstance(value, (list, tuple)) else value
@@ -194,35 +153,31 @@ def random_states() -> list[dict[str, Any]]:
     """Return the random states of Python, NumPy and torch, per process, as plain data and tensors."""
     version, numbers, gauss = random.getstate()
     # the global generator, which data sets and libraries use
-    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
     return from_every_rank(state)
 
 
-def restore_random_states(states: list[dict[str, Any]], trainer: Trainer) -> None:
-    """Set this process's states; if the number of processes has changed, warn, as they then mean nothing."""
-    if len(states) != trainer.world_size:
+def restore_random_states(states: list[dict[str, Any]] | None, rank: int, processes: int) -> None:
+    """Set this process's states, if there are any; another number of processes is told, they mean nothing."""
+    if states is None:
+        return
+    if len(states) != processes:
         rank_zero_warn(
-            f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: "
+            f"the checkpoint is from {len(states)} processes and this run has {processes}: "
             "random states of dropout and the like start anew"
         )
         return
-    state = states[trainer.global_rank]
+    state = states[rank]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -6,43 +6,32 @@ processes, saves the resolved configuration and removes a folder in which nothin
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.checkpoint_files import REPLACED
-from common.errors import UserError, first_line
+from common.errors import UserError
 from common.files import write_text_atomically
-from lightning_modules.checkpoints import check_format
+from lightning_modules.checkpoints import check_format, read
 
 CONFIG_NAME = "config.yaml"
-_VERSION = re.compile(r"version_(\d+)")
-_STEP = re.compile(r"step_(\d+)\.ckpt")
-
-
-@contextmanager
-def _readable(place: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a UserError; Path.exists and is_dir raise, too."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot look into {error.filename or place}: {error.strerror or error}; change its permissions, "
-            "or choose another --trainer.default_root_dir or checkpoint"
-        ) from error
+REPLACED = ".old.tmp"
+"""Ending of a checkpoint's folder that is being replaced, in place of ``.ckpt``."""
 
 
 def versions(experiment_folder: Path) -> list[Path]:
     """Return the `version_<n>` folders of an experiment, oldest first (an empty list if there are none)."""
-    return [path for path in _numbered(experiment_folder, _VERSION) if path.is_dir()]
+    return [path for path in numbered(experiment_folder, r"version_(\d+)") if path.is_dir()]
+
+
+def numbered(folder: Path, pattern: str) -> list[Path]:
+    """What in a folder has a name of this pattern, in the order of the number in it."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    numbers = {path: int(match[1]) for path in found if (match := re.fullmatch(pattern, path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -51,18 +40,8 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     A run killed while a folder of shards was being replaced has left the old one under another name.
     """
     folder = run_folder / "checkpoints"
-    for name in ("last.ckpt", f"last{REPLACED}"):
-        if (last := folder / name).exists():
-            return last
-    steps = _numbered(folder, _STEP)
-    return steps[-1] if steps else None
-
-
-def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """What in a folder has a name of this pattern, in the order of the number in it."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    numbers = {path: int(match[1]) for path in found if (match := pattern.fullmatch(path.name))}
-    return sorted(numbers, key=numbers.__getitem__)
+    found = [*numbered(folder, r"step_(\d+)\.ckpt"), folder / f"last{REPLACED}", folder / "last.ckpt"]
+    return next((path for path in reversed(found) if path.exists()), None)
 
 
 def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
@@ -81,49 +60,33 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
         UserError: the path does not exist or cannot be read, or there is no best checkpoint.
     """
     place = root / experiment
-    with _readable(place if which in ("last", "best") else Path(which)):
+    try:
         if which == "last":
             return next(filter(None, map(newest_checkpoint, versions(place)[::-1])), None)
         if which == "best":
-            paths = (folder / "checkpoints" / "best.ckpt" for folder in versions(place)[::-1])
-            if (best := next((path for path in paths if path.exists()), None)) is None:
-                raise UserError(
-                    f"no best.ckpt in any version under {place}; "
-                    "train with a validation metric first, or name a checkpoint file"
-                )
-            return best
-        if not Path(which).exists():
-            raise UserError(
-                f"checkpoint not found: {which}; give --ckpt_path an existing file, 'last' or 'best'"
-            )
-        return Path(which)
+            paths = [folder / "checkpoints" / "best.ckpt" for folder in versions(place)[::-1]]
+            missing = f"no best.ckpt in any version under {place}; train with a validation metric first"
+        else:
+            paths, missing = [Path(which)], f"checkpoint not found: {which}"
+        if (found := next((path for path in paths if path.exists()), None)) is None:
+            raise UserError(f"{missing}; --ckpt_path takes an existing file, 'last' or 'best'")
+        return found
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {error.filename or place}: {error.strerror or error}; change its permissions, "
+            "or choose another --trainer.default_root_dir or checkpoint"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it; tensors stay on disk until they are used.
+    """Read a run's checkpoint (but for what is in shards) without running code from it.
 
     Raises:
-        UserError: the file is not a Lightning checkpoint, is cut short, holds more than plain data and
-            tensors, or is of another version of this project.
+        UserError: it cannot be read, is not one of a run, or is of another version of this project.
     """
-    with _readable(path):
-        if path.is_dir():  # sharded checkpoint: what is not sharded lies in meta.pt
-            path = path / "meta.pt"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises a different type for each kind of damage
-        raise UserError(
-            f"cannot read the checkpoint {path}: {first_line(error)}; "
-            "give --ckpt_path a checkpoint written by fit"
-        ) from error
-    needed = {"global_step"} if path.name == "meta.pt" else {"global_step", "state_dict"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise UserError(
-            f"{path} is not a checkpoint of a run (it lacks {' and '.join(sorted(needed))}); "
-            "give --ckpt_path a checkpoint written by fit"
-        )
+    checkpoint = read(path, whole=False)
+    if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of a run; give --ckpt_path one that `fit` wrote")
     check_format(checkpoint, path)
     return checkpoint
 
@@ -132,16 +95,10 @@ def new_version(root: Path, experiment: str) -> Path:
     """Create the next free `version_<n>` folder of an experiment and return it.
 
     Raises:
-        UserError: the root (or a part of the path) is a file, or cannot be written.
+        UserError: a part of the path is a file, or cannot be written.
     """
     folder = root / experiment
     try:
-        for part in (folder, *folder.parents):
-            if part.exists() and not part.is_dir():
-                raise UserError(
-                    f"the output folder {folder} cannot be made: {part} is a file; "
-                    "choose another --trainer.default_root_dir or --experiment"
-                )
         folder.mkdir(parents=True, exist_ok=True)
         taken = versions(folder)
         number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
@@ -154,16 +111,8 @@ def new_version(root: Path, experiment: str) -> Path:
     except OSError as error:
         raise UserError(
             f"the output folder {folder} cannot be written: {error.strerror or error}; "
-            "choose another --trainer.default_root_dir"
+            "choose another --trainer.default_root_dir or --experiment"
         ) from error
-
-
-def check_writable(folder: Path) -> None:
-    """Raise a UserError if files cannot be made in an existing run folder."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"the run folder {folder} cannot be written; change its permissions or start another run"
-        )
 
 
 class RunFolder(Callback):
@@ -171,15 +120,13 @@ class RunFolder(Callback):
 
     Args:
         path: The folder on rank zero; None on other processes, which learn it in `setup`.
-        config: The resolved configuration as YAML, written to `config.yaml`, and kept in checkpoints so that
-            a resumed run can say what has changed. None: nothing is written.
+        config: The resolved configuration as YAML, written to `config.yaml` once training begins, and kept in
+            checkpoints so that a resumed run can say what has changed. None: nothing is written.
         is_new: Whether the folder was made for this run: it is removed again if no training starts.
     """
 
     def __init__(self, path: Path | None = None, config: str | None = None, is_new: bool = False) -> None:
-        self.path = path
-        self.config = config
-        self.is_new = is_new
+        self.path, self.config, self.is_new = path, config, is_new
         self.started = False
         self._found = set(path.iterdir()) if path is not None and path.is_dir() else None  # rank zero
 
@@ -189,16 +136,13 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml`: the checkpoint fits and training begins. From here on the folder stays."""
-        self._start(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for a run that was finished before and only completes its report."""
-        self._start(trainer)
-
-    def _start(self, trainer: Trainer) -> None:
         if not self.started and trainer.is_global_zero and self.path is not None and self.config is not None:
             write_text_atomically(self.path / CONFIG_NAME, self.config)
         self.started = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a run that was finished before and only completes its report."""
+        self.on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the configuration the checkpoint was made with."""

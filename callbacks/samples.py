@@ -51,9 +51,9 @@ class Pictures(Callback, ABC):
         """Draw where the student starts from."""
         self.draw_once(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    on_fit_end = on_train_start
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Draw if it is time."""
         if self.every_n_steps is not None and as_student(pl_module).student_steps % self.every_n_steps == 0:
             self.draw_once(trainer, pl_module)
@@ -62,10 +62,6 @@ class Pictures(Callback, ABC):
         """Draw unless drawings have a rhythm of their own."""
         if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.draw_once(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw where the student has got to."""
-        self.draw_once(trainer, pl_module)
 
     def draw_once(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw, save and send to the loggers, unless it was done at this step. Collective."""
@@ -130,12 +126,10 @@ class SampleGrid(Pictures):
         teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
         cache, key = ResultCache(), {
             "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds,
-            "protocol": PROTOCOL,
-            "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance,
+            "protocol": PROTOCOL, "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance,
             "precision": str(trainer.precision),
         }  # fmt: skip
-        entry = cache.get("teacher-samples", key)
-        if entry is not None:
+        if (entry := cache.get("teacher-samples", key)) is not None:
             return entry.tensors["images"].float() / 255
         pixels = to_uint8(teacher.multistep(prompts, seeds)).cpu()
         if trainer.is_global_zero:

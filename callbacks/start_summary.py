@@ -20,7 +20,6 @@ from common.processes import say
 from lightning_modules.memory import NOT_WEIGHTS, Part
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
-_MIB = 2**20
 _WARM_UP = 1
 """Updates that are not timed: the first counts operations."""
 _SLOW = 5.0
@@ -54,19 +53,15 @@ class StartSummary(Callback):
         self._started: float | None = None
         self._pages = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse modules that have no ``memory_parts``."""
-        if not callable(getattr(pl_module, "memory_parts", None)):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, the effective batch and the precision."""
+        if not callable(memory_parts := getattr(pl_module, "memory_parts", None)):
             raise UserError(
                 f"StartSummary needs a module with memory_parts(), which {type(pl_module).__name__} has not: "
                 "leave the callback out"
             )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, the effective batch and the precision."""
         self._seconds, self._started = [], None
-        parts: dict[str, Part] = pl_module.memory_parts()  # type: ignore[operator]
-        lines = [memory_table(parts), *effective_batch(trainer), f"Precision: {trainer.precision}"]
+        lines = [memory_table(memory_parts()), *effective_batch(trainer), f"Precision: {trainer.precision}"]
         say("\n".join(lines))
 
     def on_train_batch_start(
@@ -88,16 +83,27 @@ class StartSummary(Callback):
         if len(self._seconds) < _WARM_UP + self.timed_updates or trainer.max_steps <= 0:
             return
         swapped = (_pages_from_disk() - self._pages) / self.timed_updates > _PAGES_OF_SWAPPING
-        seconds = statistics.median(self._seconds[_WARM_UP:])
+        seconds, device = statistics.median(self._seconds[_WARM_UP:]), trainer.strategy.root_device
         total, left = (seconds * (trainer.max_steps - step) for step in (0, trainer.global_step))
         if pictures := self._pictures(trainer, after=0):
             each = self._seconds_per_picture(trainer, pl_module, batch["prompts"])
             total, left = total + each * pictures, left + each * self._pictures(trainer, trainer.global_step)
-        pl_module.print(estimated_time(seconds, trainer.max_steps, total, left))
-        expected = self._expected_seconds(trainer)
-        if expected is not None and seconds > _SLOW * expected and left > _LONG:
-            cause = likely_cause(str(trainer.precision), trainer.num_devices, swapped)
-            pl_module.print(slowness(seconds, expected, left, cause))
+        pl_module.print(
+            f"{seconds:.3g} s per student update: {trainer.max_steps} take about {duration(total)}, "
+            f"{duration(left)} to go; validations and the final evaluation are included (but for a teacher "
+            "not measured before)"
+        )
+        counts = [one.flops for one in trainer.callbacks if isinstance(one, Throughput)]  # type: ignore[attr-defined]
+        if device.type != "cpu" or not counts or not counts[0]:
+            return
+        expected = counts[0] / matmul_rate(device, torch.float32)
+        if seconds > _SLOW * expected and left > _LONG:
+            pl_module.print(
+                f"SLOW: an update takes {seconds:.3g} s, {seconds / expected:.0f} times its operations at "
+                f"this processor's speed ({expected:.3g} s); the run would end about "
+                f"{datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M}. "
+                f"Likely cause: {likely_cause(str(trainer.precision), trainer.num_devices, swapped)}"
+            )
 
     def _pictures(self, trainer: Trainer, after: int) -> int:
         """Pictures that this process draws after a step, to evaluate and to look at, the teacher's apart."""
@@ -124,14 +130,6 @@ class StartSummary(Callback):
                 as_student(module).generator.images(few, list(range(len(few)))).cpu()
         return (time.perf_counter() - start) / len(few)
 
-    def _expected_seconds(self, trainer: Trainer) -> float | None:
-        """What an update's operations take as a matrix product; None on accelerators or if not counted."""
-        device = trainer.strategy.root_device
-        counts = [one.flops for one in trainer.callbacks if isinstance(one, Throughput)]  # type: ignore[attr-defined]
-        if device.type != "cpu" or not counts or not counts[0]:
-            return None
-        return counts[0] / matmul_rate(device, torch.float32)
-
 
 def memory_table(parts: dict[str, Part]) -> str:
     """One line for each part: its values in M, MiB, and whether it is trained or frozen; then the sum."""
@@ -139,8 +137,8 @@ def memory_table(parts: dict[str, Part]) -> str:
     lines = [f"{'Memory by part':<{width}}  {'M':>9}  {'MiB':>9}"]
     for name, (values, size, trained) in parts.items():
         state = "" if name in NOT_WEIGHTS else "trained" if trained else "frozen"
-        lines.append(f"{name:<{width}}  {values / 1e6:>9.3f}  {size / _MIB:>9.1f}  {state}".rstrip())
-    total = sum(size for _, size, _ in parts.values()) / _MIB
+        lines.append(f"{name:<{width}}  {values / 1e6:>9.3f}  {size / 2**20:>9.1f}  {state}".rstrip())
+    total = sum(size for _, size, _ in parts.values()) / 2**20
     lines.append(f"{'sum, without activations':<{width}}  {'':>9}  {total:>9.1f}")
     return "\n".join(lines)
 
@@ -156,31 +154,10 @@ def effective_batch(trainer: Trainer) -> list[str]:
     return [f"Prompts per student update: {shared} x accumulation {passes} = {data.batch_size}"]
 
 
-def estimated_time(seconds: float, max_steps: int, total: float, left: float) -> str:
-    """The speed, the time that the whole run takes, and what is left of it, all in seconds."""
-    return (
-        f"{seconds:.3g} s per student update: {max_steps} take about {duration(total)}, {duration(left)} to "
-        "go; validations and the final evaluation are included (but for a teacher not measured before)"
-    )
-
-
-def slowness(seconds: float, expected: float, left: float, cause: str) -> str:
-    """One line: how slow an update is, when the run would end, and why."""
-    end = datetime.now() + timedelta(seconds=left)
-    return (
-        f"SLOW: an update takes {seconds:.3g} s, {seconds / expected:.0f} times its operations at this "
-        f"processor's speed ({expected:.3g} s); the run would end about {end:%Y-%m-%d %H:%M}. "
-        f"Likely cause: {cause}"
-    )
-
-
 def likely_cause(precision: str, processes: int, swapped: bool) -> str:
     """Why updates are slow on this processor, as far as it can be seen from outside, and what to do.
 
-    Args:
-        precision: that of the run.
-        processes: of this run on this machine.
-        swapped: whether updates waited for pages from the disk.
+    ``processes``: of this run on this machine; ``swapped``: whether updates waited for pages from the disk.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads, load = torch.get_num_threads() * processes, os.getloadavg()[0]
@@ -196,11 +173,8 @@ def likely_cause(precision: str, processes: int, swapped: bool) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, minutes and seconds, or seconds."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    """Hours, minutes and seconds as h:mm:ss; days where there are some."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _pages_from_disk() -> int:

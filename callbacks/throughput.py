@@ -32,9 +32,6 @@ class Throughput(Callback):
         peak_tflops: peak rate of one device in TFLOP/s, from its data sheet. None: the rate of a large matrix
             product in the run's compute precision, measured when training starts. What was used is printed.
         window: updates over which speed is averaged.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     def __init__(self, peak_tflops: float | None = None, window: int = 20) -> None:
@@ -47,22 +44,21 @@ class Throughput(Callback):
         self.images_seen = 0
         self.flops: int | None = None  # of an update, on one process
         self._counted_for: list[int] = []
-        self._peak = 0.0
+        self._peak = self._started = 0.0
         self._updates = 0
         self._seconds: deque[float] = deque(maxlen=window)
-        self._started: float | None = None
         self._counter: FlopCounterMode | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the peak rate."""
-        self._updates, self._started = 0, None
+        self._updates = 0
         self._seconds.clear()
-        device = trainer.strategy.root_device
         if self.peak_tflops is not None:
             self._peak, how = self.peak_tflops * 1e12, "as configured"
         else:
             precision = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-            self._peak, how = matmul_rate(device, precision), f"measured, matrix product in {precision}"
+            self._peak = matmul_rate(trainer.strategy.root_device, precision)
+            how = f"measured, matrix product in {precision}"
         rank_zero_info(f"Peak rate of a device for the utilization: {self._peak / 1e12:.3g} TFLOP/s ({how})")
 
     def on_train_batch_start(
@@ -81,26 +77,22 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock and log."""
-        self._stop_counting()
-        images = len(batch["prompts"]) * trainer.world_size
-        self.images_seen += images
-        self._updates += 1
-        if self._started is not None and self._updates > _WARM_UP:
-            self._seconds.append(time.perf_counter() - self._started)
-        values = {"memory/peak_gib": peak_memory_gib()}
-        if self._seconds:
-            seconds = sum(self._seconds) / len(self._seconds)
-            values["throughput/images_per_second"] = images / seconds
-            values["throughput/model_flops_utilization"] = (self.flops or 0) / seconds / self._peak
-        pl_module.log("counts/images_seen", float(self.images_seen), batch_size=1)
-        for name, value in values.items():
-            pl_module.log(name, value, batch_size=1)
-
-    def _stop_counting(self) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             self.flops, self._counter = self._counter.get_total_flops(), None
             rank_zero_info(f"Operations of an update on one process: {self.flops / 1e12:.3g} TFLOP")
+        images = len(batch["prompts"]) * trainer.world_size
+        self.images_seen += images
+        self._updates += 1
+        if self._updates > _WARM_UP:
+            self._seconds.append(time.perf_counter() - self._started)
+        values = {"counts/images_seen": float(self.images_seen), "memory/peak_gib": peak_memory_gib()}
+        if self._seconds:
+            seconds = sum(self._seconds) / len(self._seconds)
+            values["throughput/images_per_second"] = images / seconds
+            values["throughput/model_flops_utilization"] = (self.flops or 0) / seconds / self._peak
+        for name, value in values.items():
+            pl_module.log(name, value, batch_size=1)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no counter on."""
@@ -127,14 +119,9 @@ def matmul_rate(device: torch.device, precision: torch.dtype, repeats: int = 5) 
     matrix = torch.ones(size, size, device=device, dtype=precision)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
-        _wait(device)
         start = time.perf_counter()
         torch.mm(matrix, matrix)
-        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -20,10 +20,7 @@ _FRAMES = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given val
 def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """Return one message for an error of the parser: what is wrong, where, and what to write instead.
 
-    Args:
-        error: What jsonargparse raised.
-        parser: The main parser; its sub-parser for the command knows the names of the options.
-        args: The command line, first word the command.
+    ``args`` is the command line: of its first word, the command, the sub-parser knows the options' names.
     """
     text = str(error)
     if missing := _PACKAGE.search(text):
@@ -57,8 +54,8 @@ def _options(parser: argparse.ArgumentParser, args: list[str]) -> list[str]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and args and args[0] in action.choices:
             parser = action.choices[args[0]]
-    names = [option for action in parser._actions for option in action.option_strings]
-    return [option.removeprefix("--") for option in names if option.startswith("--")]
+    return [name.removeprefix("--") for action in parser._actions for name in action.option_strings
+            if name.startswith("--")]  # fmt: skip
 
 
 def _class_options(class_path: str) -> list[str]:

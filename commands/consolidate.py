@@ -27,17 +27,14 @@ def run(options: Options) -> None:
     """
     import torch
 
-    from lightning_modules.checkpoints import check_format, consolidated, is_sharded
+    from lightning_modules.checkpoints import check_format, is_sharded, read
 
     folder, output = options.checkpoint, options.output
     if not is_sharded(folder):
         raise UserError(f"{folder} is not the folder of a checkpoint in shards (it has no meta.pt)")
     if output.suffix != ".ckpt" or output.exists():
         raise UserError(f"--output {output} must be a .ckpt file that does not exist yet")
-    try:
-        content = consolidated(folder)
-    except Exception as error:  # damage shows as errors of many types
-        raise UserError(f"{folder} cannot be read: {first_line(error)}; take another checkpoint") from error
+    content = read(folder)
     check_format(content, folder)
     temporary = output.with_suffix(".tmp")
     try:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import check_output_folder
-from datamodules.order import ListedTexts, Places, Texts
-from datamodules.sources import PromptPools, PromptSource
+from datamodules.order import Places, Texts
+from datamodules.sources import PromptPools
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.prompt_cache import (
     SHARDS,
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
             another encoder, type or something else.
     """
     check_output_folder(options.output, own_names)
-    texts = _Joined([ListedTexts([""]), *_pools(options)])
+    texts = _Joined([Texts([""]), *_pools(options)])
     places = np.arange(len(texts))
     chunks = tqdm(np.split(places, places[_CHUNK::_CHUNK]), "Reading prompts", delay=2)
     keys = np.concatenate([text_keys(texts.take(chunk)) for chunk in chunks])
@@ -107,8 +107,8 @@ def _gib(size: float) -> str:
 
 def _pools(options: Options) -> list[Texts]:
     """The prompts and the negative prompts."""
-    prompts = [PromptSource(path, options.column) for path in options.prompts]
-    negatives = [PromptSource(path) for path in options.negative_prompts]
+    prompts = [{"path": path, "column": options.column} for path in options.prompts]
+    negatives = [{"path": path} for path in options.negative_prompts]
     pools = [PromptPools(prompts, key="--prompts")]
     if negatives:
         pools.append(PromptPools(negatives, key="--negative-prompts"))

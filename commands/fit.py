@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import signal
 from pathlib import Path
@@ -23,13 +24,7 @@ from callbacks.loggers import StepAxis, run_loggers
 from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
-from callbacks.run_folder import (
-    RunFolder,
-    check_writable,
-    find_checkpoint,
-    new_version,
-    read_checkpoint,
-)
+from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_checkpoint
 from commands.config_errors import explain
 from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
@@ -60,12 +55,10 @@ def import_components() -> None:
 
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
+    Any mistake in the command line, the configuration, the data or the checkpoint is a UserError.
 
     Args:
         args: Command line, first word the command.
-
-    Raises:
-        UserError: any mistake in the command line, the configuration, the data or the checkpoint.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -96,23 +89,14 @@ class TrainerCLI(LightningCLI):
         if self.run_folder is not None and (even_if_used or not self.run_folder.started):
             self.run_folder.discard()
 
-    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say in the help what `--seed_everything` means here."""
-        super().add_default_arguments_to_parser(parser)
-        for action in parser._actions:
-            if action.dest == "seed_everything":
-                action.help = (
-                    f"{action.help} Also the seed of model and data, unless they are given their own."
-                )
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--experiment`."""
+        """Add `--experiment`; say in the help what `--seed_everything` means here."""
         parser.add_argument(
-            "--experiment",
-            type=str | None,
-            default=None,
+            "--experiment", type=str | None, default=None,
             help="Name of the run's folder under the root (default: stem of the last --config file)",
-        )
+        )  # fmt: skip
+        seed = next(action for action in parser._actions if action.dest == "seed_everything")
+        seed.help = f"{seed.help} Also the seed of model and data, unless they are given their own."
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake becomes a UserError with the nearest known name."""
@@ -130,44 +114,32 @@ class TrainerCLI(LightningCLI):
         """Find the checkpoint; its hyper_parameters do not override the command line, as in Lightning."""
         settings = self.settings
         settings.experiment = settings.experiment or self.name
-        which = settings.get("ckpt_path")
+        which, root = settings.get("ckpt_path"), settings.trainer.default_root_dir
         if not which:
             return
-        self.checkpoint_path = find_checkpoint(
-            which, Path(settings.trainer.default_root_dir), settings.experiment
-        )
+        self.checkpoint_path = find_checkpoint(which, Path(root), settings.experiment)
         if self.checkpoint_path is None:
-            if self.config.subcommand != "fit":
-                raise UserError(
-                    f"no checkpoint of the experiment {settings.experiment!r} under "
-                    f"{settings.trainer.default_root_dir}; train it first or name a checkpoint file"
-                )
-            say(
-                f"--ckpt_path last: no checkpoint of {settings.experiment!r} under "
-                f"{settings.trainer.default_root_dir} yet; starting afresh"
+            none = (
+                f"--ckpt_path last: no checkpoint of the experiment {settings.experiment!r} under {root} yet"
             )
+            if self.config.subcommand != "fit":
+                raise UserError(f"{none}; train it first or name a checkpoint file")
+            say(f"{none}; starting afresh")
 
     def before_instantiate_classes(self) -> None:
-        """Hand on the seed, choose the precision, check what can be checked before anything is built."""
+        """Hand on the seed, check that the training ends, choose the precision.
+
+        bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
+        """
         self._share_seed()
-        self._choose_precision()
         trainer = self.settings.trainer
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
         if self.subcommand == "fit" and endless and not trainer.fast_dev_run:
-            raise UserError(
-                "trainer.max_steps is not set, so training would never end; "
-                "give --trainer.max_steps N or set it in the config"
-            )
-
-    def _choose_precision(self) -> None:
-        """bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
-
-        The choice becomes part of the run's configuration.
-        """
-        trainer = self.settings.trainer
+            raise UserError("training would never end: give --trainer.max_steps N or set it in the config")
         is_slow = is_slow_in_bf16(str(trainer.accelerator))
         if trainer.precision is None and not trainer.plugins:  # a plugin may be the precision
+            # the choice becomes part of the run's configuration
             trainer.precision = "32-true" if is_slow else "bf16-mixed"
         elif is_slow and "bf16" in str(trainer.precision):
             say(
@@ -193,18 +165,16 @@ class TrainerCLI(LightningCLI):
         """Build data, model and Trainer; errors of the parser are explained, UserErrors pass through."""
         try:
             super().instantiate_classes()
-        except argparse.ArgumentError as error:
-            raise UserError(explain(error, self.parser, self.args)) from error
-        except ValueError as error:
+        except (argparse.ArgumentError, ValueError) as error:
             # jsonargparse wraps what a constructor raises in an error about types
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__
-            if cause is None and "Given value" not in str(error):
+            if cause is not None:
+                raise UserError(str(cause)) from error
+            if isinstance(error, ValueError) and "Given value" not in str(error):
                 raise
-            raise UserError(
-                explain(error, self.parser, self.args) if cause is None else str(cause)
-            ) from error
+            raise UserError(explain(error, self.parser, self.args)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, then build the Trainer with the loggers and callbacks every run has.
@@ -236,11 +206,12 @@ class TrainerCLI(LightningCLI):
         continues = own.name.startswith("version_") and (not is_fit or settings.ckpt_path == "last")
         folder: Path | None = None
         if getattr(rank_zero_only, "rank", 0) == 0:
-            if continues:
-                check_writable(own)
+            if not continues:
+                folder = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+            elif os.access(own, os.W_OK | os.X_OK):
                 folder = own
             else:
-                folder = new_version(Path(settings.trainer.default_root_dir), settings.experiment)
+                raise UserError(f"the run folder {own} cannot be written; change its permissions")
         self.run_folder = RunFolder(folder, config if is_fit else None, is_new=not continues)
         return folder, int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
 
@@ -266,16 +237,16 @@ class TrainerCLI(LightningCLI):
         if self.run_folder is not None:
             callbacks.insert(0, self.run_folder)
         callbacks += [StepAxis(), ConfigWins()]
-        if trainer.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
-            callbacks.append(StepProgressBar())
-        if trainer.get("enable_checkpointing") is not False and not _has(callbacks, Checkpoint):
-            callbacks.append(RunCheckpoint())
-        if self.subcommand == "predict" and not _has(callbacks, PredictionFiles):
-            callbacks.append(PredictionFiles())
-        for path in getattr(self.model, "default_callbacks", ()):  # the model says what its runs bring
-            kind = pkgutil.resolve_name(path)
-            if not _has(callbacks, kind):
-                callbacks.append(kind())
+        own = [pkgutil.resolve_name(path) for path in getattr(self.model, "default_callbacks", ())]
+        common: list[tuple[type, type[Callback], bool]] = [
+            (ProgressBar, StepProgressBar, trainer.get("enable_progress_bar") is not False),
+            (Checkpoint, RunCheckpoint, trainer.get("enable_checkpointing") is not False),
+            (PredictionFiles, PredictionFiles, self.subcommand == "predict"),
+            *((kind, kind, True) for kind in own),  # the model says what its runs bring
+        ]
+        for kind, default, is_wanted in common:
+            if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(default())
         return callbacks
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -296,7 +267,3 @@ class TrainerCLI(LightningCLI):
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
             raise
-
-
-def _has(callbacks: list[Callback], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)

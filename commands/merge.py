@@ -17,12 +17,12 @@ from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
-from callbacks.metrics.manifest import run_manifest
 from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
 from common.environment import environment
 from common.errors import UserError
 from common.files import check_output_folder, filled_at_once
+from common.hashing import hash_texts
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.interpolation import merge_students, merged_weights, stored_dtype
@@ -156,10 +156,17 @@ class Judge:
         reference = ReferenceStatistics.load(asset_path(options.reference))
         bind_metrics(self.metrics, extractor, reference, self.device)
         place_metrics(self.metrics, self.device)
-        self.manifest = run_manifest(
-            self.metrics, extractor, reference, None, every, count, options.seed, {}, "merged"
-        )
-        self.manifest["reference"].setdefault("captions_are_those_of_the_evaluation", False)
+        hash_of_all = hash_texts(every)
+        same = reference.captions_hash == hash_of_all
+        self.manifest = {
+            "captions": {"count": count, "hash": hash_texts(self.captions), "hash_of_all": hash_of_all},
+            "reference": reference.describe() | {"captions_are_those_of_the_evaluation": same},
+            "extractor": {"name": extractor.name, "hash": extractor.content_hash},
+            "crop_and_resize": extractor.preprocessing,
+            "seeds": {"first": options.seed, "count": count, "rule": "first + index of the caption"},
+            "guidance": None,
+            "metric_versions": {metric.name: metric.version for metric in self.metrics},
+        }
 
 
 def measure(

@@ -1,26 +1,47 @@
-"""Which checkpoints this version of the project reads."""
+"""Reads the checkpoints of this version of the project."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 FORMAT = 1
 """Raised when what a checkpoint holds changes so that other versions can't read it; none in it means 1."""
 KEY = "checkpoint_format"
 
 
-def check_format(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Refuse a checkpoint of another version of the project.
+def read(path: Path, whole: bool = True) -> Any:
+    """Content of a checkpoint, on the CPU; runs no code from a file, whose tensors stay on disk until used.
+
+    Args:
+        path: the file, or the folder of a checkpoint in shards.
+        whole: of shards, too; false leaves out what is in them.
 
     Raises:
-        UserError: its format is not the one of this version.
+        UserError: it is missing, cut short, or holds more than plain data and tensors.
     """
+    try:
+        if whole and is_sharded(path):
+            return consolidated(path)
+        file = path / "meta.pt" if path.is_dir() else path
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of a different type for each kind of damage
+        raise UserError(
+            f"{path} can't be read as a checkpoint: {first_line(error)}; give one that `fit` wrote"
+        ) from error
+
+
+def check_format(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of another version of the project with a UserError."""
     found = checkpoint.get(KEY, 1)
     if found != FORMAT:
         age = "a later" if isinstance(found, int) and found > FORMAT else "another"

@@ -49,20 +49,14 @@ class RoleOptimization:
             )
 
     def build(self, groups: list[dict[str, Any]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """Optimizer of these parameter groups and the schedule that is stepped once per student update.
-
-        Raises:
-            UserError: the schedule needs a number of steps and there is none.
-        """
+        """Optimizer of these parameter groups and the schedule that is stepped once per student update."""
         if self.schedule != "constant" and max_steps <= 0:
             raise UserError(f"the {self.schedule} schedule needs trainer.max_steps: it falls to zero there")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         optimizer = self.optimizer(groups)
         _use_fused_kernel(optimizer)
-        schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max_steps
-        )
-        return optimizer, schedule
+        settings = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
+        return optimizer, get_scheduler(name, optimizer, **settings)
 
     def state_per_weight(self, device: torch.device | str = "cpu") -> tuple[float, float]:
         """Values and bytes that the optimizer keeps for each weight, seen by a step on a matrix.
@@ -73,12 +67,12 @@ class RoleOptimization:
         weight.grad = torch.zeros_like(weight)
         optimizer = self.optimizer([{"params": [weight]}])
         optimizer.step()
-        kept = [
-            part
-            for value in optimizer.state[weight].values()
-            if isinstance(value, torch.Tensor) and value.numel() > 1
-            for part in _plain_tensors(value)
-        ]
+        kept: list[Tensor] = []
+        for value in optimizer.state[weight].values():
+            if hasattr(value, "__tensor_flatten__"):  # of a quantizing class (torchao's): its parts
+                kept += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                kept.append(value)
         count = weight.numel()
         return sum(part.numel() for part in kept) / count, sum(part.nbytes for part in kept) / count
 
@@ -95,19 +89,9 @@ def _use_fused_kernel(optimizer: Optimizer) -> None:
     """
     for group in optimizer.param_groups if type(optimizer) in _FUSED else ():
         devices = {"shards" if isinstance(p, DTensor) else p.device.type for p in group["params"]}
-        chosen = (
-            any(group.get(name) for name in ("differentiable", "capturable"))
-            or group.get("foreach") is not None
-        )
+        chosen = group.get("differentiable") or group.get("capturable") or group.get("foreach") is not None
         if group.get("fused", False) is None and not chosen and devices <= {"cpu", "cuda"}:
             group["fused"] = True
-
-
-def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What a tensor of a quantizing class (torchao's) is made of; any other tensor is its own only part."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 class UpdateGuard:
@@ -118,9 +102,6 @@ class UpdateGuard:
 
     Attributes:
         skipped: updates of any role that were skipped so far.
-
-    Raises:
-        UserError: ``most_in_a_row`` is below 1.
     """
 
     def __init__(self, most_in_a_row: int) -> None:
@@ -147,13 +128,10 @@ class UpdateGuard:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         average_gradients(parameters)
         norm = optimization.clip(parameters)
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        if finite := bool(torch.isfinite(norm)):
             optimizer.step()
-            self._in_a_row[role] = 0
-        else:
-            self.skipped += 1
-            self._in_a_row[role] += 1
+        self.skipped += not finite
+        self._in_a_row[role] = 0 if finite else self._in_a_row[role] + 1
         optimizer.zero_grad(set_to_none=True)
         if (count := self._in_a_row[role]) >= self.most_in_a_row:
             raise UserError(

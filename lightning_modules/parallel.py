@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch._utils import _take_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_modules.checkpoints import read
 from lightning_modules.networks.weights import check_fit
 
 _BUCKET_BYTES = 64 * 2**20
@@ -34,54 +35,24 @@ class FullySharded(ModelParallelStrategy):
         save_distributed_checkpoint: A checkpoint is a folder to which each process writes its shard; false:
             one file, gathered on the first process.
         process_group_backend: As in Lightning.
-
-    Attributes:
-        save_error: on the first process, what kept the last checkpoint from being written, if anything.
-            Raised there alone, it would leave the others waiting at a barrier.
     """
-
-    save_error: BaseException | None = None
 
     def __init__(
         self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None
     ) -> None:
-        super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            process_group_backend=process_group_backend,
-        )
+        super().__init__("auto", "auto", save_distributed_checkpoint, process_group_backend)
 
     def setup_environment(self) -> None:
         """One group of all processes, rather than Lightning's tensor-parallel group on each machine."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
-    ) -> None:
-        """Write; what the file system of any process objects to is noted in `save_error`. Collective."""
-        self.save_error = None
-        try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        except CheckpointException as error:  # of any process, raised on all of them
-            self.save_error = next(iter(error.failures.values()))[0]
-            if not isinstance(self.save_error, (OSError, RuntimeError)):
-                raise
-        except (OSError, RuntimeError) as error:  # torch wraps what the file raises
-            if self.global_rank != 0:
-                raise
-            self.save_error = error  # of the first process, which alone writes what is not in shards
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Frozen weights are in no checkpoint; whether all the others are is checked here for single files.
-
-        Raises:
-            UserError: the file is of another model.
-        """
+        """Frozen weights are in no checkpoint; whether all the others are is checked here for files."""
         module = self.lightning_module
         assert module is not None
         if Path(checkpoint_path).is_file():
-            content = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-            check_fit(content["state_dict"], module.state_dict())
+            check_fit(read(Path(checkpoint_path))["state_dict"], module.state_dict())
         strict, module.strict_loading = module.strict_loading, False
         try:
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -102,13 +73,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if not dist.is_initialized() or (processes := dist.get_world_size()) == 1:
         return
-    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
-    for gradient in _plain_gradients(parameters):
-        of_type = buckets.setdefault(gradient.dtype, [[]])
-        if sum(g.nbytes for g in of_type[-1]) + gradient.nbytes > _BUCKET_BYTES and of_type[-1]:
-            of_type.append([])
-        of_type[-1].append(gradient)
-    for bucket in (bucket for of_type in buckets.values() for bucket in of_type):
+    for bucket in _take_tensors(_plain_gradients(parameters), _BUCKET_BYTES):  # each of one type
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         flat /= processes

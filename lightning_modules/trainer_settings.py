@@ -27,12 +27,7 @@ def is_slow_in_bf16(accelerator: str) -> bool:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse what doesn't work.
-
-    Raises:
-        UserError: a precision other than fp32 and bf16-mixed; clipping or accumulation by the Trainer; shards
-            by another strategy than FullySharded.
-    """
+    """Refuse what doesn't work with a UserError; have DDP leave gradients alone."""
     precision = str(trainer.precision)
     if precision not in ("32-true", "bf16-mixed"):
         raise UserError(
@@ -50,7 +45,7 @@ def check_trainer(trainer: Trainer) -> None:
             "update: leave it out and set data.init_args.micro_batch_size to what fits into memory"
         )
     if isinstance(trainer.strategy, DDPStrategy):
-        # gradients are averaged by the module, see lightning_modules/parallel.py: there is nothing to search
+        # gradients are averaged by the module, see parallel.py: there is nothing to search
         trainer.strategy._ddp_kwargs |= {"find_unused_parameters": False, "static_graph": False}
     sharding = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
     if sharding and not isinstance(trainer.strategy, FullySharded):
@@ -61,12 +56,9 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def frozen_dtype(trainer: Trainer | None, wanted: str = "auto") -> torch.dtype:
-    """Type of weights that are not trained: float32, bfloat16, or auto.
+    """Type of weights that are not trained: float32, bfloat16 (a UserError in shards), or auto.
 
     Auto is bfloat16 where a bf16 run is on an accelerator: processors without bf16 units are slow with it.
-
-    Raises:
-        UserError: bfloat16 is wanted in shards.
     """
     # a group of shards has one type, and that of trained weights is float32
     sharded = trainer is not None and isinstance(trainer.strategy, FullySharded)
@@ -87,18 +79,14 @@ def cast_frozen(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-# malloc.h of the GNU C library
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the library takes no more
-
-
 def keep_freed_memory() -> None:
     """Let the process keep memory that it frees, for the next tensors; other C libraries are left alone.
 
     By default the GNU C library gives large blocks back at once, and every step of a training has to get the
     same pages from the system again. The most that is in use at a time stays the same.
     """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h of the GNU C library
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)  # the library takes no more
+        mallopt(trim_threshold, 2**31 - 1)

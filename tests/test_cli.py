@@ -418,7 +418,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]] | list[str], list[str]]] =
     "broken checkpoint": (broken_checkpoint, ["broken.ckpt"]),
     "not a checkpoint": (other_file, ["other.ckpt", "not a checkpoint"]),
     "other architecture": (other_architecture, ["layer.weight", "[1, 5]", "[1, 3]"]),
-    "root is a file": (root_is_a_file, ["is a file", "default_root_dir"]),
+    "root is a file": (root_is_a_file, ["Not a directory", "default_root_dir"]),
     "unwritable root": (
         ["--trainer.default_root_dir", "/proc/nowhere"],
         ["/proc/nowhere", "cannot be written"],

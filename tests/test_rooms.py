@@ -90,7 +90,7 @@ def _reaches(start: str, goal: str, arrows: Mapping[str, set[str]]) -> bool:
 
 
 def of_mathematics(name: str) -> bool:
-    """What objectives/ and diffusion/ may import: standard library, torch of one process, common, themselves."""
+    """What the mathematics may import: standard library, torch of one process, common, itself."""
     if within(name, "torch"):
         return not within(name, "torch.distributed")
     own = any(within(name, room) for room in (*MATHEMATICS, "common"))

@@ -150,8 +150,8 @@ def _other_text(first: LoadedStudent, second: LoadedStudent) -> str | None:
     encoders = zip(first.parts.text_encoders, second.parts.text_encoders, strict=True)
     tokenizers = zip(first.parts.tokenizers, second.parts.tokenizers, strict=True)
     for texts, words in zip(encoders, tokenizers, strict=True):
-        settings = map(_text_settings, texts, words)
-        if odd := other_value(*settings, _WORDS) or _other_weights(*texts):
+        settings = [_text_settings(text, word) for text, word in zip(texts, words)]
+        if odd := other_value(settings[0], settings[1], _WORDS) or _other_weights(*texts):
             return f"they have different text encoders, where {odd}"
     return None
 
@@ -169,14 +169,15 @@ def _text_settings(encoder: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _other_latents(first: LoadedStudent, second: LoadedStudent) -> str | None:
     names = ("latent_channels", "scaling_factor", "shift_factor")
-    odd = other_value(*({n: side.parts.vae.config.get(n) for n in names} for side in (first, second)), _WORDS)
+    sides = [{n: side.parts.vae.config.get(n) for n in names} for side in (first, second)]
+    odd = other_value(sides[0], sides[1], _WORDS)
     return odd and f"their autoencoders (vae) have different latents, where {odd}"
 
 
 def _other_weights(first: nn.Module, second: nn.Module) -> str | None:
     """The first weight that differs by more than a rounding to half precision."""
     weights = [side.state_dict() for side in (first, second)]
-    if odd := difference(*weights, _WORDS):
+    if odd := difference(weights[0], weights[1], _WORDS):
         return odd
     for name, tensor in weights[0].items():
         if not torch.allclose(tensor, weights[1][name], rtol=_HALF_ROUNDING, atol=1e-6):

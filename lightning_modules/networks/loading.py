@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
+from common.files import missing_advice
 from common.hashing import hash_folder, hash_texts
 from datamodules.tables import read_json as read_json
 from lightning_modules.diffusion.schedule import NoiseSchedule
@@ -72,7 +73,7 @@ def model_hash(path: str | Path) -> str:
 def _hub_folder(wanted: ModelName) -> Path:
     """A hub model's snapshot: the cached one if nothing is missing there, else what the hub gives."""
     if not may_be_hub_name(wanted.name):
-        raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
+        raise UserError(f"The model folder {wanted.name} does not exist. {missing_advice(wanted.name)}")
     cached = try_to_load_from_cache(wanted.name, "model_index.json", revision=wanted.revision)
     missing = "it is not in the local Hugging Face cache"
     if isinstance(cached, str):

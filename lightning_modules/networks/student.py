@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
-from lightning_modules.checkpoints import check_format, consolidated, is_sharded
+from lightning_modules.checkpoints import check_format, is_sharded
+from lightning_modules.checkpoints import read as read_content
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
     TextToImageParts,
@@ -142,9 +143,13 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
         if not (path.is_file() or is_sharded(path)):
             raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
         return path
-    files = Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt")
-    newest_first = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    newest = next((file for file in newest_first if _is_distillation(_read(file, mmap=True))), None)
+    # Two files can carry the same time on coarse clocks; the higher version is the later run then.
+    files = sorted(
+        Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
+        key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
+        reverse=True,
+    )
+    newest = next((file for file in files if _is_distillation(read_content(file))), None)
     if newest is None:
         raise UserError(
             f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
@@ -161,7 +166,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is a network alone. Make a model folder of it first: export --checkpoint {path} --base "
             "MODEL --start-timestep T, with the model whose other parts it needs and the T it was trained at."
         )
-    content = _read(path)
+    content = read_content(path)
     if not _is_distillation(content):
         raise UserError(f"{path} is not a checkpoint of a one-step distillation. Give one that `fit` wrote.")
     check_format(content, path)
@@ -190,19 +195,6 @@ def student_weights(
     if not state:
         raise UserError(f"{path} holds no student weights.")
     return state, chosen
-
-
-def _read(path: Path, mmap: bool = False) -> Any:
-    """Content of a file; with `mmap` its tensors stay on disk until they are used."""
-    try:
-        if is_sharded(path):
-            return consolidated(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # pickle, zip and runtime errors alike
-        raise UserError(
-            f"{path} can't be read as a checkpoint: it is damaged or holds more than tensors and plain data. "
-            "Give one that `fit` wrote."
-        ) from error
 
 
 def _is_distillation(content: Any) -> bool:
@@ -312,17 +304,19 @@ def mismatch(
     if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
         return odd
     sides = [noise_schedule(parts.scheduler) for parts in (own, wanted)]
-    if odd := other_value(*({"prediction_type": side.prediction_type} for side in sides), words):
+    kinds = [{"prediction_type": side.prediction_type} for side in sides]
+    if odd := other_value(kinds[0], kinds[1], words):
         return odd
     shared = min(side.num_timesteps for side in sides)  # an export's schedule ends where it starts
     if shared <= start_timestep:
         return f"one schedule has {shared} timesteps, start_timestep is {start_timestep}"
     bars = [side.alpha[:shared].square() for side in sides]
-    close = torch.isclose(*bars, rtol=1e-3, atol=1e-5)
+    close = torch.isclose(bars[0], bars[1], rtol=1e-3, atol=1e-5)
     if bool(close.all()):
         return None
     t = int((~close).nonzero()[0])
-    return other_value(*({f"alpha_bar at timestep {t}": f"{bar[t]:.4g}"} for bar in bars), words)
+    values = [{f"alpha_bar at timestep {t}": f"{bar[t]:.4g}"} for bar in bars]
+    return other_value(values[0], values[1], words)
 
 
 def _settings(network: nn.Module) -> dict[str, Any]:
@@ -338,3 +332,9 @@ def _settings(network: nn.Module) -> dict[str, Any]:
             value = value[0]
         settings[name] = value or False
     return settings
+
+
+def _version(checkpoint: Path) -> int:
+    """The n of version_<n>, or -1."""
+    digits = checkpoint.parents[1].name.removeprefix("version_")
+    return int(digits) if digits.isdigit() else -1

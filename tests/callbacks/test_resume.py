@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.resume import _apply_groups
+from callbacks.resume import apply_groups
 
 
 def optimizer_with_state(device: str) -> tuple[torch.optim.Adam, nn.Parameter]:
@@ -26,7 +26,7 @@ def optimizer_with_state(device: str) -> tuple[torch.optim.Adam, nn.Parameter]:
 def test_step_counts_go_to_the_weights_where_the_fused_kernel_needs_them(now: Any) -> None:
     """The meta device stands for a GPU."""
     optimizer, weight = optimizer_with_state("meta")
-    _apply_groups(optimizer, [{"lr": 0.1, "fused": None}], [{"lr": 0.1, "fused": now}])
+    apply_groups(optimizer, [{"lr": 0.1, "fused": None}], [{"lr": 0.1, "fused": now}])
     step = optimizer.state[weight]["step"]
     expected = ("meta", torch.float32) if now else ("cpu", torch.float64)
     assert (step.device.type, step.dtype) == expected
@@ -35,7 +35,7 @@ def test_step_counts_go_to_the_weights_where_the_fused_kernel_needs_them(now: An
 
 def test_the_count_itself_is_kept() -> None:
     optimizer, weight = optimizer_with_state("cpu")
-    _apply_groups(optimizer, [{"lr": 0.1, "fused": None}], [{"lr": 0.1, "fused": True}])
+    apply_groups(optimizer, [{"lr": 0.1, "fused": None}], [{"lr": 0.1, "fused": True}])
     weight.grad = torch.ones(2)
     optimizer.step()
     assert optimizer.state[weight]["step"].item() == 4

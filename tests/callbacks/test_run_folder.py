@@ -119,9 +119,9 @@ def test_places_that_may_not_be_looked_into(
     for which in ("last", "best"):
         with pytest.raises(UserError, match="Permission denied"):
             find_checkpoint(which, tmp_path, "a")
-    with pytest.raises(UserError, match="Permission denied"):
-        new_version(tmp_path, "a")
     if name == "is_dir":
+        with pytest.raises(UserError, match="Permission denied"):
+            new_version(tmp_path, "a")
         with pytest.raises(UserError, match="Permission denied"):
             read_checkpoint(tmp_path / "x.ckpt")
     else:
@@ -134,7 +134,7 @@ def test_an_error_without_words_names_its_kind(tmp_path: Path, monkeypatch: pyte
         raise EOFError
 
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(UserError, match="cannot read the checkpoint .*: EOFError;"):
+    with pytest.raises(UserError, match="can't be read as a checkpoint: EOFError;"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
