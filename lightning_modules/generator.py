@@ -15,7 +15,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.guidance.methods import Method
 from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
 from lightning_modules.networks.backbones.calling import run_network
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
 from lightning_modules.networks.student import Weights, load_student

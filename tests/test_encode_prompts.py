@@ -17,7 +17,7 @@ from cli import main
 from common.errors import UserError
 from lightning_modules.networks import prompt_cache
 from lightning_modules.networks.backbones.calling import run_network
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEncoder
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.prompt_cache import PromptCache, text_identity, use_prompt_cache

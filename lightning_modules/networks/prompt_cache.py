@@ -32,7 +32,7 @@ from common.files import check_output_folder, unfinished, written_whole
 from common.hashing import hash_file, hash_json, hash_tensors
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.backbones import TextToImageParts
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.loading import load_parts, weight_files
 from lightning_modules.networks.model_names import model_name
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.backbones.stable_diffusion import ClipPromptEncoder
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.pipelines import stock_pipeline

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from common.errors import UserError
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 
 MAX_TOKENS = 120  # the paper's, section 2.3; the stock pipeline's default
 

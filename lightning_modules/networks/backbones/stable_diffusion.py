@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
-from lightning_modules.networks.backbones.prompts import PromptEncoder
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 
 
 class StableDiffusion(Backbone):
