@@ -44,17 +44,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import interval, parser, table, times, write
 from benchmarks.models import MODELS
 from lightning_modules.diffusion.condition import Condition
-from lightning_modules.generator import (
-    OneStepGenerator,
-    ddim_scheduler,
-    make_generator,
-    pipeline_images,
-    stock_pipeline,
-)
+from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.prompting import negative_attention
 from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.student import load_student, student_path
+from lightning_modules.pipelines import ddim_scheduler, pipeline_images, stock_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT, NEGATIVE = "a red apple, noto style", "on a white background"

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import MIB, alone, interval, parser, peak_resident_bytes, table, times, write
 from benchmarks.models import ROOT
 from benchmarks.reference_loop import ReferenceLoop
+from commands.config_files import content_of
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import asset_path
@@ -55,7 +56,7 @@ Step = tuple[dict[str, Tensor], int, int, Tensor]  # encoded prompts, seed, numb
 
 def configuration(options: dict[str, Any]) -> dict[str, Any]:
     """Model and data of the configuration, changed by the options, as plain data."""
-    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config = content_of(CONFIG)
     model = config["model"]["init_args"]
     model |= {"teacher": options["folder"], **options["changes"]}
     model["lora"]["rank"] = options["rank"]

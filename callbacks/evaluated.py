@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from common.errors import UserError
+from datamodules.evaluation_sets import EvaluationSet
+from datamodules.picture_files import Frame
 
 
 class Generator(Protocol):
@@ -67,14 +69,6 @@ def evaluating(trainer: Trainer, module: nn.Module, own_weights: bool = False) -
             part.training = training
 
 
-def evaluation_extras(trainer: Trainer) -> tuple[list[str] | None, list[str] | None]:
-    """The data module's group and negative prompt of each evaluation caption (``eval_groups``,
-    ``eval_negatives``); None where it has none.
-    """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return getattr(data, "eval_groups", None), getattr(data, "eval_negatives", None)
-
-
 def evaluation_captions(trainer: Trainer) -> list[str]:
     """All evaluation captions of the run's data module, of which validation uses the first ones.
 
@@ -89,3 +83,24 @@ def evaluation_captions(trainer: Trainer) -> list[str]:
             "use datamodules.prompts.PromptDataModule, or give yours that attribute"
         )
     return captions
+
+
+def evaluation_set(
+    trainer: Trainer, size: int | None = None, seed: int = 0, frame: Frame | None = None
+) -> EvaluationSet:
+    """The first captions of the run's data module (None: all); caption i is drawn from seed ``seed + i``.
+
+    Group and negative prompt of each are the data module's ``eval_groups`` and ``eval_negatives``, if it has
+    these.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    captions = evaluation_captions(trainer)[:size]
+    groups, negatives = (getattr(data, name, None) for name in ("eval_groups", "eval_negatives"))
+    return EvaluationSet(
+        name="run",
+        captions=captions,
+        seeds=[seed + i for i in range(len(captions))],
+        negatives=negatives and negatives[:size],
+        groups=groups and groups[:size],
+        frame=frame,
+    )

@@ -1,31 +1,45 @@
 """Measures the student during validation and, with the teacher beside it, at the end of training."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_extras
+from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_set
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
-from callbacks.metrics.manifest import run_manifest
-from callbacks.metrics.measure import (
-    FinalResults,
-    Results,
-    evaluate_model,
-    milliseconds_per_image,
-    require_finite,
-)
+from callbacks.metrics.measure import Results, measure_set, milliseconds_per_image, require_finite
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.result_cache import ResultCache
 from callbacks.metrics.teacher import Teacher, teacher_metrics
 from common.errors import UserError
+from common.hashing import hash_texts
+from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
 from lightning_modules.networks.model_names import asset_path
+
+Guidance = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """What an evaluation of a run found.
+
+    Attributes:
+        step: student updates done. ``weights``: "ema" or "online".
+        metrics: results of the student; ``teacher_metrics``: of each of the teacher's rows, if it was asked.
+        manifest: what a comparable measurement must share with this one.
+    """
+
+    step: int
+    weights: str
+    metrics: Results = field(default_factory=dict)
+    teacher_metrics: dict[str, Results] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 class Evaluation(Callback):
@@ -100,25 +114,23 @@ class Evaluation(Callback):
         if self.reference_path is not None:
             self.reference = framed_reference(self.reference_path, self.frame)
         bind_metrics(self.metrics, self.extractor, self.reference, trainer.strategy.root_device)
-        self._warn_if_not_comparable(evaluation_captions(trainer))
-        self._is_set_up = True
-
-    def _warn_if_not_comparable(self, captions: Sequence[str]) -> None:
-        described = describe_reference(self.reference, captions) or {}
+        described = describe_reference(self.reference, evaluation_captions(trainer)) or {}
         if described.get("captions_are_those_of_the_evaluation") is False:
             rank_zero_warn(
                 f"the evaluation captions are not those of the reference statistics {self.reference_path} "
                 f"({described['source']}): frechet_distance is not comparable with published numbers; for "
                 "your own captions make statistics of your own pictures with scripts/make_reference.py"
             )
+        self._is_set_up = True
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier pictures."""
         place_metrics(self.metrics, trainer.strategy.root_device)
         self._fed, self.measured = False, {}
+        shown = evaluation_set(trainer)
         for metric in self.metrics:
             metric.reset()
-            metric.prepare(evaluation_captions(trainer), *evaluation_extras(trainer))
+            metric.prepare(shown.captions, shown.groups, shown.negatives)
 
     def on_validation_batch_end(
         self,
@@ -134,8 +146,8 @@ class Evaluation(Callback):
             return
         self._fed = True
         images, prompts, padding = outputs["images"], outputs["prompts"], outputs["is_padding"]
-        if self.frame is not None:  # 8-bit pictures hold no NaN any more
-            require_finite(images, outputs["indices"].tolist(), prompts, padding.tolist())
+        require_finite(images, outputs["indices"].tolist(), prompts)
+        if self.frame is not None:
             images = self.frame.batch(images)
         for metric in self.metrics:
             metric.update(images, prompts, padding, outputs["indices"])
@@ -179,74 +191,66 @@ class Evaluation(Callback):
             return self.final
         if self.final_size == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        every = evaluation_captions(trainer)
-        captions = every[: self.final_size]
-        seeds = [self.seed + i for i in range(len(captions))]
+        drawn = evaluation_set(trainer, self.final_size, self.seed, self.frame)
         place_metrics(self.metrics, trainer.strategy.root_device)
         with evaluating(trainer, module) as weights:
             draw = student.generator.images
-            metrics = evaluate_model(
-                draw, captions, self.metrics, self.batch_size, seeds, "student, 1 step",
-                *self._extras(trainer),
-            )  # fmt: skip
-            metrics["milliseconds_per_image"] = milliseconds_per_image(draw, captions, self.timing_batch_size)
-            rows = {}
-            if self.teacher_rows:
-                rows = self._teacher_rows(trainer, student.parts.path, captions, seeds)
+            metrics = measure_set(draw, drawn, self.metrics, self.batch_size, "student, 1 step")
+            metrics["milliseconds_per_image"] = milliseconds_per_image(
+                draw, drawn.captions, self.timing_batch_size
+            )
+            rows = self._teacher_rows(trainer, student.parts.path, drawn) if self.teacher_rows else {}
         guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
-        self.final = FinalResults(
-            step=student.student_steps,
-            weights=weights,
-            metrics=metrics,
-            teacher_metrics=rows,
-            manifest=self.manifest(every, len(captions), self.seed, guidance, weights),
-        )
-        self._log_final(trainer)
+        manifest = self.manifest(trainer, len(drawn), self.seed, guidance, weights)
+        self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest)
+        self._log_final(trainer, self.final)
         return self.final
 
-    def manifest(
-        self,
-        every: list[str],
-        count: int,
-        first_seed: int,
-        guidance: dict[str, float | None],
-        weights: str,
-    ) -> dict[str, Any]:
-        """What a measurement must share with one of the first ``count`` captions to be comparable."""
-        return run_manifest(
-            self.metrics, self.extractor, self.reference, self.frame, every, count, first_seed, guidance,
-            weights,
-        )  # fmt: skip
-
-    def _extras(self, trainer: Trainer) -> tuple[list[str] | None, list[str] | None, Frame | None]:
-        groups, negatives = (
-            None if texts is None else texts[: self.final_size] for texts in evaluation_extras(trainer)
-        )
-        return groups, negatives, self.frame
-
-    def _teacher_rows(
-        self, trainer: Trainer, path: str, captions: list[str], seeds: list[int]
-    ) -> dict[str, Results]:
+    def _teacher_rows(self, trainer: Trainer, path: str, drawn: EvaluationSet) -> dict[str, Results]:
         rank_zero_info("Measuring the teacher (values are cached, times are taken on this machine) ...")
         teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
         precision = str(trainer.precision)
-        rows = teacher_metrics(
-            teacher, captions, seeds, self.metrics, self.batch_size, ResultCache(), precision,
-            extras=self._extras(trainer),
-        )  # fmt: skip
+        rows = teacher_metrics(teacher, drawn, self.metrics, self.batch_size, ResultCache(), precision)
         for row, (draw, _) in teacher.rows.items():
             rows[row]["milliseconds_per_image"] = milliseconds_per_image(
-                draw, captions, self.timing_batch_size
+                draw, drawn.captions, self.timing_batch_size
             )
         teacher.release()
         return rows
 
-    def _log_final(self, trainer: Trainer) -> None:
-        assert self.final is not None
-        measured = {k: v for k, v in self.final.metrics.items() if k != "milliseconds_per_image"}
-        values = {f"test/{name}": result["value"] for name, result in measured.items()}
-        step = self.final.step
+    def _log_final(self, trainer: Trainer, final: FinalResults) -> None:
+        measured = {k: v["value"] for k, v in final.metrics.items() if k != "milliseconds_per_image"}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics({f"test/{name}": value for name, value in measured.items()}, step=final.step)
             if isinstance(logger, MetricsCSV):
                 logger.flush()
+
+    def manifest(
+        self, trainer: Trainer, count: int, first_seed: int, guidance: Guidance, weights: str
+    ) -> dict[str, Any]:
+        """What a measurement must share with one of the first ``count`` captions to be comparable.
+
+        Args:
+            first_seed: caption i was drawn from ``first_seed + i``.
+            guidance: of student and teacher. ``weights``: "ema" or "online".
+        """
+        every = evaluation_captions(trainer)
+        sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
+        if self.extractor is not None:
+            sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}
+        frame = [self.frame.describe()] if self.frame is not None else []
+        resize = dict.fromkeys(metric.extractor.preprocessing for metric in self.metrics)
+        return {
+            "captions": {
+                "count": count,
+                "hash": hash_texts(every[:count]),
+                "hash_of_all": hash_texts(every),
+            },
+            "reference": describe_reference(self.reference, every),
+            "extractor": sight,
+            "crop_and_resize": "; ".join([*frame, *resize]),
+            "seeds": {"first": first_seed, "count": count, "rule": "first + index of the caption"},
+            "guidance": guidance,
+            "metric_versions": {metric.name: metric.version for metric in self.metrics},
+            "weights": weights,
+        }

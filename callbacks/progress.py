@@ -104,7 +104,7 @@ class StepProgressBar(TQDMProgressBar):
         if self._train_progress_bar is not None:
             self._train_progress_bar.last_print_t = time.time()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the bars where they stopped, with the last values, so that messages have their own lines."""
         if (train := self._train_progress_bar) is not None:
             train.set_postfix(self.get_metrics(trainer, pl_module), refresh=True)
@@ -113,7 +113,9 @@ class StepProgressBar(TQDMProgressBar):
                 bar.close()
         self._train_progress_bar = None
 
-    on_exception = on_train_end
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        self.on_train_end(trainer, pl_module)
 
 
 def _short(value: Any) -> str:

@@ -11,14 +11,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.evaluated import Student, as_student, weights_of
-from callbacks.evaluation import Evaluation
+from callbacks.evaluation import Evaluation, FinalResults
 from callbacks.logging_media import log_config, log_report
-from callbacks.metrics.manifest import Subject, make_report
-from callbacks.metrics.measure import FinalResults
+from callbacks.metrics.manifest import make_report
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
 from common.environment import peak_memory_gib
-from reports.run_report import Report, findings, render_text_table
+from reports.run_report import findings, render_text_table
 from reports.write import write_report
 
 _WARM_UP = 5
@@ -43,10 +42,6 @@ class StepTimer:
             self._marks.append((self._start, _mark(device)))
             self._start = None
             self.images_per_step = images
-
-    def has_measured(self) -> bool:
-        """Whether any step has been timed."""
-        return bool(self._marks)
 
     def seconds_per_step(self) -> float | None:
         """The median once warm, None before any step."""
@@ -112,27 +107,15 @@ class RunReport(Callback):
                 final = callback.finalize(trainer, pl_module)
             elif isinstance(callback, Pictures):
                 callback.draw_once(trainer, pl_module)
+        student, folder = as_student(pl_module), run_dir(trainer)
+        final = final or FinalResults(student.student_steps, weights_of(student))  # on all processes
         if trainer.is_global_zero:
-            publish(trainer, self.assemble(trainer, pl_module, final, run_dir(trainer)), run_dir(trainer))
-
-    def assemble(
-        self, trainer: Trainer, module: LightningModule, final: FinalResults | None, folder: Path
-    ) -> Report:
-        """Gather the report of a run from its callbacks and its folder."""
-        student = as_student(module)
-        checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
-        manifest = final.manifest if final is not None else {}
-        weights = final.weights if final is not None else weights_of(student)
-        model = str(checkpoint if checkpoint.exists() else student.parts.path)
-        return make_report(
-            subject_of_run(trainer, student, folder, weights, model, manifest),
-            final.metrics if final is not None else {},
-            facts_of(student) | manifest,
-            self._timing(),
-            sample_pictures(folder),
-            final.teacher_metrics if final is not None else {},
-            curves if curves.is_file() else None,
-        )
+            checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
+            model = str(checkpoint if checkpoint.exists() else student.parts.path)
+            publish(
+                trainer, student, final, folder, model, self._timing(), sample_pictures(folder),
+                curves if curves.is_file() else None,
+            )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return the timing so far."""
@@ -143,10 +126,10 @@ class RunReport(Callback):
         self._earlier = state_dict["timing"]
 
     def _timing(self) -> dict[str, float | None]:
-        if self._earlier and not self.timer.has_measured():
+        seconds = self.timer.seconds_per_step()
+        if self._earlier and seconds is None:
             peak = max(self._earlier["peak_memory_gib"], peak_memory_gib())
             return self._earlier | {"peak_memory_gib": peak}
-        seconds = self.timer.seconds_per_step()
         return {
             "seconds_per_step": seconds,
             "images_per_second": self.timer.images_per_step / seconds if seconds else None,
@@ -154,41 +137,46 @@ class RunReport(Callback):
         }
 
 
-def subject_of_run(
-    trainer: Trainer, student: Student, folder: Path, weights: str, model: str, manifest: Mapping[str, Any]
-) -> Subject:
-    """A run's student as the subject of a report.
+def publish(
+    trainer: Trainer,
+    student: Student,
+    found: FinalResults,
+    folder: Path,
+    model: str,
+    timing: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    curves: Path | None = None,
+) -> None:
+    """Write the report of a run's student to a folder, hand it to the loggers, print its table and its place.
 
     Args:
-        trainer, student: of the run. ``folder``: the run folder.
-        weights: "ema" or "online". ``model``: where they lie.
-        manifest: of the measurement, which names the first seed; empty if nothing was measured.
+        trainer, student: of the run.
+        found: what was measured; no metrics and no manifest where nothing was.
+        folder: where to write. ``model``: where the weights lie.
+        timing, pictures, curves: as for ``make_report``.
     """
-    return Subject(
-        experiment=folder.parent.name if folder.name.startswith("version_") else folder.name,
-        step=student.student_steps,
-        weights=weights,
-        model=model,
-        config_path=folder / CONFIG_NAME,
-        machine={
-            "accelerator": trainer.strategy.root_device.type,
-            "processes": trainer.world_size,
-            "precision": str(trainer.precision),
-        },
+    run, manifest = run_dir(trainer), found.manifest
+    subject = {
+        "experiment": run.parent.name if run.name.startswith("version_") else run.name,
+        "step": student.student_steps,
+        "weights": found.weights,
+        "model": model,
+        "config_path": str(run / CONFIG_NAME),
+    }
+    machine = {
+        "accelerator": trainer.strategy.root_device.type,
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+    facts = {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
+    report = make_report(
+        subject, found.metrics, facts | manifest, timing, pictures, machine=machine,
         seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
-    )
-
-
-def facts_of(student: Student) -> dict[str, Any]:
-    """What every manifest of a run begins with."""
-    return {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
-
-
-def publish(trainer: Trainer, report: Report, folder: Path) -> None:
-    """Write the report to a folder, hand it to the loggers, and print its table and where it lies."""
+        teacher=found.teacher_metrics, curves=curves,
+    )  # fmt: skip
     path = write_report(report, folder)
     log_report(trainer.loggers, report, folder)
-    lines = ["", render_text_table(report), "", *findings(report)] if report.content["metrics"] else [""]
+    lines = ["", render_text_table(report), "", *findings(report)] if found.metrics else ["", ""]
     print("\n".join([*lines, f"Report: {path}"]), flush=True)
 
 
@@ -196,20 +184,17 @@ def sample_pictures(folder: Path) -> dict[str, Path]:
     """Titles to a run's pictures: the last grid, the last score views, then earlier grids in their order."""
     grids, views = _numbered(folder / "samples", "step_"), _numbered(folder / "samples", "score_views_step_")
     pictures: dict[str, Path] = {}
-    if grids:
-        step = max(grids)
-        pictures[f"Student beside teacher after {step:,} student updates"] = grids.pop(step)
-    if views:
-        step = max(views)
-        pictures[f"What student, teacher and fake score see as x0 after {step:,} student updates"] = views[
-            step
-        ]
+    for found, title in [
+        (grids, "Student beside teacher"),
+        (views, "What student, teacher and fake score see as x0"),
+    ]:
+        if found:
+            step = max(found)
+            pictures[f"{title} after {step:,} student updates"] = found.pop(step)
     steps = sorted(grids)
     if len(steps) > _MOST_PICTURES:  # evenly spaced, first and last kept; samples/ holds them all
         steps = [steps[round(i * (len(steps) - 1) / (_MOST_PICTURES - 1))] for i in range(_MOST_PICTURES)]
-    for step in steps:
-        pictures[f"After {step:,} student updates"] = grids[step]
-    return pictures
+    return pictures | {f"After {step:,} student updates": grids[step] for step in steps}
 
 
 def _numbered(folder: Path, stem: str) -> dict[int, Path]:

@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.evaluated import as_student, evaluation_captions, weights_of
-from callbacks.evaluation import Evaluation
+from callbacks.evaluated import as_student, weights_of
+from callbacks.evaluation import Evaluation, FinalResults
 from callbacks.logging_media import log_media
-from callbacks.metrics.manifest import make_report
-from callbacks.report import facts_of, publish, subject_of_run
+from callbacks.report import publish
 from callbacks.run_folder import run_dir
 from common.environment import peak_memory_gib
 from reports.sheets import labelled_grid, save_png
@@ -75,21 +74,18 @@ class StageReport(Callback):
         self, trainer: Trainer, module: LightningModule, evaluation: Evaluation, weights: str
     ) -> None:
         student, seconds = as_student(module), time.perf_counter() - self._begin
-        run = run_dir(trainer)
-        folder = run / str(trainer.state.fn.value)  # type: ignore[union-attr]
+        folder = run_dir(trainer) / str(trainer.state.fn.value)  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
         count = max(result["num_images"] for result in evaluation.measured.values())
         # the validation step draws caption i from seed i, whatever the seed of the final evaluation
-        manifest = evaluation.manifest(evaluation_captions(trainer), count, 0, {"student": None}, weights)
+        manifest = evaluation.manifest(trainer, count, 0, {"student": None}, weights)
+        found = FinalResults(student.student_steps, weights, evaluation.measured, manifest=manifest)
         timing = {
             "seconds": seconds, "images_per_second": count / seconds, "peak_memory_gib": peak_memory_gib(),
         }  # fmt: skip
         model = str(trainer.ckpt_path or student.parts.path)
-        report = make_report(
-            subject_of_run(trainer, student, run, weights, model, manifest), evaluation.measured,
-            facts_of(student) | manifest, timing, self._grid(trainer, folder, student.student_steps),
-        )  # fmt: skip
-        publish(trainer, report, folder)
+        pictures = self._grid(trainer, folder, student.student_steps)
+        publish(trainer, student, found, folder, model, timing, pictures)
 
     def _grid(self, trainer: Trainer, folder: Path, step: int) -> dict[str, Path]:
         """Lay out the first pictures, for the folder and the loggers; title and file, if there are any."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.files import ROOT, asset_path
 from common.processes import say
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("trainer", "data")
 MOVED = {
     "lightning_modules.pretraining_pixart.PixArtPretraining":
@@ -19,17 +21,23 @@ MOVED = {
 """Class paths of earlier versions, as they stand in saved configurations, and what they are now."""
 
 
+def given_configs(args: list[str]) -> list[str]:
+    """The values of `--config` on a command line, in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    given: list[str] = parser.parse_known_args(args)[0].config
+    return given
+
+
 def experiment_name(args: list[str]) -> str:
     """Return the stem of the last `--config` file of a command line, or "experiment" if there is none.
 
     Files in folders called trainer or data are parts that go with any experiment: they name it only
     where there is no other.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    configs = [Path(name) for name in parser.parse_known_args(args)[0].config]
-    whole = [path for path in configs if path.parent.name not in PARTS]
-    return [*configs, *whole][-1].stem if configs else "experiment"
+    configs = given_configs(args)
+    whole = [name for name in configs if Path(name).parent.name not in PARTS]
+    return Path([*configs, *whole][-1]).stem if configs else "experiment"
 
 
 def expand(args: list[str]) -> list[str]:
@@ -46,11 +54,23 @@ def expand(args: list[str]) -> list[str]:
     for arg in rest:
         option, joined, value = arg.partition("=")
         if option in ("--config", "-c") and (name := value if joined else next(rest, "")):
-            for config in _with_bases(Path(name)):
+            for config in _with_bases(asset_path(name)):
                 expanded += ["--config", config]
         else:
             expanded.append(_renamed(arg, "the command line"))
     return expanded
+
+
+def content_of(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says together with its bases; no defaults of classes are filled in.
+
+    Raises:
+        UserError: as `expand`.
+    """
+    parts = expand(["--config", str(path)])[1::2]
+    texts = (part if "\n" in part else Path(part).read_text(encoding="utf-8") for part in parts)
+    merged = OmegaConf.merge(*map(OmegaConf.create, texts))
+    return OmegaConf.to_container(merged)
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
@@ -72,7 +92,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     bases = content.pop("base")
     configs: list[str] = []
     for base in bases if isinstance(bases, list) else [bases]:
-        places = (path.parent / str(base), REPOSITORY / str(base))
+        places = (path.parent / str(base), ROOT / str(base))
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise UserError(f"{path} has the base {base}, which is neither beside it nor in the repository")

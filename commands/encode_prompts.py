@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import check_output_folder
-from datamodules.order import ListedTexts, Places, Texts
-from datamodules.sources import PromptPools, PromptSource
+from datamodules.order import Places, Texts
+from datamodules.sources import PromptPools
 from lightning_modules.networks.backbones.prompts import PromptEncoder
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.prompt_cache.cache import (
@@ -111,12 +111,12 @@ class _Joined:
 
 def _read(options: argparse.Namespace) -> _Joined:
     """The empty prompt, the prompts and the negative prompts."""
-    prompts = [PromptSource(path, options.column) for path in options.prompts]
-    negatives = [PromptSource(path) for path in options.negative_prompts]
+    prompts = [{"path": path, "column": options.column} for path in options.prompts]
+    negatives = [{"path": path} for path in options.negative_prompts]
     pools = [PromptPools(prompts, key="--prompts")]
     if negatives:
         pools.append(PromptPools(negatives, key="--negative-prompts"))
-    return _Joined([ListedTexts([""]), *(texts for pool in pools for texts in pool.open())])
+    return _Joined([Texts([""]), *(texts for pool in pools for texts in pool.open())])
 
 
 def _keys(texts: _Joined) -> Keys:

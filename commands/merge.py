@@ -195,7 +195,7 @@ def load_judge(options: argparse.Namespace) -> Judge:
         "captions": {"count": count, "hash": hash_texts(captions), "hash_of_all": hash_of_all},
         "reference": reference.describe() | {"captions_are_those_of_the_evaluation": same},
         "extractor": {"name": extractor.name, "hash": extractor.content_hash},
-        "crop_and_resize": extractor.preprocessing.describe(),
+        "crop_and_resize": extractor.preprocessing,
         "seeds": {"first": options.seed, "count": count, "rule": "first + index of the caption"},
         "guidance": None,
         "metric_versions": {metric.name: metric.version for metric in metrics},

@@ -42,7 +42,7 @@ class CommandParser(jsonargparse.ArgumentParser):
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
         """See argparse."""
-        if names[0].lstrip("-") in self.lists:
+        if names[0].lstrip("-") in getattr(self, "lists", ()):  # a nested class's group has none
             action = {"action": "extend"} if names[0].startswith("-") else {}
             del settings["action"]  # jsonargparse's: YAML in one word
             names, settings = names[:1], settings | {"type": str, "nargs": "+"} | action
@@ -54,7 +54,9 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
 
     Args:
         kind: a dataclass. Fields without a default are required; those that are not keyword-only are the
-            command's positional arguments.
+            command's positional arguments. If it has a ``default_config`` (a YAML file), every option may
+            also stand in such files, named by ``--config``; the attribute ``resolved`` is set to the file
+            that repeats the whole.
         args: the words behind the command.
         description: `prog`, `description` and `epilog` of the parser.
 
@@ -62,15 +64,28 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
         UserError: an option is unknown, missing, out of range or of another type.
         SystemExit: after `--help`.
     """
+    config = getattr(kind, "default_config", None)
+    if config is not None:  # this mode resolves ${...} after the command line has been read
+        description |= {"parser_mode": "omegaconf+"}
     parser = CommandParser(exit_on_error=False, allow_abbrev=False, **description)
     parser.lists = {name for name, type_ in get_type_hints(kind).items() if type_ == list[str]}
-    parser.add_class_arguments(kind, as_group=False, as_positional=True)
     given = [_hyphens(word) for word in args]
+    if config is not None:
+        from commands.config_files import expand, given_configs  # torch comes with it
+
+        parser.add_argument("--config", action="config", help=f"YAML files; merged (default: {config.name})")
+        given = expand(given if given_configs(given) else ["--config", str(config), *given])
+    parser.add_class_arguments(kind, as_group=False, as_positional=True)
     try:
         found = parser.parse_args(given)
     except argparse.ArgumentError as error:
         raise UserError(_message(error, parser, given)) from error
-    return kind(**parser.instantiate(found).as_dict())
+    values = parser.instantiate(found).as_dict()
+    values.pop("config", None)
+    options = kind(**values)
+    if config is not None:
+        options.resolved = parser.dump(found)  # type: ignore[attr-defined]
+    return options
 
 
 def _hyphens(word: str) -> str:
@@ -86,10 +101,12 @@ def _message(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser,
         names = [f"--{name.replace('_', '-')}" for name in missing[1].split(", ")]
         return f"{' and '.join(names)} must be given; see --help"
     key = re.search(r'Parser key "(\w+)"', text)
+    if any(word in text for word in ("unrecognized", "not accepted", "class_path")):
+        return explain(error, parser, args)
     if key is None:
-        return explain(error, parser, args) if "unrecognized" in text else f"{text}; see --help"
+        return f"{text}; see --help"
     option = f"--{key[1].replace('_', '-')}"
-    given = re.search(r"Given value: (.*)", text)
+    given = re.search(r"(?:Given|Got) value: (.*)", text)
     if limits := _RANGE.search(text):
         return f"{option} {limits['given'] or (given or '')[1]}: must be {limits['range'].replace('v', '')}"
     if choices := _CHOICES.search(text):

@@ -1,4 +1,7 @@
-"""Writes results at once: made beside their place and renamed, so no file is ever half-written."""
+"""Where files of the project lie, and results written at once: no file is ever half-written.
+
+A result is made beside its place and renamed.
+"""
 
 import os
 import shutil
@@ -8,6 +11,29 @@ from pathlib import Path
 from uuid import uuid4
 
 from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Where configs/ and assets/ lie: the checkout, or the folder into which pip has installed the packages."""
+
+
+def asset_path(path: str | Path) -> Path:
+    """Resolve a path: as it stands, else among what the project brings (`assets/...`, `configs/...`).
+
+    The path is returned unchanged if neither exists, so that messages name what the user wrote.
+    """
+    given = Path(path).expanduser()
+    if given.exists() or given.is_absolute():
+        return given
+    bundled = ROOT / given
+    return bundled if bundled.exists() else given
+
+
+def missing_advice(path: str | Path) -> str:
+    """What to do about a model that is not there; an installation has the texts of `assets/` only."""
+    is_installed = not (ROOT / "pyproject.toml").is_file()
+    if is_installed and Path(path).parts[:1] == ("assets",):
+        return "It is not part of the installed package: clone the repository or name a model."
+    return "Check the path."
 
 
 def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:

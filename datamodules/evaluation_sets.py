@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.errors import UserError
 from datamodules.picture_files import Frame
@@ -60,41 +60,32 @@ class EvaluationSet:
         """
         if count is None or count == len(self):
             return self
-        if not 1 <= count <= len(self):
+        places: dict[str, list[int]] = {}
+        for place, group in enumerate(self.groups or [""] * len(self)):
+            places.setdefault(group, []).append(place)
+        share, rest = divmod(count, len(places))
+        smallest = min(map(len, places.values()))
+        if rest or not 1 <= share <= smallest:
+            groups = f", a multiple of {len(places)} (its groups: {', '.join(places)})"
             raise UserError(
-                f"count is {count}, but {self.name} has {len(self)} captions; choose 1 to {len(self)}"
+                f"count is {count}, but {self.name} has {len(self)} captions; choose {len(places)} to "
+                f"{len(places) * smallest}{groups if self.groups else ''}"
             )
-        chosen = list(range(count))
-        if self.groups is not None and len(names := list(dict.fromkeys(self.groups))) > 1:
-            if count % len(names):
-                raise UserError(
-                    f"count is {count}, which the {len(names)} groups of {self.name} "
-                    f"({', '.join(names)}) can't "
-                    f"share equally; choose a multiple of {len(names)}"
-                )
-            places = {name: [i for i, group in enumerate(self.groups) if group == name] for name in names}
-            smallest = min(names, key=lambda name: len(places[name]))
-            if count // len(names) > len(places[smallest]):
-                raise UserError(
-                    f"count is {count}, so {count // len(names)} captions of each of the {len(names)} "
-                    f"groups, but {smallest!r} of {self.name} has {len(places[smallest])}; choose at most "
-                    f"{len(names) * len(places[smallest])}"
-                )
-            chosen = [i for name in names for i in places[name][: count // len(names)]]
-        pick = lambda values: None if values is None else [values[i] for i in chosen]  # noqa: E731
-        return replace(
-            self,
-            captions=[self.captions[i] for i in chosen],
-            seeds=[self.seeds[i] for i in chosen],
-            negatives=pick(self.negatives),
-            groups=pick(self.groups),
-            files=pick(self.files),
-            facts=self.facts | {"first_of": len(self)},
-        )
+        chosen = [place for group in places.values() for place in group[:share]]
+        lists = {name: getattr(self, name) for name in ("captions", "seeds", "negatives", "groups", "files")}
+        picked: dict[str, Any] = {
+            name: values and [values[i] for i in chosen] for name, values in lists.items()
+        }
+        return replace(self, **picked, facts=self.facts | {"first_of": len(self)})
 
 
+@dataclass
 class EvaluationSource(ABC):
     """Builds an evaluation set; constructors only take settings, files are read by ``load``."""
+
+    needs: ClassVar[str] = ""
+    """What to give; empty where the bundled captions serve, too."""
+    captions: str | None = None
 
     @abstractmethod
     def load(self) -> EvaluationSet:
@@ -108,7 +99,18 @@ class EvaluationSource(ABC):
         """File of each caption's existing picture; None: the pictures in the order of their names."""
         return None
 
+    def path(self) -> str:
+        """Path of the captions.
 
+        Raises:
+            UserError: none is given, where one is needed.
+        """
+        if self.captions is None and self.needs:
+            raise UserError(f"{type(self).__name__} needs {self.needs}")
+        return self.captions or str(EVAL_CAPTIONS)
+
+
+@dataclass
 class CaptionFile(EvaluationSource):
     """Captions from a text, CSV, TSV, JSON, JSON Lines or Parquet file; seed i belongs to caption i.
 
@@ -124,98 +126,75 @@ class CaptionFile(EvaluationSource):
         frame: crop and resize before the metrics; None: none.
     """
 
-    def __init__(
-        self,
-        captions: str | None = None,
-        column: str | None = None,
-        negative_column: str | None = None,
-        group_column: str | None = None,
-        file_column: str = "file",
-        sample: int | None = None,
-        sample_seed: int = 0,
-        seed: int = 0,
-        frame: Frame | None = None,
-    ) -> None:
-        self.captions = str(EVAL_CAPTIONS) if captions is None else captions
-        self.column, self.negative_column, self.group_column = column, negative_column, group_column
-        self.file_column = file_column
-        self.sample, self.sample_seed, self.seed, self.frame = sample, sample_seed, seed, frame
+    column: str | None = None
+    negative_column: str | None = None
+    group_column: str | None = None
+    file_column: str = "file"
+    sample: int | None = None
+    sample_seed: int = 0
+    seed: int = 0
+    frame: Frame | None = None
 
     def load(self) -> EvaluationSet:
         """Read the file."""
-        path = self.captions
-        captions = read_column(path, self.column)
-        negatives = second_column(path, self.negative_column) if self.negative_column else None
-        groups = second_column(path, self.group_column) if self.group_column else None
-        facts: dict[str, Any] = {"file": Path(path).name, "md5": md5(path)}
+        path = self.path()
+        captions = self._captions(path)
+        chosen = self._chosen(len(captions))
+        negatives, groups = (
+            [values[i] for i in chosen] if (values := name and read_column(path, name)) else None
+            for name in (self.negative_column, self.group_column)
+        )
+        name, facts = Path(path).stem, facts_of(path)
         if self.sample is not None:
-            chosen = sample(len(captions), self.sample, self.sample_seed, path)
-            captions = [captions[i] for i in chosen]
-            negatives = negatives and [negatives[i] for i in chosen]
-            groups = groups and [groups[i] for i in chosen]
+            name = f"{name}, {self.sample} at random"
             facts |= {"sampled": self.sample, "sample_seed": self.sample_seed}
-        seeds = [self.seed + i for i in range(len(captions))]
-        name = Path(path).stem if self.sample is None else f"{Path(path).stem}, {self.sample} at random"
-        return EvaluationSet(name, captions, seeds, negatives, groups, self.frame, facts)
+        seeds = [self.seed + i for i in range(len(chosen))]
+        return EvaluationSet(name, [captions[i] for i in chosen], seeds, negatives, groups, self.frame, facts)
 
     def file_names(self) -> list[str] | None:
         """Those of the table's ``file_column``; a text file has none."""
-        if not is_table(self.captions):
+        if not is_table(self.path()):
             return None
-        names = read_column(self.captions, self.file_column)
+        names = read_column(self.path(), self.file_column)
+        return [names[i] for i in self._chosen(len(names))]
+
+    def _captions(self, path: str) -> list[str]:
+        return read_column(path, self.column)
+
+    def _places(self, size: int) -> list[int]:
+        """Places of the captions that a sample is drawn from."""
+        return list(range(size))
+
+    def _chosen(self, size: int) -> list[int]:
+        """Places of the captions to take, of ``size``: a function of the settings only."""
+        places = self._places(size)
         if self.sample is None:
-            return names
-        return [names[i] for i in sample(len(names), self.sample, self.sample_seed, self.captions)]
+            return places
+        if not 1 <= self.sample <= len(places):
+            raise UserError(
+                f"sample is {self.sample}, but {self.path()} has {len(places)} captions; choose 1 to "
+                f"{len(places)}"
+            )
+        return random.Random(f"evaluation sample {self.sample_seed}").sample(places, self.sample)
 
 
+@dataclass
 class PromptPairs(CaptionFile):
     """Prompts with a negative prompt each, as in NegOpt: a CSV, TSV, JSON Lines or Parquet file.
 
     Args:
         captions: the file.
-        column, negative_column: of prompt and negative prompt.
-        sample, sample_seed, seed: as for `CaptionFile`.
+        column: of the prompts.
+        negative_column: of the negative prompts.
+        group_column, file_column, sample, sample_seed, seed, frame: as for `CaptionFile`.
     """
 
-    def __init__(
-        self,
-        captions: str | None = None,
-        column: str = "prompt",
-        negative_column: str = "negative_prompt",
-        sample: int | None = None,
-        sample_seed: int = 0,
-        seed: int = 0,
-    ) -> None:
-        if captions is None:
-            raise UserError("PromptPairs needs a file of prompt pairs; give --captions pairs.csv")
-        super().__init__(captions, column, negative_column, sample=sample, sample_seed=sample_seed, seed=seed)
+    needs: ClassVar[str] = "a file of prompt pairs; give --captions pairs.csv"
+    column: str | None = "prompt"
+    negative_column: str | None = "negative_prompt"
 
 
-def second_column(path: str, name: str) -> list[str]:
-    """A column beside the captions.
-
-    Raises:
-        UserError: it is no table, or has no such column.
-    """
-    if not is_table(path):
-        raise UserError(
-            f"{path} is a text file, so it has no column {name!r}; give a CSV, TSV, JSON Lines or "
-            "Parquet file"
-        )
-    return read_column(path, name)
-
-
-def sample(size: int, count: int, seed: int, what: str) -> list[int]:
-    """``count`` different places of 0 to size - 1 in random order, a function of the arguments only.
-
-    Raises:
-        UserError: there are fewer than ``count``.
-    """
-    if not 1 <= count <= size:
-        raise UserError(f"sample is {count}, but {what} has {size} captions; choose 1 to {size}")
-    return random.Random(f"evaluation sample {seed}").sample(range(size), count)
-
-
-def md5(path: str | Path) -> str:
-    """MD5 of a file, the checksum that published lists are known by."""
-    return hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
+def facts_of(path: str) -> dict[str, Any]:
+    """Name of a file and its MD5, the checksum that published lists are known by."""
+    digest = hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
+    return {"file": Path(path).name, "md5": digest}

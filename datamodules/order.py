@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,18 +49,13 @@ def feistel(seed: int, epoch: int, size: int, places: Places) -> Places:
         places: int64 [n], each in [0, size).
     """
     half = ((size - 1).bit_length() + 1) // 2 or 1
-    keys = _keys(seed, epoch)
+    keys = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(_ROUNDS, np.uint64)
     values = places.astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
         values[outside] = _network(values[outside], half, keys)
         outside = outside[values[outside] >= size]
     return values.astype(np.int64)
-
-
-@lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> _Words:
-    return np.random.SeedSequence([seed % 2**64, epoch]).generate_state(_ROUNDS, np.uint64)
 
 
 def _network(values: _Words, half: int, keys: _Words) -> _Words:
@@ -89,10 +84,10 @@ def entries(seed: int, size: int, places: Places) -> Places:
     for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
         within = places[chosen] % size
-        listed = size <= LISTED_SIZE
-        result[chosen] = (
-            permutation(seed, epoch, size)[within] if listed else feistel(seed, epoch, size, within)
-        )
+        if size <= LISTED_SIZE:
+            result[chosen] = permutation(seed, epoch, size)[within]
+        else:
+            result[chosen] = feistel(seed, epoch, size, within)
     return result
 
 
@@ -117,19 +112,14 @@ def epoch_shares(weights: Sequence[float], epoch_size: int) -> list[int]:
     return shares
 
 
-class Texts(Protocol):
-    """Numbered texts, all in memory or in a store."""
+class Texts:
+    """Numbered texts.
 
-    def __len__(self) -> int: ...
+    Args:
+        texts: A list, or a ``datasets.Dataset`` with the column "prompt", which takes no memory.
+    """
 
-    def take(self, rows: Places) -> list[str]:
-        """Return the texts of these rows."""
-
-
-class ListedTexts:
-    """A list of texts."""
-
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: Any) -> None:
         self.texts = texts
 
     def __len__(self) -> int:
@@ -137,7 +127,9 @@ class ListedTexts:
 
     def take(self, rows: Places) -> list[str]:
         """Return the texts of these rows."""
-        return [self.texts[row] for row in rows.tolist()]
+        if isinstance(self.texts, list):
+            return [self.texts[row] for row in rows.tolist()]
+        return list(self.texts[rows.tolist()]["prompt"])
 
 
 class PromptDraws:

@@ -110,10 +110,8 @@ def match_files(folder: str | Path, count: int, names: list[str] | None = None) 
     """The pictures that belong to ``count`` captions, in their order.
 
     Args:
-        folder: of the pictures.
-        count: number of captions.
         names: file of each caption, relative to the folder; None: the folder's pictures in the order of their
-            names, as many as there are captions.
+            names.
 
     Raises:
         UserError: no folder, a named picture is missing, or the numbers differ.
@@ -125,18 +123,13 @@ def match_files(folder: str | Path, count: int, names: list[str] | None = None) 
             raise UserError(f"the picture {missing[0]!r} is not in {folder} ({len(missing)} are missing)")
     if len(files) != count:
         raise UserError(
-            f"{folder} holds {len(files)} pictures, but there are {count} captions: give one a line in "
-            "the order "
-            "of the file names, or a table with the columns file and caption"
+            f"{folder} holds {len(files)} pictures, but there are {count} captions: give one a line in the "
+            "order of the file names, or a table with the columns file and caption"
         )
     return files
 
 
 def read_pictures(files: list[Path], frame: Frame | None = None) -> list[Tensor]:
-    """Pictures [3, H, W] in [0, 1], framed if there is a frame.
-
-    Raises:
-        UserError: one is damaged; it is named.
-    """
+    """Pictures [3, H, W] in [0, 1], framed if there is a frame; a damaged one is a UserError."""
     pictures = [read_picture(path) for path in files]
     return [to_tensor(frame.picture(picture) if frame else picture) for picture in pictures]

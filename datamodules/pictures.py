@@ -11,10 +11,12 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -83,36 +85,26 @@ class EmojiPictures:
     def __init__(self, data_dir: str = "data/emoji") -> None:
         index = Path(data_dir) / "objects.json"
         if not index.is_file():
-            raise UserError(
-                f"no emoji artwork in {data_dir!r} ({index.name} is missing): "
-                "run python scripts/fetch_emoji.py"
-            )
+            raise UserError(f"no emoji artwork in {data_dir!r}: run python scripts/fetch_emoji.py")
         self.objects: list[str] = [item["name"] for item in json.loads(index.read_text())]
-        self.artwork = {
-            (name, style): _rgba(Path(data_dir) / style / f"{name}.png")
-            for name in self.objects
-            for style in STYLES
-        }
+        self.artwork: dict[tuple[str, str], Tensor] = {}
+        for name, style in product(self.objects, STYLES):
+            with Image.open(Path(data_dir) / style / f"{name}.png") as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGBA")))
+            self.artwork[name, style] = pixels.permute(2, 0, 1).contiguous()
 
     def keys(self, *splits: str) -> list[PictureKey]:
         """All pictures of these splits, in a fixed order."""
-        every = (PictureKey(o, s, b) for o in self.objects for s in STYLES for b in BACKGROUNDS)
+        every = (PictureKey(*names) for names in product(self.objects, STYLES, BACKGROUNDS))
         return [key for key in every if key.split in splits]
 
     def composite(self, keys: list[PictureKey]) -> Tensor:
         """Pictures [B, 3, 64, 64], fp32 in [0, 1]."""
         rgba = torch.stack([self.artwork[key.object, key.style] for key in keys]).float() / 255
-        background = (
-            torch.tensor([BACKGROUNDS[key.background] for key in keys]).float()[:, :, None, None] / 255
-        )
+        colours = torch.tensor([BACKGROUNDS[key.background] for key in keys]).float()
+        background = colours[:, :, None, None] / 255
         alpha = rgba[:, 3:]
         return rgba[:, :3] * alpha + background * (1 - alpha)
-
-
-def _rgba(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        array = torch.frombuffer(bytearray(image.convert("RGBA").tobytes()), dtype=torch.uint8)
-        return array.view(image.height, image.width, 4).permute(2, 0, 1).contiguous()
 
 
 class EvaluationPictures:
@@ -144,24 +136,20 @@ class EvaluationPictures:
 class _PictureBatches(IterableDataset):
     """Batch ``k`` is a pure function of (seed, k), so a resumed run sees what an uninterrupted one would."""
 
-    def __init__(
-        self, source: EmojiPictures, keys: list[PictureKey], batch_size: int, seed: int, first: int
-    ) -> None:
-        self.source, self.keys, self.batch_size, self.seed, self.first = source, keys, batch_size, seed, first
+    def __init__(self, data: "PictureDataModule", first: int) -> None:
+        self.data, self.first = data, first
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        step = self.first
-        while True:
-            rng = random.Random(f"{self.seed}|{step}")
-            index = rng.choices(range(len(self.keys)), k=self.batch_size)
-            keys = [self.keys[i] for i in index]
+        for step in count(self.first):
+            rng = random.Random(f"{self.data.seed}|{step}")
+            index = rng.choices(range(len(self.data.keys)), k=self.data.batch_size)
+            keys = [self.data.keys[i] for i in index]
             yield {
                 "index": torch.tensor(index),
-                "pictures": self.source.composite(keys),
+                "pictures": self.data.source.composite(keys),
                 "captions": [caption(key, rng) for key in keys],
                 "step": step,
             }
-            step += 1
 
 
 class PictureDataModule(L.LightningDataModule):
@@ -188,5 +176,4 @@ class PictureDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.global_step if self.trainer else 0
-        batches = _PictureBatches(self.source, self.keys, self.batch_size, self.seed, first)
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(_PictureBatches(self, first), batch_size=None)

@@ -6,45 +6,105 @@ stored number, the position in the stream, with any number of processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
-from datamodules.cleaning import Cleaning
+from common.files import ROOT
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
-from datamodules.sources import PromptPools, as_sources, listed_prompts
-from datamodules.streams import EvaluationPrompts, PromptStream
+from datamodules.sources import Cleaning, PromptPools, listed_prompts
 from datamodules.tables import read_texts
 
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-CAPTIONS = _ASSETS / "captions.txt"
-EVAL_CAPTIONS = _ASSETS / "eval_captions.txt"
+CAPTIONS = ROOT / "assets" / "captions.txt"
+EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read all prompts of a file (see `read_texts`); empty ones and blanks at the ends are dropped.
-
-    Raises:
-        UserError: as `read_texts`; also if the file holds no prompt.
-    """
+    """All prompts of a file (see `read_texts`), but for empty ones; a file without any is a UserError."""
     prompts = [text for text in read_texts(path) if text]
     if not prompts:
         raise UserError(f"prompts file {path} is empty; write one prompt a line into it")
     return prompts
 
 
-def as_prompts(given: str | list[str] | None, default: Path, key: str) -> list[str]:
-    """Return the prompts of a file, of a list (as in YAML), or of the default file.
+class PromptStream(IterableDataset[dict[str, Any]]):
+    """The endless stream of training batches: each item is one process's share of one student update.
 
-    Raises:
-        UserError: as `read_prompts`; also if the list is empty or holds an empty prompt.
+    Args:
+        draws: What stands at each place of the stream.
+        batch_size: Prompts per student update over all processes.
+        position: Prompts already used by the run.
+        rank: Number of this process.
+        world_size: Number of processes; divides `batch_size`.
+        negatives: Negative prompts, drawn at the same places.
+        batches: Batches of a student update, one after the other in each item.
     """
-    return listed_prompts(given, key) if isinstance(given, list) else read_prompts(given or default)
+
+    def __init__(self, draws: PromptDraws, batch_size: int, position: int = 0, rank: int = 0,
+                 world_size: int = 1, negatives: PromptDraws | None = None,
+                 batches: int = 1) -> None:  # fmt: skip
+        self.draws, self.negatives, self.position = draws, negatives, position
+        self.step = batch_size * batches
+        share = batch_size // world_size
+        indices = np.arange(rank * share, (rank + 1) * share)
+        self.places = (indices + batch_size * np.arange(batches)[:, None]).ravel()  # of the first update
+        self.indices = torch.from_numpy(indices).repeat(batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, count = _worker()
+        while True:
+            places = self.position + number * self.step + self.places
+            batch = {"prompts": self.draws.at(places), "indices": self.indices}
+            if self.negatives is not None:
+                batch["negative_prompts"] = self.negatives.at(places)
+            yield batch
+            number += count
+
+
+class EvaluationPrompts(IterableDataset[dict[str, Any]]):
+    """A process's batches of the evaluation prompts; over all processes each prompt is counted exactly once.
+
+    All processes get the same number of batches of the same size. Where that leaves a place over, it holds a
+    prompt again, marked as padding: generated, as every process must take part in a forward pass, and not
+    counted.
+
+    Args:
+        prompts: The evaluation prompts.
+        batch_size: Prompts per process and batch.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, prompts: list[str], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.prompts) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, count = _worker()
+        size = len(self.prompts)
+        for step in range(number, len(self), count):
+            start = step * self.batch_size * self.world_size
+            # the last batches are made equally short on all processes
+            share = min(self.batch_size, -(-(size - start) // self.world_size))
+            places = start + self.rank * share + torch.arange(share)
+            indices = places % size
+            prompts = [self.prompts[i] for i in indices.tolist()]
+            yield {"prompts": prompts, "indices": indices, "is_padding": places >= size}
+
+
+def _worker() -> tuple[int, int]:
+    """Number of this worker process and how many there are; loaders take from them in turn."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 class PromptDataModule(LightningDataModule):
@@ -56,7 +116,7 @@ class PromptDataModule(LightningDataModule):
     list of evaluation prompts.
 
     Small sources are read into memory at once. Large ones are written into a memory-mapped store the first
-    time (see `datamodules.store`), before the training starts.
+    time (see `datamodules.sources`), before the training starts.
 
     Args:
         prompts: Training prompts: a file (.txt, .csv, .tsv, .jsonl, .parquet, also .gz or .zst), a glob
@@ -111,15 +171,16 @@ class PromptDataModule(LightningDataModule):
         self.seed, self.real = seed, real
         self.batches_per_step = 1  # an objective may ask for more
         cleaning = Cleaning(min_length, max_length, deduplicate)
-        self._prompts = PromptPools(
-            str(CAPTIONS) if prompts is None else as_sources(prompts), column, cleaning, epoch_size
-        )
-        self._negatives = (
-            None if negative_prompts is None else PromptPools(negative_prompts, key="data.negative_prompts")
-        )
+        given = str(CAPTIONS) if prompts is None else prompts
+        self._prompts, self._negatives = PromptPools(given, column, cleaning, epoch_size), None
+        if negative_prompts is not None:
+            self._negatives = PromptPools(negative_prompts, key="data.negative_prompts")
         if self._prompts.is_small and (self._negatives is None or self._negatives.is_small):
             self._draws()  # mistakes show before the networks are loaded
-        captions = as_prompts(eval_captions, EVAL_CAPTIONS, "data.eval_captions")
+        if isinstance(eval_captions, list):
+            captions = listed_prompts(eval_captions, "data.eval_captions")
+        else:
+            captions = read_prompts(eval_captions or EVAL_CAPTIONS)
         if eval_size is not None and eval_size > len(captions):
             raise UserError(
                 f"data.eval_size is {eval_size} but data.eval_captions has {len(captions)} captions; "
@@ -134,14 +195,9 @@ class PromptDataModule(LightningDataModule):
         self.position = 0
 
     @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def local_batch_size(self) -> int:
@@ -150,12 +206,13 @@ class PromptDataModule(LightningDataModule):
         Raises:
             UserError: the number of processes does not divide `batch_size`.
         """
-        if self.batch_size % self.world_size:
+        _, processes = self._process
+        if self.batch_size % processes:
             raise UserError(
                 f"data.batch_size {self.batch_size} (over all processes) cannot be shared equally by "
-                f"{self.world_size} processes; choose a multiple of {self.world_size}"
+                f"{processes} processes; choose a multiple of {processes}"
             )
-        return self.batch_size // self.world_size
+        return self.batch_size // processes
 
     @property
     def micro_batch_size(self) -> int:
@@ -168,15 +225,16 @@ class PromptDataModule(LightningDataModule):
         if self.local_batch_size % micro:
             raise UserError(
                 f"data.micro_batch_size {micro} does not divide the {self.local_batch_size} prompts of a "
-                f"process (data.batch_size {self.batch_size} / {self.world_size} processes)"
+                f"process (data.batch_size {self.batch_size} over all processes)"
             )
         return micro
 
     def _draws(self) -> tuple[PromptDraws, PromptDraws | None]:
         """Prompts and negative prompts at the places of the stream; makes their stores if there are none."""
         draws = self._prompts.draws(self.seed)
-        if (size := sum(map(len, draws.sources))) < self.batch_size or draws.epoch_size < self.batch_size:
-            what = f"has {size} prompts" if size < self.batch_size else f"gives {draws.epoch_size} an epoch"
+        size = sum(map(len, draws.sources))
+        if (fewest := min(size, draws.epoch_size)) < self.batch_size:
+            what = f"has {size} prompts" if fewest == size else f"gives {fewest} an epoch"
             raise UserError(
                 f"data.prompts {what}, fewer than one batch (data.batch_size {self.batch_size}); add prompts "
                 "or lower data.batch_size"
@@ -191,48 +249,39 @@ class PromptDataModule(LightningDataModule):
             self._draws()
 
     def setup(self, stage: str) -> None:
-        """Check the sizes against the number of processes and open the prompts.
-
-        Raises:
-            UserError: the processes can't share a batch out, or a source can't be used.
-        """
+        """Check the sizes against the number of processes and open the prompts."""
         if stage == "fit":
             _ = self.micro_batch_size
             self._draws()
             if self.real is not None:
-                self.real.places(self.rank, self.world_size)
+                self.real.places(*self._process)
 
     def real_pictures(self, side: int) -> RealPictureSource | None:
-        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set.
-
-        Raises:
-            UserError: the pictures or captions can't be used.
-        """
+        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set."""
         return None if self.real is None else RealPictureSource(self.real, side)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The endless training stream, from the position reached so far."""
         _ = self.local_batch_size
         draws, negatives = self._draws()
-        stream = PromptStream(draws, self.batch_size, self.position, self.rank, self.world_size, negatives,
-                              self.batches_per_step)  # fmt: skip
+        stream = PromptStream(
+            draws, self.batch_size, self.position, *self._process, negatives, self.batches_per_step
+        )
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of the first `eval_size` evaluation captions once over all processes."""
         return self._evaluation(self.eval_prompts)
 
-    def _evaluation(self, captions: list[str]) -> DataLoader[dict[str, Any]]:
-        prompts = EvaluationPrompts(captions, self.eval_batch_size, self.rank, self.world_size)
-        return DataLoader(prompts, batch_size=None, num_workers=self.num_workers)
+    predict_dataloader = val_dataloader
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of all evaluation captions once, so that `test` measures on as many as the end of `fit`."""
         return self._evaluation(self.eval_captions)
 
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """As `val_dataloader`."""
-        return self.val_dataloader()
+    def _evaluation(self, captions: list[str]) -> DataLoader[dict[str, Any]]:
+        prompts = EvaluationPrompts(captions, self.eval_batch_size, *self._process)
+        return DataLoader(prompts, batch_size=None, num_workers=self.num_workers)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count a training batch when it is used (loaders fetch ahead, so fetching is not using)."""

@@ -7,7 +7,6 @@ the global batch, so it doesn't depend on the number of processes and nothing ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,19 +34,8 @@ class RealPictures:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        """Check the range."""
         if self.batch_size < 1:
             raise UserError(f"data.real.batch_size is {self.batch_size}: it must be at least 1")
-
-    def read(self) -> tuple[list[Path], list[str]]:
-        """The files of the pictures and their captions, in the same order.
-
-        Raises:
-            UserError: the captions can't be read, a picture is missing, or the numbers differ.
-        """
-        captions = read_column(self.captions)
-        names = read_column(self.captions, self.file_column) if self.file_column else None
-        return match_files(self.folder, len(captions), names), captions
 
     def places(self, rank: int = 0, world_size: int = 1, at: int = 0, passes: int = 1) -> Tensor:
         """Places in the global batch of the pictures of one process, or of one of its passes, long [b].
@@ -73,29 +61,28 @@ class RealPictureSource:
         side: of the squares, in pixels.
 
     Raises:
-        UserError: as `RealPictures.read`.
+        UserError: the captions can't be read, a picture is missing, or the numbers differ.
     """
 
     def __init__(self, settings: RealPictures, side: int) -> None:
-        self.settings = settings
-        self.frame = Frame(side)
-        self.files, self.captions = settings.read()
-
-    def __len__(self) -> int:
-        return len(self.files)
+        self.settings, self.frame = settings, Frame(side)
+        self.captions = read_column(settings.captions)
+        column = settings.file_column
+        names = read_column(settings.captions, column) if column else None
+        self.files = match_files(settings.folder, len(self.captions), names)
 
     @property
     def notice(self) -> str:
         """What a run prints at its start."""
         return (
-            f"This training is not image-free: it also sees {len(self):,} captioned pictures of "
+            f"This training is not image-free: it also sees {len(self.files):,} captioned pictures of "
             f"{self.settings.folder} (data.real)."
         )
 
     @property
     def trained_on(self) -> str:
         """What checkpoint and model card say."""
-        return f"prompts and {len(self)} captioned pictures, so not image-free"
+        return f"prompts and {len(self.files)} captioned pictures, so not image-free"
 
     def take(self, uniform: Tensor) -> tuple[Tensor, list[str]]:
         """Draw a picture for each random number.
@@ -106,9 +93,7 @@ class RealPictureSource:
         Returns:
             Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, and their captions.
 
-        Raises:
-            UserError: a picture is damaged; it is named.
         """
-        chosen = (uniform.double() * len(self)).long().tolist()
+        chosen = (uniform.double() * len(self.files)).long().tolist()
         pictures = read_pictures([self.files[i] for i in chosen], self.frame)
         return torch.stack(pictures), [self.captions[i] for i in chosen]

@@ -1,25 +1,139 @@
-"""Where prompts come from: a list, a file, a glob pattern, a dataset folder, or several with weights."""
+"""Where prompts come from: a list, a file, a glob pattern, a dataset folder, or several with weights.
+
+What doesn't fit into memory is written once into a memory-mapped Arrow file (a store) and read from there.
+Stores lie in the user's cache folder (``$ONE_STEP_CACHE``, default ``~/.cache/one-step-distillation``), as
+``prompts/<key>.arrow``; the key is a hash of the source files' paths, sizes and times, their columns and the
+cleaning, so that the same prompts are prepared once. A file appears when it is complete.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from common.errors import UserError
-from datamodules.cleaning import Cleaner, Cleaning
-from datamodules.order import ListedTexts, PromptDraws, Texts, epoch_shares
-from datamodules.store import Part, chunks, names_of, open_store
-from datamodules.tables import is_compressed, is_dataset_folder
+from common.errors import UserError, first_line
+from common.files import user_cache_dir, written_whole
+from datamodules.order import PromptDraws, Texts, epoch_shares
+from datamodules.tables import is_packed, read_texts
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
 _PACKED = 4  # text is packed to about a quarter in .gz, .zst and Parquet
+_FORMAT = 3  # raised when stores of an older version of this file must not be used
+_CHUNK = 65536  # texts handled at a time
+
+Part = tuple[Path, str | None]
+"""A source file (or dataset folder) and the column to read."""
+Given = str | list[str] | list[dict[str, Any]]
+"""A path or pattern, a list of prompts, or a list of sources, each a mapping of the fields of `PromptSource`.
+
+Mappings, not `PromptSource` itself: the command line would read the file that a path names for a list of
+objects."""
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is dropped from a source, besides empty texts.
+
+    Attributes:
+        min_length: Texts with fewer characters are dropped. None: none.
+        max_length: Texts with more characters are dropped. None: none.
+        deduplicate: Texts that have come before are dropped.
+    """
+
+    min_length: int | None = None
+    max_length: int | None = None
+    deduplicate: bool = False
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.min_length or 1, self.max_length
+        if shortest < 1 or (longest is not None and longest < shortest):
+            raise UserError(
+                f"data.min_length {self.min_length} and data.max_length {longest} leave no length; they are "
+                "numbers of characters, at least 1, the second not below the first"
+            )
+
+    def kept(self, chunks: Iterable[list[str]], counts: Counter[str]) -> Iterator[list[str]]:
+        """Yield the texts to keep of each chunk, in their order.
+
+        Args:
+            counts: gets the numbers of texts ``read``, ``kept``, and dropped as ``empty``, ``short``,
+                ``long`` or ``repeated``.
+        """
+        shortest, longest = self.min_length or 1, self.max_length or float("inf")
+        seen = SeenTexts()
+        for texts in chunks:
+            counts["read"] += len(texts)
+            kept = [text for text in texts if shortest <= len(text) <= longest]
+            if len(kept) < len(texts):
+                counts["empty"] += texts.count("")
+                counts["short"] += sum(0 < len(text) < shortest for text in texts)
+                counts["long"] += sum(len(text) > longest for text in texts)
+            if self.deduplicate and kept:
+                is_first = seen.first_times(kept).tolist()
+                counts["repeated"] += is_first.count(False)
+                kept = [text for text, first in zip(kept, is_first, strict=True) if first]
+            counts["kept"] += len(kept)
+            yield kept
+
+    def describe(self, counts: Mapping[str, int]) -> str:
+        """One sentence of these counts, like "3 of 5 prompts kept (dropped: 1 empty, 1 repeated)"."""
+        words = {
+            "empty": "empty",
+            "long": f"above {self.max_length} characters",
+            "repeated": "repeated",
+            "short": f"below {self.min_length} characters",
+        }
+        parts = ", ".join(f"{counts[key]:,} {word}" for key, word in words.items() if counts.get(key))
+        return f"{counts['kept']:,} of {counts['read']:,} prompts kept (dropped: {parts or 'none'})"
+
+    def check(self, counts: Mapping[str, int], name: str) -> None:
+        """Refuse the source of this name if nothing of it is kept."""
+        if not counts["kept"]:
+            after = f" after cleaning: {self.describe(counts)}" if counts["read"] else ""
+            raise UserError(f"prompts file {name} is empty{after}; add prompts, one a line, or drop less")
+
+
+class SeenTexts:
+    """Recognises texts by 64-bit hashes, 8 bytes each, in sorted arrays of growing length.
+
+    Among 100 million different texts one is taken for a repeat, and dropped, with a probability of 0.03 %.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[NDArray[np.uint64]] = []
+
+    def first_times(self, texts: list[str]) -> NDArray[np.bool_]:
+        """Return for each text whether it has not come before: bool [n]."""
+        digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+        hashes, places = np.unique(np.frombuffer(digests, "<u8"), return_index=True)
+        is_new = np.ones(len(hashes), bool)
+        for run in self.runs:
+            nearest = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            is_new &= run[nearest] != hashes
+        result = np.zeros(len(texts), bool)
+        result[places[is_new]] = True
+        new = hashes[is_new]
+        # runs shrink by half at least from one to the next, so there are few, and each hash moves seldom
+        while self.runs and len(self.runs[-1]) < 2 * len(new):
+            new = np.concatenate([self.runs.pop(), new])
+            new.sort(kind="stable")  # two sorted halves: merged, in half the memory of a copy
+        if len(new):
+            self.runs.append(new)
+        return result
 
 
 @dataclass
@@ -37,131 +151,104 @@ class PromptSource:
     weight: float | None = None
 
 
-def as_sources(
-    given: str | list[str] | list[dict[str, Any]] | list[PromptSource],
-) -> str | list[str] | list[PromptSource]:
-    """The setting `data.prompts` with its mappings (as in YAML) made into sources.
-
-    Mappings, not `PromptSource` itself, are the setting's type: the command line would read the file that
-    a path names for a list of objects.
-
-    Raises:
-        UserError: a mapping has an unknown key or no path.
-    """
-    if isinstance(given, str) or not any(isinstance(item, dict) for item in given):
-        return given  # type: ignore[return-value]
-    known = {field.name for field in fields(PromptSource)}
-    for number, item in enumerate(given, 1):
-        if not isinstance(item, dict) or "path" not in item or set(item) - known:
-            raise UserError(
-                f"data.prompts: source {number} is {item!r}; give each a path and, if wanted, a column and a "
-                "weight"
-            )
-    return [PromptSource(**item) for item in given]  # type: ignore[arg-type]
-
-
-class PromptPool:
-    """Files that are read as one source: into memory if they are small, else into a store.
-
-    Args:
-        sources: Their paths, read one after the other.
-        column: Column of sources that name none.
-        cleaning: What is dropped from them.
-
-    Raises:
-        UserError: a path does not exist; reading raises what `read_texts` and `open_store` raise.
-    """
-
-    def __init__(self, sources: Sequence[PromptSource], column: str | None, cleaning: Cleaning) -> None:
-        self.parts: list[Part] = [
-            (path, source.column or column) for source in sources for path in matching_paths(source.path)
-        ]
-        self.cleaning = cleaning
-        self.estimate = sum(_text_bytes(path) for path, _ in self.parts)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the texts are kept in memory."""
-        return self.estimate <= IN_MEMORY_BYTES
-
-    def open(self) -> Texts:
-        """Read the files, or open their store, which takes a while the first time; say what was read."""
-        texts: Texts
-        if self.is_small:
-            cleaner = Cleaner(self.cleaning)
-            texts = ListedTexts([text for chunk in chunks(self.parts) for text in cleaner.keep(chunk)])
-            cleaner.check_kept(names_of(self.parts))
-            report, place = cleaner.report(), ""
-        else:
-            texts = store = open_store(self.parts, self.cleaning, self.estimate)
-            report, place = store.report, f", in {store.folder}"
-        first = texts.take(np.zeros(1, np.int64))[0]
-        kept = self.cleaning.describe(report)
-        _print(f"{names_of(self.parts)}: {kept}{place}. The first: {first[:80]!r}")
-        return texts
-
-
 class PromptPools:
     """Everything that a stream of prompts is drawn from.
 
+    Sources without weights are one pool, read one after the other; with weights each is a pool of its own.
+    A pool's texts are read into memory if they are few, else written into a store.
+
     Args:
-        given: A path or pattern; a list of prompts; or a list of sources.
+        given: What they come from.
         column: Column of sources that name none.
         cleaning: What is dropped. With weights, repeats are looked for within each source.
         epoch_size: Draws in an epoch; to be given if the sources have weights, and only then.
         key: Name of the setting, for messages.
 
     Raises:
-        UserError: a source does not exist, a list is empty, or the settings don't fit together.
+        UserError: a source does not exist, a list is empty, or the settings don't fit together. Opening
+            raises what `read_texts` and `open_store` raise.
     """
 
     def __init__(
         self,
-        given: str | list[str] | list[PromptSource],
+        given: Given,
         column: str | None = None,
         cleaning: Cleaning | None = None,
         epoch_size: int | None = None,
         key: str = "data.prompts",
     ) -> None:
-        cleaning = cleaning or Cleaning()
-        self.shares: list[int] | None = None
+        self.cleaning = cleaning or Cleaning()
+        self.pools: list[list[Part]] = []
         self._texts: list[Texts] | None = None
-        if not isinstance(given, list):
-            given = [PromptSource(given)]
-        sources = [source for source in given if isinstance(source, PromptSource)]
-        weights = [source.weight for source in sources if source.weight is not None]
-        if weights and len(weights) < len(sources):
-            raise UserError(f"{key}: some sources have a weight and some have none; give all one, or none")
+        weights: list[float] = []
+        if isinstance(given, list) and all(isinstance(item, str) for item in given):
+            texts, counts = self._cleaned([listed_prompts(given, key)], key)  # type: ignore[arg-type]
+            self._texts = [texts]
+            if counts["kept"] < counts["read"]:
+                _print(f"{key}: {self.cleaning.describe(counts)}")
+        else:
+            sources = [PromptSource(given)] if isinstance(given, str) else _sources(given, key)
+            weights = [source.weight for source in sources if source.weight is not None]
+            if weights and len(weights) < len(sources):
+                raise UserError(
+                    f"{key}: some sources have a weight and some have none; give all one, or none"
+                )
+            parts = [
+                [(path, source.column or column) for path in matching_paths(source.path)]
+                for source in sources
+            ]
+            self.pools = parts if weights else [sum(parts, [])]
         if bool(weights) != (epoch_size is not None):
             raise UserError(
                 f"data.epoch_size is {epoch_size}; it is the number of draws in an epoch, to be given if the "
                 f"sources in {key} have weights, and only then"
             )
-        if epoch_size is not None:
-            self.shares = epoch_shares(weights, epoch_size)
-        pools = [[source] for source in sources] if weights else [sources] if sources else []
-        self.pools = [PromptPool(pool, column, cleaning) for pool in pools]
-        if not sources:
-            texts = listed_prompts([str(text) for text in given], key)
-            cleaner = Cleaner(cleaning)
-            self._texts = [ListedTexts(cleaner.keep(texts))]
-            if cleaner.num_kept < len(texts):
-                _print(f"{key}: {cleaning.describe(cleaner.report())}")
+        self.shares = None if epoch_size is None else epoch_shares(weights, epoch_size)
 
     @property
     def is_small(self) -> bool:
         """Whether opening takes no store."""
-        return all(pool.is_small for pool in self.pools)
+        return all(_is_small(parts) for parts in self.pools)
 
     def open(self) -> list[Texts]:
-        """Return the texts of each source; read at the first call."""
+        """Return the texts of each pool; read at the first call, which says what was read."""
         if self._texts is None:
-            self._texts = [pool.open() for pool in self.pools]
+            self._texts = [self._open(parts) for parts in self.pools]
         return self._texts
 
     def draws(self, seed: int) -> PromptDraws:
         """Return what stands at each place of the stream of this seed."""
         return PromptDraws(self.open(), seed, self.shares)
+
+    def _open(self, parts: list[Part]) -> Texts:
+        if _is_small(parts):
+            texts, counts = self._cleaned(chunks(parts), names_of(parts))
+            place = ""
+        else:
+            texts, counts, file = open_store(parts, self.cleaning)
+            place = f", in {file}"
+        first = texts.take(np.zeros(1, np.int64))[0]
+        kept = self.cleaning.describe(counts)
+        _print(f"{names_of(parts)}: {kept}{place}. The first: {first[:80]!r}")
+        return texts
+
+    def _cleaned(self, texts: Iterable[list[str]], name: str) -> tuple[Texts, Counter[str]]:
+        counts = Counter[str]()
+        kept = [text for chunk in self.cleaning.kept(texts, counts) for text in chunk]
+        self.cleaning.check(counts, name)
+        return Texts(kept), counts
+
+
+def _sources(given: list[Any], key: str) -> list[PromptSource]:
+    sources = []
+    for number, item in enumerate(given, 1):
+        try:
+            sources.append(item if isinstance(item, PromptSource) else PromptSource(**item))
+        except TypeError as error:
+            raise UserError(
+                f"{key}: source {number} is {item!r}; give each a path and, if wanted, a column and a weight"
+            ) from error
+    return sources
 
 
 def listed_prompts(given: list[str], key: str) -> list[str]:
@@ -190,20 +277,101 @@ def matching_paths(pattern: str) -> list[Path]:
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return [Path(pattern)]
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    found = [path for path in paths if path.is_file() or is_dataset_folder(path)]
+    found = [path for path in paths if path.is_file() or (path / "state.json").is_file()]
     if not found:
         raise UserError(f"no prompts file matches {pattern}; correct the pattern")
     return found
 
 
-def _text_bytes(path: Path) -> int:
-    """About how many bytes of text a source holds, 0 if there is none (reading it says so)."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.arrow"))
-    if not path.is_file():
-        return 0
-    packed = is_compressed(path) or path.suffix.lower() == ".parquet"
-    return path.stat().st_size * (_PACKED if packed else 1)
+def _is_small(parts: list[Part]) -> bool:
+    """Whether the sources hold less text than `IN_MEMORY_BYTES`; reading a missing one says that it is."""
+    size = 0
+    for path, _ in parts:
+        packed = is_packed(path) or path.suffix.lower() == ".parquet"
+        files = path.glob("*.arrow") if path.is_dir() else [path] if path.is_file() else []
+        size += sum(file.stat().st_size for file in files) * (_PACKED if packed else 1)
+    return size <= IN_MEMORY_BYTES
+
+
+def open_store(parts: list[Part], cleaning: Cleaning) -> tuple[Texts, Counter[str], Path]:
+    """Return the texts of these sources, one after the other, from their store; make it if there is none yet.
+
+    One process makes it while others wait. What one that was killed has left is removed.
+
+    Returns:
+        The texts, the counts of `Cleaning.kept`, and the store's file.
+
+    Raises:
+        UserError: a source can't be read, changes meanwhile or holds no prompt; the store can't be written
+            or read.
+    """
+    key = _key(parts, cleaning)
+    file = user_cache_dir() / "prompts" / f"{key}.arrow"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):  # goes with its holder, however that ends
+            if not file.is_file():
+                _make(parts, cleaning, file, key)
+    except OSError as error:
+        raise UserError(
+            f"the prompt store {file} can't be written: {error.strerror or error}; make room, or set "
+            "ONE_STEP_CACHE to a folder on another disk"
+        ) from error
+    from datasets import Dataset  # takes seconds to import, so only where it is needed
+
+    try:
+        counts = Counter(json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+        return Texts(Dataset.from_file(str(file))), counts, file
+    except (OSError, ValueError) as error:  # an ArrowInvalid is a ValueError
+        raise UserError(
+            f"the prompt store {file} can't be read ({first_line(error)}); delete it, and it is made again"
+        ) from error
+
+
+def _key(parts: list[Part], cleaning: Cleaning) -> str:
+    sources = []
+    for path, column in parts:
+        if not path.exists():
+            raise UserError(f"prompts file {path} does not exist any more; bring it back or give another")
+        states = [file.stat() for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        # the time of the last change (ctime) can't be set back by hand
+        stamps = [[state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states]
+        sources.append([str(path.resolve()), stamps, column])
+    return hashlib.sha256(json.dumps([_FORMAT, sources, vars(cleaning)]).encode()).hexdigest()[:16]
+
+
+def _make(parts: list[Part], cleaning: Cleaning, file: Path, key: str) -> None:
+    import pyarrow
+
+    for leftover in file.parent.glob(f".{file.name}.*"):  # of a process that was killed
+        leftover.unlink()
+    schema, counts = pyarrow.schema([("prompt", pyarrow.string())]), Counter[str]()
+    with written_whole(file) as partial:
+        with (
+            pyarrow.ipc.new_stream(str(partial), schema) as writer,
+            tqdm(desc=f"Prompt store {file}", unit=" prompts", unit_scale=True) as bar,
+        ):
+            for texts in cleaning.kept(chunks(parts), counts):
+                writer.write_batch(pyarrow.record_batch([texts], schema=schema))
+                bar.update(counts["read"] - bar.n)
+        cleaning.check(counts, names_of(parts))
+        if _key(parts, cleaning) != key:
+            raise UserError(
+                f"{names_of(parts)} changed while being read; start again when the files are complete"
+            )
+        file.with_suffix(".json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def names_of(parts: list[Part]) -> str:
+    """The first paths, for messages."""
+    return ", ".join(str(path) for path, _ in parts[:3]) + (" …" if len(parts) > 3 else "")
+
+
+def chunks(parts: Iterable[Part]) -> Iterator[list[str]]:
+    """Yield the texts of the sources, one after the other, in lists of up to `_CHUNK`."""
+    texts = (text for path, column in parts for text in read_texts(path, column))
+    while chunk := list(islice(texts, _CHUNK)):
+        yield chunk
 
 
 @rank_zero_only

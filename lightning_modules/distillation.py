@@ -282,8 +282,9 @@ class OneStepDistillation(L.LightningModule):
                 if self._update(turn.role):
                     self.updates[turn.role] += 1
                     self._after_update(turn.role)
-        for schedule in self.lr_schedulers() if self.student_steps > step else ():  # type: ignore[union-attr]
-            schedule.step()
+        if self.student_steps > step:
+            for config in self.trainer.lr_scheduler_configs:
+                config.scheduler.step()  # type: ignore[call-arg]
         for name, count in self._counters().items():
             self.numbers.note(f"counts/{name}", float(count))
         self.numbers.log(self)

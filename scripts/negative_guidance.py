@@ -36,6 +36,7 @@ from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import measure_pictures
 from callbacks.metrics.negative import REMOVAL_CASES, ClipScoreNegative, NegativeRemovalRate, RemovalCase
 from callbacks.metrics.reference import ReferenceStatistics
+from datamodules.evaluation_sets import EvaluationSet
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
 from lightning_modules.drawing import Drawer, Recipe, model_drawer
 from reports.html import plots_page
@@ -138,9 +139,10 @@ def measure_rows(options: argparse.Namespace, removal: NegativeRemovalRate) -> l
     runs = [("none", 0.0), *((m, s) for m in METHODS for s in getattr(options, m))]
     for method, scale in tqdm(runs, unit="row", desc="negative guidance"):
         draw = drawer(options.model, method, scale, prompts, negatives, seeds).draw
-        found = measure_pictures(draw, prompts, pair_metrics, BATCH, negatives=negatives)
-        draw = drawer(options.model, method, scale, captions, styles, list(range(len(captions)))).draw
-        price = measure_pictures(draw, captions, caption_metrics, BATCH)
+        found = measure_pictures(draw, EvaluationSet("pairs", prompts, seeds, negatives), pair_metrics, BATCH)
+        numbers = list(range(len(captions)))
+        draw = drawer(options.model, method, scale, captions, styles, numbers).draw
+        price = measure_pictures(draw, EvaluationSet("captions", captions, numbers), caption_metrics, BATCH)
         row: dict[str, Any] = {"method": method, "scale": scale}
         row |= {name: found[metric]["value"] for name, metric in PAIRS.items()}
         row |= {name: price[name]["value"] for name in ("frechet_distance", "clip_score")}

@@ -11,13 +11,14 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 
 from callbacks.time_limit import parse_limit
 from commands import config_files, fit
+from commands.config_files import content_of
 from commands.fit import TrainerCLI
 from common.errors import UserError
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 ROOT = Path(__file__).parent.parent
-# no configurations of fit: tests/test_sweep_command.py and tests/test_evaluate.py read them
-OTHERS = {ROOT / "configs/sweep", ROOT / "configs/eval"}
+# test_sweep_command.py and test_evaluate.py read the first two; the last are parts that experiments build on
+OTHERS = {ROOT / "configs/sweep", ROOT / "configs/eval", ROOT / "configs/base"}
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent not in OTHERS)
 NAMES = [path.relative_to(ROOT).as_posix() for path in CONFIGS]
 
@@ -32,6 +33,11 @@ class ParseOnly(TrainerCLI):
         """Run nothing."""
 
 
+def is_whole(name: str) -> bool:
+    """Whether a file is an experiment by itself, rather than a part."""
+    return "model" in content_of(ROOT / name)
+
+
 def command_for(name: str) -> list[str]:
     """Return the command line that a configuration's own comment gives, else one with this file alone.
 
@@ -42,7 +48,7 @@ def command_for(name: str) -> list[str]:
         files = re.findall(r"--config[ =](\S+)", line)
         if name in files:
             return ["fit", *(part for file in files for part in ("--config", file))]
-    parts = [] if "model" in yaml.safe_load(text) else ["--config", "configs/quickstart.yaml"]
+    parts = [] if is_whole(name) else ["--config", "configs/quickstart.yaml"]
     return ["fit", *parts, "--config", name]
 
 
@@ -66,10 +72,26 @@ def test_config_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed.settings.model is not None
     assert parsed.settings.trainer.max_steps > 0
     resolved = yaml.safe_load(parsed._resolved_config())
-    content = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
-    assert set(class_names(content)) <= set(class_names(resolved))
-    whole = [file for file in command_for(name)[2::2] if "model" in yaml.safe_load((ROOT / file).read_text())]
+    assert set(class_names(content_of(ROOT / name))) <= set(class_names(resolved))
+    whole = [file for file in command_for(name)[2::2] if is_whole(file)]
     assert parsed.settings.experiment == Path(whole[-1]).stem, "parts name no experiment"
+
+
+def test_every_base_is_built_on() -> None:
+    """So that `test_config_parses` reads it."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")]
+    bases = " ".join(re.findall(r"^base: (.*)$", "\n".join(texts), flags=re.MULTILINE))
+    assert all(f"{path.name}" in bases for path in (ROOT / "configs/base").iterdir())
+
+
+def test_a_file_and_its_bases_together() -> None:
+    """What a mapping says is added to its base's; a list and a number take the place of the base's."""
+    content = content_of(ROOT / "configs/experiment/pixart_nasat.yaml")
+    assert "base" not in content and content["seed_everything"] == 0
+    objective = content["model"]["init_args"]["objective"]["init_args"]
+    assert objective["guidance_scale"]["init_args"] == {"low": 0.5, "high": 3.0, "per_sample": False}
+    assert objective["teacher_negatives"] is True and objective["max_timestep"] == 980
+    assert len(content["data"]["init_args"]["eval_captions"]) == 8
 
 
 TRAINERS = [name for name in NAMES if name.startswith("configs/trainer/")]

@@ -19,8 +19,9 @@ from callbacks.metrics import unfinished as unfinished_module
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.reference import compute_reference
-from commands.evaluate import parse
+from commands.evaluate import Options
 from commands.kept_pictures import KeptPictures
+from commands.options import parse
 from common.errors import UserError
 from tests.callbacks.standin import CAPTIONS
 
@@ -299,7 +300,7 @@ def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_parses_and_says_what_it_needs(path: Path) -> None:
-    options = parse(["--config", str(path), "--model", "m", "--output", "o"], prog="evaluate")
+    options = parse(Options, ["--config", str(path), "--model", "m", "--output", "o"], prog="evaluate")
     wanted = re.findall(r"class_path: [\w.]+\.(\w+)", path.read_text())
     assert [type(options.data).__name__, *(type(metric).__name__ for metric in options.metrics)] == wanted
     if path.stem == "emoji":
@@ -307,7 +308,7 @@ def test_every_configuration_parses_and_says_what_it_needs(path: Path) -> None:
     else:
         with pytest.raises(UserError, match="give --captions"):
             options.data.load()
-    given = parse([f"--config={path}", "--captions=x", "--model=m", "--output=o"], prog="evaluate")
+    given = parse(Options, [f"--config={path}", "--captions=x", "--model=m", "--output=o"], prog="evaluate")
     assert given.data.captions == "x"
 
 
@@ -362,7 +363,7 @@ def test_real_pictures_are_checked(evaluate: Evaluate, tmp_path: Path) -> None:
         ({"model": "assets/none"}, "assets/none does not exist"),
         ({"captions": "none.csv"}, "none.csv does not exist"),
         ({"count": 13}, "count is 13, but captions has 12 captions"),
-        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 0}, "--steps 0: must be >0"),
         ({"dtype": "float16"}, "dtype"),
         ({"negative_guidance": "nasa"}, "needs negative prompts: give --negative_prompt"),
         ({"negative_scale": 2}, "--negative_scale has no effect"),

@@ -5,11 +5,10 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
+from commands.config_files import content_of
 from tests.test_configs import command_for
 from tests.test_sbv2_configs import EXPERIMENTS, step
 from tests.tiny_judges import CLIP, tiny_decoder
@@ -22,11 +21,6 @@ NAMES = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
 RECIPES = [f"{backbone}_swiftbrush" for backbone in ("sd15", "sd21", "sdxl", "pixart")]
 
 
-def content_of(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return content
-
-
 def test_the_others_are_there() -> None:
     assert ELSEWHERE <= NAMES and set(RECIPES) <= NAMES - ELSEWHERE
 
@@ -34,7 +28,7 @@ def test_the_others_are_there() -> None:
 @pytest.mark.parametrize("name", sorted(NAMES - ELSEWHERE))
 def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
     """All settings but models, prompts and the batch are the file's own."""
-    content = content_of(name)
+    content = content_of(EXPERIMENTS / f"{name}.yaml")
     family = name.split("_")[0]
     teacher = backbone_folder(family if family in ("sdxl", "pixart") else "sd15")
     prompts = json.dumps([f"a red cat {number}" for number in range(4)])
@@ -62,7 +56,7 @@ def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_have_the_papers_numbers(name: str) -> None:
     """SwiftBrush's command; the length and the batch are those of the paper with this backbone."""
-    content = content_of(name)
+    content = content_of(EXPERIMENTS / f"{name}.yaml")
     model, data = content["model"]["init_args"], content["data"]["init_args"]
     objective = model["objective"]["init_args"]
     assert (objective["guidance_scale"], objective["prompt_dropout"]) == (4.5, 0.1)

@@ -481,7 +481,7 @@ def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: P
         (("--prompt", " "), "A --prompt is empty"),
         (("--prompts-file", tmp_path / "nofile"), "nofile does not exist"),
         (("--prompts-file", tmp_path / "file"), "file is empty"),
-        (("--prompts-file", tmp_path / "latin"), "line 2"),
+        (("--prompts-file", tmp_path / "latin"), "row 2"),
         ((*cat, "--model", tmp_path / "gone"), "gone does not exist"),
         ((*cat, "--model", tmp_path / "gone.ckpt"), "gone.ckpt does not exist"),
         ((*cat, "--num-images", 0), "--num-images 0: must be >0"),

@@ -3,11 +3,10 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
+from commands.config_files import content_of
 from tests.backbones import write_backbone
 from tests.test_sbv2_configs import EXPERIMENTS, step
 from tests.tiny_judges import CLIP, tiny_decoder
@@ -15,11 +14,6 @@ from tests.tiny_judges import CLIP, tiny_decoder
 # largest kappa, prompts per update and updates, by backbone (version 3 of the paper)
 PAPER = {"sd15": (4.0, 64, 60000), "sd21": (4.0, 64, 40000), "pixart": (3.0, 32, 50000)}
 NEGATIVES = ["blurry", "a red cat", "green"]
-
-
-def settings(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return content
 
 
 def values(root: Path, name: str) -> dict[str, float]:
@@ -41,7 +35,7 @@ def check_update(root: Path, name: str, high: float) -> None:
 @pytest.mark.parametrize("kind", ["pgsb", "nasat"])
 @pytest.mark.parametrize("backbone", PAPER)
 def test_real_backbones_have_the_papers_numbers(backbone: str, kind: str) -> None:
-    content = settings(f"{backbone}_{kind}")
+    content = content_of(EXPERIMENTS / f"{backbone}_{kind}.yaml")
     model, high = content["model"]["init_args"], PAPER[backbone][0]
     objective, data = model["objective"]["init_args"], content["data"]["init_args"]
     assert objective["guidance_scale"]["init_args"] == {"low": 0.5, "high": high, "per_sample": False}

@@ -47,9 +47,7 @@ class ImageMetric(Metric):
     def __init__(self, spec: ExtractorSpec | None = None, reference: str | None = None) -> None:
         super().__init__()
         self.spec, self.reference_path = spec, reference
-        # Through __dict__, past torch's module registry: the network is shared, and is nobody's child.
-        self.__dict__["_extractor"] = None
-        self.__dict__["reference"] = None
+        self._bound: tuple[FeatureExtractor, ReferenceStatistics | None] | None = None
 
     @property
     def extractor(self) -> FeatureExtractor:
@@ -58,10 +56,15 @@ class ImageMetric(Metric):
         Raises:
             RuntimeError: ``bind`` was not called.
         """
-        extractor = self.__dict__["_extractor"]
-        if extractor is None:
+        if self._bound is None:
             raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
-        return extractor
+        return self._bound[0]
+
+    @property
+    def reference(self) -> ReferenceStatistics:
+        """The statistics of real pictures, for metrics that need some."""
+        assert self._bound is not None and self._bound[1] is not None
+        return self._bound[1]
 
     def bind(
         self,
@@ -85,8 +88,16 @@ class ImageMetric(Metric):
             raise UserError(f"{self.name} needs a network that sees the pictures: name one in its settings")
         if device is not None:
             chosen.to(device)
-        self.__dict__["_extractor"] = chosen
-        self.__dict__["reference"] = self._reference_for(chosen, reference) if self.needs_reference else None
+        statistics = None
+        if self.needs_reference:
+            source = open_reference(self.reference_path) if self.reference_path is not None else reference
+            if source is None:
+                raise UserError(
+                    f"{self.name} needs statistics of real pictures: set `reference`, make one with "
+                    "scripts/make_reference.py, or take the metric out of `metrics`"
+                )
+            statistics = source.statistics(chosen, self.needs_reference_features)
+        self._bound = (chosen, statistics)
         if "count" not in self._defaults:
             self.add_sum("count", dtype=torch.long)
             self.setup_states(chosen.width)
@@ -96,27 +107,6 @@ class ImageMetric(Metric):
         """Add a state of this shape that begins at zero and is summed over the processes."""
         zeros = torch.zeros(shape, dtype=dtype, device=self.device)
         self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def _reference_for(
-        self, extractor: FeatureExtractor, given: ReferenceSource | None
-    ) -> ReferenceStatistics:
-        source = open_reference(self.reference_path) if self.reference_path is not None else given
-        if source is None:
-            raise UserError(
-                f"{self.name} needs statistics of real pictures: set `reference`, make one with "
-                "scripts/make_reference.py, or take the metric out of `metrics`"
-            )
-        reference = source.statistics(extractor, self.needs_reference_features)
-        reference.require_extractor(extractor)
-        return reference
-
-    @property
-    def _reference(self) -> ReferenceStatistics:
-        """The statistics given to ``bind``, for metrics that need some."""
-        reference = self.__dict__["reference"]
-        if reference is None:
-            raise RuntimeError(f"{type(self).__name__}.bind() must come before the first update")
-        return reference
 
     def prepare(
         self,
@@ -140,36 +130,21 @@ class ImageMetric(Metric):
 
         Args:
             positions: [B], the places of the prompts in the list given to ``prepare``.
-
-        Raises:
-            ValueError: numbers of pictures, prompts and positions differ.
-            UserError: a picture holds NaN or infinity.
         """
-        places = list(range(len(prompts))) if positions is None else [int(place) for place in positions]
-        if not len(images) == len(prompts) == len(places):
+        places = None if positions is None else [int(place) for place in positions]
+        if len(images) != len(prompts) or (places is not None and len(places) != len(prompts)):
             raise ValueError(
                 f"{len(images)} pictures, but {len(prompts)} prompts"
-                + ("" if positions is None else f" and {len(places)} positions")
+                + ("" if places is None else f" and {len(places)} positions")
             )
         keep = [i for i in range(len(prompts)) if is_padding is None or not bool(is_padding[i])]
         if not keep:
             return
-        self._refuse_broken(images, prompts, keep)
         # The whole batch goes through the extractor, whose memory of the last batch the metrics share.
         features = self.extractor.image_features(images)[keep]
-        kept_places = None if positions is None else [places[i] for i in keep]
+        kept_places = None if places is None else [places[i] for i in keep]
         self._add(features, [prompts[i] for i in keep], kept_places)
         self.count += len(keep)
-
-    def _refuse_broken(self, images: Tensor, prompts: list[str], keep: list[int]) -> None:
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
-        broken = [i for i in keep if not finite[i]]
-        if broken:
-            raise UserError(
-                f"{self.name} can't be measured: {len(broken)} of {len(keep)} pictures hold NaN or infinity, "
-                f"the first one that of the prompt {prompts[broken[0]]!r}; look for the step where the "
-                "generator's output stops being finite (in half precision: try bf16 or fp32)"
-            )
 
     def compute(self) -> Tensor:
         """The value over all processes, as a float64 scalar.
@@ -199,27 +174,20 @@ class ImageMetric(Metric):
         return {name: getattr(self, name).detach().cpu().clone() for name in self._defaults}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Add what a ``snapshot`` holds, possibly one of another process; the settings must be the same.
-
-        Raises:
-            ValueError: it is a snapshot of another metric or other settings.
-        """
-        states = {name: getattr(self, name) for name in self._defaults}
-        if {n: s.shape for n, s in states.items()} != {n: snapshot[n].shape for n in snapshot if n in states}:
-            raise ValueError(f"this is no snapshot of {self.name} with these settings: {sorted(snapshot)}")
-        for name, state in states.items():
+        """Add what a ``snapshot`` holds, possibly one of another process; the settings must be the same."""
+        for name in self._defaults:
+            state = getattr(self, name)
             state += snapshot[name].to(state.device)
         self._update_count += 1  # torchmetrics warns about values computed before any update
         self._computed = None
 
     def key(self) -> dict[str, Any]:
         """Everything but the pictures that the value depends on, for caches."""
-        reference = self.__dict__["reference"]
         return {
             "metric": self.name,
             "metric_version": self.version,
             "extractor": self.extractor.content_hash,
-            "reference": reference.content_hash if self.needs_reference else None,
+            "reference": self.reference.content_hash if self.needs_reference else None,
         } | self.settings()
 
     def settings(self) -> dict[str, Any]:
@@ -231,12 +199,12 @@ class ImageMetric(Metric):
         details = {
             "extractor": self.extractor.name,
             "extractor_hash": self.extractor.content_hash,
-            "preprocessing": self.extractor.preprocessing.describe(),
+            "preprocessing": self.extractor.preprocessing,
             "metric_version": self.version,
         } | self.settings()
         if self.needs_reference:
-            details["reference_num_images"] = self._reference.num_images
-            details["reference_hash"] = self._reference.content_hash
+            details["reference_num_images"] = self.reference.num_images
+            details["reference_hash"] = self.reference.content_hash
         return details
 
     @abstractmethod
@@ -258,15 +226,7 @@ def bind_metrics(
     reference: ReferenceSource | None,
     device: torch.device,
 ) -> None:
-    """Give all metrics network and reference; a folder goes through each network once. Collective.
-
-    Args:
-        metrics: what to measure.
-        extractor, reference, device: as for ``ImageMetric.bind``.
-
-    Raises:
-        UserError: there is no network or no reference where one is needed, or none that serves.
-    """
+    """``ImageMetric.bind`` of all metrics; a reference folder goes through each network once. Collective."""
     # statistics with the features of single pictures serve the metrics that need none of those
     for metric in sorted(metrics, key=lambda metric: not metric.needs_reference_features):
         metric.bind(extractor, reference, device)

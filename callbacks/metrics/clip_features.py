@@ -5,7 +5,7 @@ saved from score the same.
 """
 
 import hashlib
-from dataclasses import dataclass
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from callbacks.metrics.extractors import (
-    ExtractorSpec,
-    FeatureExtractor,
-    Preprocessing,
-    in_threads,
-)
+from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, in_threads
 from common.errors import UserError
 from common.hashing import hash_file, hash_folder, to_uint8
 from lightning_modules.networks.clip_models import SCHEMES, Clip, OpenClip, TransformersClip
@@ -32,22 +27,20 @@ class TextImageExtractor(FeatureExtractor):
     """A CLIP: features of texts too, in the space of its image features; projected, not normalised.
 
     Args:
-        clip: the network.
-        preprocessing: pictures to pixel values.
-        name: of architecture and weights. ``path``: where the weights are; ``content_hash``: what they are.
+        clip: the network. The others as for ``FeatureExtractor``.
     """
 
-    def __init__(
-        self, clip: Clip, preprocessing: Preprocessing, name: str, path: Path, content_hash: str
-    ) -> None:
-        super().__init__()
-        self.clip, self.model, self.preprocessing = clip, clip.model, preprocessing
-        self.name, self.path, self.content_hash = name, path, content_hash
-        self.max_length = clip.max_length
+    def __init__(self, clip: Clip, name: str, path: Path, content_hash: str, preprocessing: str) -> None:
+        super().__init__(name, path, content_hash, preprocessing)
+        self.clip, self.model, self.max_length = clip, clip.model, clip.max_length
         self.width = self.text_features(["a"]).shape[1]
 
+    @abstractmethod
+    def pixels(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to what the network reads, [B, 3, h, w]."""
+
     def _image_features(self, images: Tensor) -> Tensor:
-        return self.clip.encode_pixels(self.preprocessing(images).to(self.device))
+        return self.clip.encode_pixels(self.pixels(images).to(self.device))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """Features [B, D], fp32, not normalised. Longer texts are cut and keep their end token."""
@@ -57,36 +50,6 @@ class TextImageExtractor(FeatureExtractor):
     def count_truncated(self, texts: list[str]) -> int:
         """How many of the texts are longer than ``max_length`` tokens."""
         return sum(length > self.max_length for length in self.clip.lengths(texts))
-
-
-class ClipPreprocessing:
-    """A folder's image processor (resize, crop, rescale, normalise), on 8-bit pictures.
-
-    Args:
-        processor: transformers' ``AutoImageProcessor``.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to the model's pixel values [B, 3, h, w]."""
-        pixels = self.processor(
-            to_uint8(images), input_data_format="channels_first", disable_grouping=False, return_tensors="pt"
-        )["pixel_values"]
-        return pixels.float()
-
-    def describe(self) -> str:
-        """One line for manifests, e.g. ``8-bit, resize shortest_edge=64 bicubic, centre crop 64x64``."""
-        settings, parts = self.processor.to_dict(), ["8-bit"]
-        if settings.get("do_resize", True):
-            sizes = [
-                f"{name}={value}" for name, value in sorted(settings["size"].items()) if value is not None
-            ]
-            parts.append(f"resize {' '.join(sizes)} {_RESAMPLING[int(settings['resample'])]}")
-        if settings.get("do_center_crop", False):
-            parts.append(f"centre crop {settings['crop_size']['height']}x{settings['crop_size']['width']}")
-        return ", ".join(parts)
 
 
 class ClipExtractor(TextImageExtractor):
@@ -106,68 +69,61 @@ class ClipExtractor(TextImageExtractor):
                 f"no CLIP model in {str(path)!r} (config.json is missing): give a folder that CLIPModel loads"
             )
         clip = TransformersClip(str(folder))
-        super().__init__(clip, ClipPreprocessing(clip.processor), folder.name, folder, hash_folder(folder))
+        super().__init__(clip, folder.name, folder, hash_folder(folder), _in_words(clip.processor))
 
-    def _image_features(self, images: Tensor) -> Tensor:
-        return super()._image_features(images.to(self.device))
-
-
-@dataclass(frozen=True)
-class ClipFolder:
-    """A CLIP folder as a specification: equal folders are one network."""
-
-    path: Path
-
-    def load(self) -> ClipExtractor:
-        """Load it, on the CPU."""
-        return ClipExtractor(self.path)
+    def pixels(self, images: Tensor) -> Tensor:
+        return processed(self.clip.processor, images.to(self.device))
 
 
-class OpenClipPreprocessing:
-    """An open_clip network's own transform, applied to 8-bit pictures one at a time."""
-
-    def __init__(self, clip: OpenClip) -> None:
-        self.transform, self.settings = clip.transform, clip.settings
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to the model's pixel values [B, 3, h, w]."""
-        pixels = list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
-        return torch.stack(in_threads(lambda values: self.transform(Image.fromarray(values)), pixels))
-
-    def describe(self) -> str:
-        """One line for manifests."""
-        size, mode = self.settings["size"], self.settings["resize_mode"]
-        return f"8-bit, open_clip resize {mode} to {size} {self.settings['interpolation']}"
+def processed(processor: Any, images: Tensor) -> Tensor:
+    """Pixel values [B, 3, h, w] that transformers' image processor makes of the 8-bit pictures."""
+    pixels: Tensor = processor(
+        to_uint8(images), input_data_format="channels_first", disable_grouping=False, return_tensors="pt"
+    )["pixel_values"]
+    return pixels.float()
 
 
-@dataclass(frozen=True)
-class OpenClipNetwork:
-    """An open_clip model as a specification.
+def _in_words(processor: Any) -> str:
+    """One line for manifests, e.g. ``8-bit, resize shortest_edge=64 bicubic, centre crop 64x64``."""
+    settings, parts = processor.to_dict(), ["8-bit"]
+    if settings.get("do_resize", True):
+        sizes = [f"{name}={value}" for name, value in sorted(settings["size"].items()) if value is not None]
+        parts.append(f"resize {' '.join(sizes)} {_RESAMPLING[int(settings['resample'])]}")
+    if settings.get("do_center_crop", False):
+        parts.append(f"centre crop {settings['crop_size']['height']}x{settings['crop_size']['width']}")
+    return ", ".join(parts)
 
-    Attributes:
+
+class OpenClipExtractor(TextImageExtractor):
+    """A network of open_clip with its own transform, applied to 8-bit pictures one at a time.
+
+    Args:
         model: architecture known to open_clip, or ``local-dir:<folder>``, or ``hf-hub:<owner>/<name>``.
         pretrained: open_clip's tag of the weights, or their file; None with a folder or a hub name.
+
+    Raises:
+        UserError: open_clip is not installed, or it can't load the model.
     """
 
-    model: str
-    pretrained: str | None = None
+    clip: OpenClip
 
-    def load(self) -> TextImageExtractor:
-        """Load it, on the CPU.
-
-        Raises:
-            UserError: open_clip is not installed, or it can't load the model.
-        """
-        clip = OpenClip(self.model, self.pretrained)
-        path = Path(self.pretrained or self.model.split(":", 1)[-1])
-        if self.model.startswith(SCHEMES[0]):
-            weights = hash_folder(self.model.removeprefix(SCHEMES[0]))
+    def __init__(self, model: str, pretrained: str | None = None) -> None:
+        clip = OpenClip(model, pretrained)
+        path = Path(pretrained or model.split(":", 1)[-1])
+        if model.startswith(SCHEMES[0]):
+            weights = hash_folder(model.removeprefix(SCHEMES[0]))
         elif path.is_file():
-            weights = f"{self.model} {hash_file(path)}"
+            weights = f"{model} {hash_file(path)}"
         else:  # a tag names weights that never change
-            weights = f"{self.model} {self.pretrained}"
+            weights = f"{model} {pretrained}"
         content = hashlib.sha256(f"open_clip {weights}".encode()).hexdigest()
-        return TextImageExtractor(clip, OpenClipPreprocessing(clip), clip.name, path, content)
+        size, mode, filter_ = (clip.settings[key] for key in ("size", "resize_mode", "interpolation"))
+        words = f"8-bit, open_clip resize {mode} to {size} {filter_}"
+        super().__init__(clip, clip.name, path, content, words)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        values = list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
+        return torch.stack(in_threads(lambda pixels: self.clip.transform(Image.fromarray(pixels)), values))
 
 
 def clip_network(model: str | None, pretrained: str | None = None) -> ExtractorSpec | None:
@@ -181,6 +137,6 @@ def clip_network(model: str | None, pretrained: str | None = None) -> ExtractorS
     if model is None:
         return None
     if pretrained is None and not model.startswith(SCHEMES):
-        return ClipFolder(asset_path(model))
+        return ClipExtractor, asset_path(model)
     file = None if pretrained is None else asset_path(pretrained)
-    return OpenClipNetwork(model, str(file) if file is not None and file.is_file() else pretrained)
+    return OpenClipExtractor, model, str(file) if file is not None and file.is_file() else pretrained

@@ -3,8 +3,7 @@
 Hessel et al. 2021, without its factor 2.5 and without its clamp at zero.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from callbacks.metrics.extractors import FeatureExtractor
 from common.errors import UserError
 
 
-@dataclass(frozen=True)
-class ClipPreset:
+class ClipPreset(NamedTuple):
     """A published choice of network and prefix."""
 
     model: str
@@ -70,12 +68,12 @@ class ClipScore(ImageMetric):
             prefix = preset.prefix if prefix is None else prefix
         super().__init__(clip_network(model, pretrained))
         self.prefix, self.scale = prefix or "", float(scale)
-        self.num_truncated = 0
 
     def setup_states(self, width: int) -> None:
         """Sum of cosines, and how many prompts were cut."""
         self.add_sum("total")
         self.add_sum("truncated", dtype=torch.long)
+        self.num_truncated = 0
 
     def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         extractor, texts = text_extractor(self.extractor, self.name), [self.prefix + p for p in prompts]
@@ -102,11 +100,7 @@ def cosines(features: Tensor, texts: Tensor) -> Tensor:
 
 
 def text_extractor(extractor: FeatureExtractor, metric: str) -> TextImageExtractor:
-    """The extractor, if it reads texts.
-
-    Raises:
-        UserError: it does not.
-    """
+    """The extractor, if it reads texts; else a UserError."""
     if not isinstance(extractor, TextImageExtractor):
         raise UserError(f"{metric} needs a CLIP, and {extractor.name} reads no texts: name a CLIP as `model`")
     return extractor

@@ -1,7 +1,7 @@
 """Feature extractors: the networks that see the pictures, and how metrics share them.
 
-A metric names its extractor by a specification (a small frozen dataclass). Metrics with equal specifications
-share one loaded network, and several metrics on one network cost one pass for each batch.
+A metric names its network by the extractor's class and its arguments. Metrics that name equal ones share one
+loaded network, and several metrics on one network cost one pass for each batch.
 """
 
 import os
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,38 +17,27 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Preprocessing(Protocol):
-    """Crop, resize and normalisation in front of a network."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to what the network reads."""
-
-    def describe(self) -> str:
-        """One line for manifests."""
+ExtractorSpec = tuple[Any, ...]
+"""The class of an extractor and its arguments, which can be hashed."""
 
 
 class FeatureExtractor(ABC):
     """A frozen network that turns pictures into features. A plain object, no module: no checkpoint holds it.
 
-    A subclass sets the attributes and implements ``_image_features`` and ``device``/``to`` of its network.
+    A subclass sets ``model`` and ``width`` (the number of features) and implements ``_image_features``.
 
-    Attributes:
+    Args:
         name: the network, in words. ``path``: where its weights are.
-        width: number of features.
         content_hash: SHA-256 of everything that makes the features what they are.
-        preprocessing: what happens to the pictures before the network.
+        preprocessing: what happens to the pictures before the network, in words.
     """
 
-    name: str
-    path: Path
     width: int
-    content_hash: str
-    preprocessing: Preprocessing
     model: Any
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, path: Path, content_hash: str, preprocessing: str) -> None:
+        self.name, self.path = name, path
+        self.content_hash, self.preprocessing = content_hash, preprocessing
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -56,11 +45,10 @@ class FeatureExtractor(ABC):
         """Where the network is."""
         return next(iter(self.model.parameters())).device
 
-    def to(self, device: torch.device | str) -> "FeatureExtractor":
-        """Move the network; returns itself."""
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
         self.model.to(device)
         self._last = None
-        return self
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -68,46 +56,42 @@ class FeatureExtractor(ABC):
 
         The features of the last batch are kept, so that several metrics cost one pass.
         """
-        if self._last is not None and self._last[0] is images:
-            return self._last[1]
-        with torch.autocast(self.device.type, enabled=False):
-            features = self._image_features(images)
-        self._last = (images, features)
-        return features
+        if self._last is None or self._last[0] is not images:
+            with torch.autocast(self.device.type, enabled=False):
+                self._last = (images, self._image_features(images))
+        return self._last[1]
 
     @abstractmethod
     def _image_features(self, images: Tensor) -> Tensor:
         """Features [B, D], fp32, of pictures [B, 3, H, W] in [0, 1], under ``no_grad`` and in fp32."""
 
 
-class ExtractorSpec(Protocol):
-    """What to load: a frozen dataclass, so that equal ones are one network."""
-
-    def load(self) -> FeatureExtractor:
-        """Load the network, on the CPU.
-
-        Raises:
-            UserError: it can't be loaded.
-        """
-
-    def __hash__(self) -> int: ...
-
-
 _LOADED: WeakValueDictionary[ExtractorSpec, FeatureExtractor] = WeakValueDictionary()
 
 
 def shared_extractor(spec: ExtractorSpec) -> FeatureExtractor:
-    """The extractor of this specification, loaded once and kept for as long as somebody uses it."""
+    """The extractor that this names, loaded once (on the CPU) and kept for as long as somebody uses it."""
     extractor = _LOADED.get(spec)
     if extractor is None:
-        extractor = _LOADED[spec] = spec.load()
+        kind, *arguments = spec
+        extractor = _LOADED[spec] = kind(*arguments)
     return extractor
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """``[function(item) for item in items]``, on as many threads as torch may use: PIL gives up the GIL."""
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1, len(items))
-    if threads < 2:
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    if threads < 2:  # a thread in a forked process may wait for ever
         return [function(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
+
+
+def by_size(images: Tensor | Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Batches [b, 3, H, W] of pictures of equal size, with the places of these in the list."""
+    if isinstance(images, Tensor):
+        return [(list(range(len(images))), images)]
+    sizes: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    return [(members, torch.stack([images[i] for i in members])) for members in sizes.values()]

@@ -65,18 +65,15 @@ class GaussianDistance(ImageMetric):
 
     def _value(self) -> Tensor:
         mean, covariance = mean_and_covariance(self.total.cpu(), self.outer.cpu(), int(self.count))
-        reference = self._reference
-        self._warn_if_few(len(mean), reference.num_images)
-        return frechet_distance(mean, covariance, reference.mean, reference.covariance)
-
-    def _warn_if_few(self, width: int, num_references: int) -> None:
-        for count, what in [(self.num_images, "pictures"), (num_references, "real pictures")]:
+        reference, width = self.reference, len(mean)
+        for count, what in [(self.num_images, "pictures"), (reference.num_images, "real pictures")]:
             if count < width and rank_and_world_size()[0] == 0:
                 warnings.warn(
                     f"{self.name} of {count} {what} with {width} features: fewer pictures than features, so "
                     "the value is dominated by its bias and comparable only at the same counts",
                     stacklevel=2,
                 )
+        return frechet_distance(mean, covariance, reference.mean, reference.covariance)
 
     def details(self) -> dict[str, Any]:
         """The extractor and the reference, and a note when there are too few pictures for a fair one."""

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,30 @@ TENTHS = 10
 """The spread is the standard deviation over the means of this many consecutive parts of each style."""
 
 
-class LongestSidePreprocessing:
-    """Resize the longest side, centre on black, normalise: on pictures in [0, 1], not on 8-bit ones.
+class HPSExtractor(TextImageExtractor):
+    """The network of HPSv2, which sees the whole picture: longest side resized, padded to a square.
 
     Args:
-        size: side of the square that the network reads.
-        mean, std: of the three channels.
+        version: "v2.0" or "v2.1".
+        checkpoint: its file, or a folder that holds it; None: HPSv2's folder, or the hub's cache.
+        architecture: open_clip's name.
+
+    Raises:
+        UserError: open_clip is not installed, the checkpoint is missing or no such checkpoint.
     """
 
-    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.size = size
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    def __init__(self, version: str, checkpoint: Path | None, architecture: str) -> None:
+        file = find_checkpoint(version, checkpoint)
+        clip = OpenClip(architecture, str(file))
+        size, self.mean, self.std = (clip.settings[name] for name in ("size", "mean", "std"))
+        self.size: int = size if isinstance(size, int) else size[0]
+        name = f"HPS{version} (open_clip {architecture})"
+        content = hashlib.sha256(f"hps {architecture} {hash_file(file)}".encode()).hexdigest()
+        words = f"8-bit in memory (no JPEG), longest side to {self.size} by antialiased bicubic, padded"
+        super().__init__(clip, name, file, content, words)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to pixel values [B, 3, size, size]."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """Resized and centred on black in [0, 1], not in 8 bits, then normalised."""
         values = to_uint8(images).float() / 255
         height, width = values.shape[-2:]
         scale = self.size / max(height, width)
@@ -51,47 +60,7 @@ class LongestSidePreprocessing:
             values = TF.resize(values, [height, width], InterpolationMode.BICUBIC, antialias=True)
         left, top = (self.size - width) // 2, (self.size - height) // 2
         padding = [left, top, self.size - width - left, self.size - height - top]
-        values = TF.pad(values, padding, fill=0)
-        return (values - self.mean.to(values.device)) / self.std.to(values.device)
-
-    def describe(self) -> str:
-        return f"8-bit in memory (no JPEG), longest side to {self.size} by antialiased bicubic, padded"
-
-
-@dataclass(frozen=True)
-class HPSNetwork:
-    """The network of HPSv2 as a specification.
-
-    Attributes:
-        version: "v2.0" or "v2.1".
-        checkpoint: its file, or a folder that holds it; None: HPSv2's folder, or the hub's cache.
-        architecture: open_clip's name.
-    """
-
-    version: str
-    checkpoint: Path | None = None
-    architecture: str = "ViT-H-14"
-
-    def __post_init__(self) -> None:
-        if self.version not in HPS_FILES:
-            raise UserError(
-                f"hpsv2: version {self.version!r} is unknown: choose one of {', '.join(HPS_FILES)} (their "
-                "scores can't be compared with each other)"
-            )
-
-    def load(self) -> TextImageExtractor:
-        """Find and load it, on the CPU.
-
-        Raises:
-            UserError: open_clip is not installed, the checkpoint is missing or no such checkpoint.
-        """
-        file = find_checkpoint(self.version, self.checkpoint)
-        clip = OpenClip(self.architecture, str(file))
-        size, mean, std = (clip.settings[name] for name in ("size", "mean", "std"))
-        preprocessing = LongestSidePreprocessing(size if isinstance(size, int) else size[0], mean, std)
-        name = f"HPS{self.version} (open_clip {self.architecture})"
-        content = hashlib.sha256(f"hps {self.architecture} {hash_file(file)}".encode()).hexdigest()
-        return TextImageExtractor(clip, preprocessing, name, file, content)
+        return TF.normalize(TF.pad(values, padding, fill=0), list(self.mean), list(self.std))
 
 
 def find_checkpoint(version: str, path: Path | None = None) -> Path:
@@ -103,18 +72,18 @@ def find_checkpoint(version: str, path: Path | None = None) -> Path:
     name = HPS_FILES[version]
     folder = Path(os.environ.get("HPS_ROOT") or Path.home() / ".cache" / "hpsv2")
     if path is not None:
-        places = [path / name if path.is_dir() else path]
+        places, looked = [path / name if path.is_dir() else path], str(path)
     else:
         hub = try_to_load_from_cache(HPS_REPOSITORY, name)
         places = [folder / name, *([Path(hub)] if isinstance(hub, str) else [])]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        looked = str(places[0]) + ("" if path is not None else f" and the hub's cache of {HPS_REPOSITORY}")
-        raise UserError(
-            f"hpsv2 {version}: no checkpoint; looked for {looked}. Get it with "
-            f"`hf download {HPS_REPOSITORY} {name} --local-dir {folder}`, or name its file as `checkpoint`"
-        )
-    return found
+        looked = f"{places[0]} and the hub's cache of {HPS_REPOSITORY}"
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(
+        f"hpsv2 {version}: no checkpoint; looked for {looked}. Get it with "
+        f"`hf download {HPS_REPOSITORY} {name} --local-dir {folder}`, or name its file as `checkpoint`"
+    )
 
 
 class HPSv2(ImageMetric):
@@ -142,14 +111,18 @@ class HPSv2(ImageMetric):
     truncated: Tensor
 
     def __init__(self, version: str, checkpoint: str | None = None, architecture: str = "ViT-H-14") -> None:
+        if version not in HPS_FILES:
+            raise UserError(
+                f"hpsv2: version {version!r} is unknown: choose one of {', '.join(HPS_FILES)} (their "
+                "scores can't be compared with each other)"
+            )
         path = None if checkpoint is None else asset_path(checkpoint)
-        super().__init__(HPSNetwork(version, path, architecture))
+        super().__init__((HPSExtractor, version, path, architecture))
         self.hps_version = version
         self.styles: list[str] = []
-        self.num_truncated = 0
         self._cells: list[tuple[int, int]] = []
+        self._told: dict[str, Any] = {}
         self._style_results: dict[str, dict[str, Any]] = {}
-        self._spread: float | None = None
 
     def prepare(
         self,
@@ -157,14 +130,8 @@ class HPSv2(ImageMetric):
         groups: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
     ) -> None:
-        """Learn the style of every prompt (one style if there are no groups); forgets earlier pictures.
-
-        Raises:
-            ValueError: numbers of captions and groups differ.
-        """
+        """Learn the style of every prompt (one style if there are no groups); forgets earlier pictures."""
         names = list(groups) if groups is not None else ["all"] * len(captions)
-        if len(names) != len(captions):
-            raise ValueError(f"{len(captions)} captions, but {len(names)} groups")
         self.styles = list(dict.fromkeys(names))
         sizes, seen = Counter(names), dict.fromkeys(self.styles, 0)
         self._cells = []
@@ -195,7 +162,6 @@ class HPSv2(ImageMetric):
         self.truncated += extractor.count_truncated(prompts)
 
     def _value(self) -> Tensor:
-        self.num_truncated = int(self.truncated)
         totals, counts = 100 * self.totals.cpu(), self.counts.cpu()
         used = counts.sum(1) > 0
         means, tenths = totals.sum(1) / counts.sum(1), totals / counts
@@ -209,7 +175,12 @@ class HPSv2(ImageMetric):
             for i, style in enumerate(self.styles)
             if used[i]
         }
-        self._spread = _number(tenths[used].mean(0).std(correction=0))
+        spread = _number(tenths[used].mean(0).std(correction=0))
+        self._told = {
+            "styles": self._style_results,
+            "spread": spread,
+            "truncated_prompts": int(self.truncated),
+        }
         return means[used].mean()
 
     def settings(self) -> dict[str, Any]:
@@ -218,19 +189,18 @@ class HPSv2(ImageMetric):
 
     def details(self) -> dict[str, Any]:
         """Means of the styles, spreads, and what differs from the repository's own evaluation."""
-        return super().details() | {
-            "styles": self._style_results,
-            "spread": self._spread,
+        return super().details() | self._told | {
             "spread_is": f"standard deviation over {TENTHS} consecutive parts of each style",
             "scale": 100,
-            "truncated_prompts": self.num_truncated,
             "differs": "fp32 on pictures in memory; HPSv2's own script reads JPEG files in mixed precision",
-        }
+        }  # fmt: skip
 
     def results(self) -> dict[str, dict[str, Any]]:
         """``hpsv2``, the mean over the styles, and ``hpsv2/<style>`` of each. Collective."""
         overall = self.result()
-        shared = {k: v for k, v in overall["details"].items() if k not in ("styles", "spread")}
+        if len(self._style_results) < 2:
+            return {self.name: overall}
+        shared = {k: v for k, v in overall["details"].items() if k != "styles"}
         styles = {
             f"{self.name}/{style}": {
                 "value": found["value"],
@@ -239,7 +209,7 @@ class HPSv2(ImageMetric):
             }
             for style, found in self._style_results.items()
         }
-        return {self.name: overall} | (styles if len(styles) > 1 else {})
+        return {self.name: overall} | styles
 
 
 def _number(value: Tensor) -> float | None:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import platform
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,59 +17,39 @@ from cleanfid.downloads_helper import check_download_inception, inception_url
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from callbacks.metrics.extractors import FeatureExtractor, in_threads
+from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, in_threads
 from common.errors import UserError, first_line
 from common.files import user_cache_dir
 from common.hashing import hash_file, to_uint8
-from common.processes import from_every_rank, from_rank_zero, rank_and_world_size
+from common.processes import from_every_rank, rank_and_world_size
 from lightning_modules.networks.model_names import asset_path
 
 log = logging.getLogger(__name__)
 FILE = "inception-2015-12-05.pt"
-WIDTH = 2048
 MODES = ("clean", "legacy_tensorflow")
 CLEANFID_CACHE = Path("./" if platform.system() == "Windows" else "/tmp")
-
-
-class InceptionPreprocessing:
-    """clean-fid's resizing: bicubic by PIL in floating point (``clean``), or inside the network.
-
-    Args:
-        mode: "clean" or "legacy_tensorflow".
-    """
-
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
-        self._resize = build_resizer(mode)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to [B, 3, 299, 299] or [B, 3, H, W] in [0, 255]."""
-        pixels = to_uint8(images)
-        if self.mode == "legacy_tensorflow":
-            return pixels.float() / 255 * 255  # not always the same number: clean-fid's way through [0, 1]
-        resized = in_threads(self._resize, list(pixels.permute(0, 2, 3, 1).cpu().numpy()))
-        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
-
-    def describe(self) -> str:
-        return f"8-bit, clean-fid mode {self.mode}, 299x299"
 
 
 class InceptionExtractor(FeatureExtractor):
     """The frozen Inception network, on one device, in fp32.
 
     Args:
-        path: its TorchScript file. ``mode``: clean-fid's, "clean" or "legacy_tensorflow".
+        path: its TorchScript file, or a folder that holds it; None: as ``find_inception`` does.
+        mode: clean-fid's: "clean" (bicubic by PIL, in floating point) or "legacy_tensorflow" (inside the
+            network).
 
     Raises:
         UserError: the file is no TorchScript network, or (when used) not this one.
     """
 
-    width = WIDTH
+    width = 2048
 
-    def __init__(self, path: Path, mode: str = "clean") -> None:
-        super().__init__()
-        self.path, self.mode = path, mode
-        self.name = f"Inception v3 ({path.stem}), mode {mode}"
+    def __init__(self, path: Path | None = None, mode: str = "clean") -> None:
+        path = find_inception(path)
+        content = hashlib.sha256(f"{hash_file(path)} {mode}".encode()).hexdigest()
+        name, words = f"Inception v3 ({path.stem}), mode {mode}", f"8-bit, clean-fid mode {mode}, 299x299"
+        super().__init__(name, path, content, words)
+        self.mode, self._resize = mode, build_resizer(mode)
         try:
             with warnings.catch_warnings():
                 # The network exists as TorchScript only, whatever torch thinks of the format.
@@ -81,15 +60,16 @@ class InceptionExtractor(FeatureExtractor):
                 f"{str(path)!r} can't be loaded as a TorchScript network: {first_line(error)} "
                 f"Fetch {inception_url} again."
             ) from error
-        self.preprocessing = InceptionPreprocessing(mode)
-        self.content_hash = hashlib.sha256(f"{hash_file(path)} {mode}".encode()).hexdigest()
 
     def _image_features(self, images: Tensor) -> Tensor:
-        pixels = self.preprocessing(images).to(self.device)
+        pixels = to_uint8(images)
         if self.mode == "legacy_tensorflow":
-            features = self.model(pixels, return_features=True)
+            values = pixels.float() / 255 * 255  # not always the same number: clean-fid's way through [0, 1]
+            features = self.model(values.to(self.device), return_features=True)
         else:
-            features = self.model.layers.forward((pixels - 128) / 128)
+            resized = in_threads(self._resize, list(pixels.permute(0, 2, 3, 1).cpu().numpy()))
+            values = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device)
+            features = self.model.layers.forward((values - 128) / 128)
         features = features.flatten(1).float()
         if features.shape[1] != self.width:
             raise UserError(
@@ -99,37 +79,15 @@ class InceptionExtractor(FeatureExtractor):
         return features
 
 
-@dataclass(frozen=True)
-class InceptionNetwork:
-    """Inception as a specification.
-
-    Attributes:
-        path: its file, or a folder that holds it; None: clean-fid's cache, ours, or downloaded by clean-fid.
-        mode: clean-fid's, "clean" or "legacy_tensorflow".
+def inception_network(path: str | None, mode: str) -> ExtractorSpec:
+    """What a metric's settings name.
 
     Raises:
         UserError: the mode is unknown.
     """
-
-    path: Path | None = None
-    mode: str = "clean"
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"mode {self.mode!r} of clean-fid is unknown: choose one of {', '.join(MODES)}")
-
-    def load(self) -> InceptionExtractor:
-        """Find and load it, on the CPU; collective where it must be downloaded."""
-        return InceptionExtractor(find_inception(self.path), self.mode)
-
-
-def inception_network(path: str | None, mode: str) -> InceptionNetwork:
-    """The specification from a metric's settings.
-
-    Raises:
-        UserError: the mode is unknown.
-    """
-    return InceptionNetwork(None if path is None else asset_path(path), mode)
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} of clean-fid is unknown: choose one of {', '.join(MODES)}")
+    return InceptionExtractor, None if path is None else asset_path(path), mode
 
 
 def find_inception(path: Path | None = None) -> Path:
@@ -144,19 +102,13 @@ def find_inception(path: Path | None = None) -> Path:
             raise UserError(f"no Inception network at {str(file)!r}: fetch {inception_url}")
         return file
     places = [CLEANFID_CACHE / FILE, user_cache_dir() / FILE]
-    found = next((place for place in places if place.is_file()), None)
-    if any(from_every_rank(found is None)):
-        # One process fetches it; those of another machine, which still lack it, do so afterwards.
-        rank, _ = rank_and_world_size()
-        failure = from_rank_zero(_download(places) if rank == 0 and found is None else None)
-        found = next((place for place in places if place.is_file()), None)
-        if failure is None and found is None:
-            failure = _download(places)
-            found = places[-1]
-        if failure is not None:
+    rank = rank_and_world_size()[0]
+    # One process fetches it; those of another machine, which still lack it, do so afterwards.
+    for is_my_turn in (rank == 0, rank > 0):
+        missing = is_my_turn and not any(place.is_file() for place in places)
+        for failure in filter(None, from_every_rank(_download(places) if missing else None)):
             raise UserError(failure)
-    assert found is not None
-    return found
+    return next(place for place in places if place.is_file())
 
 
 def _download(places: list[Path]) -> str | None:

@@ -2,8 +2,8 @@
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.extractors import by_size
 from callbacks.metrics.unfinished import Unfinished
 from common.errors import UserError
 from common.processes import rank_and_world_size
-from datamodules.picture_files import Frame
+from datamodules.evaluation_sets import EvaluationSet
 
 Generate = Callable[[list[str], list[int]], Tensor]
 """Prompts and one seed for each, to pictures [B, 3, H, W] in [0, 1]."""
@@ -26,43 +27,14 @@ Result = dict[str, Any]
 """``{"value", "num_images", "details"}``."""
 Results = dict[str, Result]
 """By the metric's stable name."""
+Seconds = dict[str, float]
+"""Where the wall time on this process went: drawing (or reading) pictures; measuring, that is features and
+sums; statistics, that is values out of the sums, over all processes."""
 
 
 def results_of(name: str, results: Results) -> Results:
     """Those of one metric: its own, and those of its parts (``hpsv2/anime``)."""
     return {key: result for key, result in results.items() if key.partition("/")[0] == name}
-
-
-@dataclass(frozen=True)
-class FinalResults:
-    """What the last evaluation of a run found.
-
-    Attributes:
-        step: student updates done. ``weights``: "ema" or "online".
-        metrics: results of the student; ``teacher_metrics``: of each of the teacher's rows, if it was asked.
-        manifest: what a comparable measurement must share with this one.
-    """
-
-    step: int
-    weights: str
-    metrics: Results
-    teacher_metrics: dict[str, Results]
-    manifest: dict[str, Any]
-
-
-@dataclass
-class Stopwatch:
-    """Where the wall time of an evaluation went, in seconds, on this process.
-
-    Attributes:
-        drawing: making or reading pictures. ``measuring``: features and sums. ``statistics``: values out
-            of the sums, over all processes. ``images``: pictures drawn on this process.
-    """
-
-    drawing: float = 0.0
-    measuring: float = 0.0
-    statistics: float = 0.0
-    images: int = 0
 
 
 def evaluate_model(
@@ -72,43 +44,46 @@ def evaluate_model(
     batch_size: int,
     seeds: Sequence[int] | None = None,
     progress: str | None = None,
-    groups: Sequence[str] | None = None,
-    negatives: Sequence[str] | None = None,
-    frame: Frame | None = None,
 ) -> Results:
-    """``measure_pictures`` of what is drawn from captions and seeds; it takes its other arguments, too.
+    """``measure_set`` of plain captions.
 
     Args:
         generate: prompts and seeds to pictures.
         captions: what to draw. ``seeds``: one for each (default 0, 1, 2, ...).
-
-    Raises:
-        ValueError: no captions, or numbers of captions and seeds differ.
+        metrics, batch_size, progress: as for ``measure_pictures``.
     """
-    numbers = list(range(len(captions))) if seeds is None else list(seeds)
-    if not captions or len(numbers) != len(captions):
-        raise ValueError(
-            f"{len(captions)} captions and {len(numbers)} seeds: need one caption, and one seed for each"
-        )
+    numbers = range(len(captions)) if seeds is None else seeds
+    drawn = EvaluationSet("captions", list(captions), list(numbers))
+    return measure_set(generate, drawn, metrics, batch_size, progress)
+
+
+def measure_set(
+    generate: Generate,
+    drawn: EvaluationSet,
+    metrics: Sequence[ImageMetric],
+    batch_size: int,
+    progress: str | None = None,
+) -> Results:
+    """``measure_pictures`` of what is drawn from the set's captions and seeds."""
+    captions, seeds = drawn.captions, drawn.seeds
+    if not captions or len(seeds) != len(captions):
+        raise ValueError(f"{len(captions)} captions need one seed for each, and there are {len(seeds)}")
 
     def draw(places: list[int]) -> Tensor:
-        return generate([captions[i] for i in places], [numbers[i] for i in places])
+        return generate([captions[i] for i in places], [seeds[i] for i in places])
 
-    return measure_pictures(draw, captions, metrics, batch_size, progress, groups, negatives, frame)
+    return measure_pictures(draw, drawn, metrics, batch_size, progress)
 
 
 def measure_pictures(
     draw: Draw,
-    captions: Sequence[str],
+    drawn: EvaluationSet,
     metrics: Sequence[ImageMetric],
     batch_size: int,
     progress: str | None = None,
-    groups: Sequence[str] | None = None,
-    negatives: Sequence[str] | None = None,
-    frame: Frame | None = None,
     unfinished: Unfinished | None = None,
     on_pictures: OnPictures | None = None,
-    watch: Stopwatch | None = None,
+    seconds: Seconds | None = None,
 ) -> Results:
     """Measure one picture for each caption, each drawn once; all processes must call it.
 
@@ -117,115 +92,83 @@ def measure_pictures(
     process, so that what is done is always a beginning of the list, whatever the number of processes.
 
     Args:
-        draw: places in the list of captions to pictures.
-        captions: the whole list.
+        drawn: the captions, with groups, negative prompts and frame (crop and resize before the metrics).
         metrics: bound metrics; they are reset before and after.
-        batch_size: pictures per pass and process.
-        progress: label of the progress bar; None shows none.
-        groups: group of each caption, for metrics that report by group; negatives: negative prompt of each.
-        frame: crop and resize before the metrics.
+        batch_size: pictures per pass and process. ``progress``: label of the progress bar; None: no bar.
         unfinished: where to put what has been measured, and to continue from.
         on_pictures: called with places and pictures (before crop and resize, without padding).
-        watch: receives the times.
-
-    Returns:
-        ``{name: {"value", "num_images", "details"}}``, the same on every process.
+        seconds: receives the times.
 
     Raises:
         UserError: a picture holds NaN or infinity, or can't be read.
         RuntimeError: a metric did not count every caption exactly once.
     """
-    watch = Stopwatch() if watch is None else watch
+    spent, captions = defaultdict[str, float](float), drawn.captions
     rank, world = rank_and_world_size()
     for metric in metrics:
         metric.reset()
-        metric.prepare(captions, groups, negatives)
+        metric.prepare(captions, drawn.groups, drawn.negatives)
     done = unfinished.load(metrics) if unfinished is not None else 0
-    bar = tqdm(
-        total=len(captions), initial=done, desc=progress, unit="image", disable=progress is None or rank > 0
-    )
-    with bar:
+    is_silent = progress is None or rank > 0
+    with tqdm(total=len(captions), initial=done, desc=progress, unit="image", disable=is_silent) as bar:
         while done < len(captions):
             end = min(done + batch_size * world, len(captions))
             places = list(range(done + rank, end, world))
-            # the last pass is made equally long on all processes
+            # the last pass is made equally long on all processes, with pictures that are not counted
             padding = -(-(end - done) // world) - len(places)
-            _pass(draw, places, padding, captions, metrics, frame, on_pictures, watch)
+            start = time.perf_counter()
+            images = draw(places + [0] * padding)[: len(places)]
+            require_finite(images, places, [captions[i] for i in places])
+            middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
+            if places and on_pictures is not None:
+                on_pictures(places, images)
+            _update(metrics, images, places, drawn)
+            spent["drawing"] += middle - start
+            spent["measuring"] += time.perf_counter() - middle
             bar.update(end - done)
             done = end
             if unfinished is not None and unfinished.is_due(done) and done < len(captions):
                 unfinished.save(metrics, done)
-    return _results(metrics, len(captions), watch)
-
-
-def _pass(
-    draw: Draw,
-    places: list[int],
-    padding: int,
-    captions: Sequence[str],
-    metrics: Sequence[ImageMetric],
-    frame: Frame | None,
-    on_pictures: OnPictures | None,
-    watch: Stopwatch,
-) -> None:
-    """Draw and measure the captions at these places, and as many padding samples, which are not counted."""
     start = time.perf_counter()
-    images = draw(places + [0] * padding)[: len(places)]
-    require_finite(images, places, [captions[i] for i in places])
-    middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
-    watch.drawing += middle - start
-    watch.images += len(places)
-    if places and on_pictures is not None:
-        on_pictures(places, images)
-    if places:
-        for members, batch in _by_size(images, frame):
-            chosen = [places[i] for i in members]
-            for metric in metrics:
-                metric.update(batch, [captions[i] for i in chosen], None, chosen)
-    watch.measuring += time.perf_counter() - middle
+    results = _results(metrics, len(captions))
+    spent["statistics"] = time.perf_counter() - start
+    if seconds is not None:
+        seconds.update(spent)
+    return results
 
 
-def require_finite(
-    images: Images,
-    places: Sequence[int],
-    prompts: Sequence[str],
-    is_padding: Sequence[bool] | None = None,
-) -> None:
-    """Refuse pictures that hold NaN or infinity; padding does not matter.
-
-    Raises:
-        UserError: one does; its prompt and the place of that are named.
-    """
-    for i, image in enumerate(images):
-        if not bool(torch.isfinite(image).all()) and not (is_padding is not None and is_padding[i]):
-            raise UserError(
-                f"the picture of caption {places[i]} ({prompts[i]!r}) holds NaN or infinity, so nothing "
-                "can be measured: evaluate with --dtype float32, or an earlier checkpoint"
-            )
-
-
-def _by_size(images: Images, frame: Frame | None) -> list[tuple[list[int], Tensor]]:
-    """Batches of equal size with the numbers of their pictures; one batch where all are equal."""
-    if isinstance(images, Tensor):
-        return [(list(range(len(images))), images if frame is None else frame.batch(images))]
-    if frame is not None:
-        return [(list(range(len(images))), torch.cat([frame.batch(image[None]) for image in images]))]
-    sizes: dict[torch.Size, list[int]] = {}
-    for i, image in enumerate(images):
-        sizes.setdefault(image.shape, []).append(i)
-    return [(members, torch.stack([images[i] for i in members])) for members in sizes.values()]
-
-
-def _results(metrics: Sequence[ImageMetric], count: int, watch: Stopwatch) -> Results:
-    start = time.perf_counter()
+def _results(metrics: Sequence[ImageMetric], count: int) -> Results:
     results: Results = {}
     for metric in metrics:
         results |= metric.results()
         if metric.num_images != count:
-            raise RuntimeError(f"{metric.name} counted {metric.num_images} pictures for {count} captions")
+            raise RuntimeError(f"{metric.name} counted {metric.num_images} pictures, not {count}")
         metric.reset()
-    watch.statistics += time.perf_counter() - start
     return results
+
+
+def _update(metrics: Sequence[ImageMetric], images: Images, places: list[int], drawn: EvaluationSet) -> None:
+    """Give the metrics the pictures of these places, framed, in batches of equal size."""
+    if drawn.frame is not None:
+        images = [drawn.frame.batch(image[None])[0] for image in images]
+    for members, batch in by_size(images) if places else ():
+        chosen = [places[i] for i in members]
+        for metric in metrics:
+            metric.update(batch, [drawn.captions[i] for i in chosen], None, chosen)
+
+
+def require_finite(images: Images, places: Sequence[int], prompts: Sequence[str]) -> None:
+    """Refuse pictures that hold NaN or infinity.
+
+    Raises:
+        UserError: one does; its prompt and the place of that are named.
+    """
+    for image, place, prompt in zip(images, places, prompts, strict=True):
+        if not bool(torch.isfinite(image).all()):
+            raise UserError(
+                f"the picture of caption {place} ({prompt!r}) holds NaN or infinity, so nothing can be "
+                "measured: evaluate with --dtype float32, or an earlier checkpoint"
+            )
 
 
 def milliseconds_per_image(
@@ -252,9 +195,6 @@ def milliseconds_per_image(
         images.cpu()
         times.append(time.perf_counter() - start)
     value = 1000 * statistics.median(times[1:]) / batch_size
-    details = {
-        "batch_size": batch_size,
-        "device": device,
-        "statistic": f"median of {repeats} passes after a warm-up",
-    }
+    statistic = f"median of {repeats} passes after a warm-up"
+    details = {"batch_size": batch_size, "device": device, "statistic": statistic}
     return {"value": value, "num_images": batch_size * repeats, "details": details}

@@ -39,8 +39,6 @@ class _WithNegatives(ImageMetric):
         negatives: Sequence[str] | None = None,
     ) -> None:
         """Learn the whole evaluation list: the negative prompt of each caption, if it has any."""
-        if negatives is not None and len(negatives) != len(captions):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(captions)} captions")
         self._told = negatives
 
     def _negatives(self, prompts: list[str], positions: list[int] | None) -> list[str]:
@@ -108,7 +106,6 @@ class RemovalCase:
     alternatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the detector can work."""
         if self.detector == "background":
             if self.unwanted not in BACKGROUNDS:
                 raise UserError(f"the background {self.unwanted!r} is none of {', '.join(BACKGROUNDS)}")
@@ -122,8 +119,7 @@ def read_cases(path: str | Path) -> list[RemovalCase]:
     """Cases of a JSON Lines file whose objects have the keys of ``RemovalCase``.
 
     Raises:
-        UserError: the file is missing, empty or damaged (the line is named), or a pair of prompts is twice
-            in it.
+        UserError: the file is missing, empty or damaged (the line is named).
     """
     path, cases = asset_path(path), []
     if not path.is_file():
@@ -138,8 +134,6 @@ def read_cases(path: str | Path) -> list[RemovalCase]:
             raise UserError(f"{path}, line {number}: {error}") from error
     if not cases:
         raise UserError(f"{path} holds no removal case; write one JSON object a line into it")
-    if len({(case.prompt, case.negative_prompt) for case in cases}) != len(cases):
-        raise UserError(f"{path} holds a pair of prompt and negative prompt twice; remove one")
     return cases
 
 
@@ -180,7 +174,7 @@ class NegativeRemovalRate(_WithNegatives):
     ) -> None:
         """As ``ImageMetric.update``; the pixels are looked at, too."""
         counted = images if is_padding is None else images[~is_padding.to(images.device)]
-        self.__dict__["_backgrounds"] = background_colours(counted)
+        self._backgrounds = background_colours(counted)
         super().update(images, prompts, is_padding, positions)
 
     def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
@@ -197,8 +191,7 @@ class NegativeRemovalRate(_WithNegatives):
     def _detect(self, case: RemovalCase, features: Tensor, places: list[int]) -> Tensor:
         """Which pictures have the feature, boolean."""
         if case.detector == "background":
-            colours = self.__dict__["_backgrounds"]
-            return torch.tensor([colours[i] == case.unwanted for i in places])
+            return torch.tensor([self._backgrounds[i] == case.unwanted for i in places])
         extractor = text_extractor(self.extractor, self.name)
         texts = extractor.text_features([case.unwanted, *case.alternatives])
         scores = [cosines(features, text.expand_as(features)) for text in texts]

@@ -87,39 +87,36 @@ class NeighbourMetric(ImageMetric):
         spec = inception_network(inception, mode) if model is None else clip_network(model, pretrained)
         super().__init__(spec, reference)
         self.k, self.minimum_images = k, k + 1
-        self._rows: list[Tensor] = []
 
     def setup_states(self, width: int) -> None:
-        """None: the features are no torchmetrics state, which would be gathered on a GPU."""
+        """No sums: the features are no torchmetrics state, which would be gathered on a GPU."""
+        self._rows = [torch.zeros(0, width)]
 
     def reset(self) -> None:
         super().reset()
-        self._rows = []
+        self._rows = [torch.zeros(0, self.extractor.width)]
 
     def snapshot(self) -> dict[str, Tensor]:
         """The features of this process's pictures, and their number."""
-        return super().snapshot() | {"features": self._own_rows()}
+        return super().snapshot() | {"features": torch.cat(self._rows)}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         super().restore(snapshot)
         self._rows.append(snapshot["features"])
-
-    def _own_rows(self) -> Tensor:
-        return torch.cat([torch.zeros(0, self.extractor.width), *self._rows])
 
     def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         self._rows.append(features.cpu())
 
     def _both(self) -> tuple[Tensor, Tensor]:
         """Features of generated [N, D] and real pictures [M, D] over all processes, float64, centred."""
-        real = self._reference.features
+        real = self.reference.features
         assert real is not None
         if len(real) < self.minimum_images:
             raise UserError(
                 f"{self.name} with k = {self.k} needs at least {self.minimum_images} real pictures and the "
                 f"reference holds {len(real)}: name a larger one"
             )
-        fake = torch.cat(from_every_rank(self._own_rows()))
+        fake = torch.cat(from_every_rank(torch.cat(self._rows)))
         # float64 in place of fp32 for distances from one matrix product; Apple's GPUs have none.
         device = self.extractor.device if self.extractor.device.type == "cuda" else "cpu"
         real, fake = real.to(device).double(), fake.to(device).double()

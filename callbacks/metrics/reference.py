@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from callbacks.metrics.extractors import FeatureExtractor, in_threads
-from common.errors import UserError, first_line
+from callbacks.metrics.extractors import FeatureExtractor, by_size, in_threads
+from common.errors import UserError
 from common.files import user_cache_dir, written_whole
 from common.hashing import hash_file, hash_json, hash_tensors, hash_texts, to_uint8
 from common.processes import from_every_rank, rank_and_world_size
-from datamodules.picture_files import Frame
+from datamodules.picture_files import Frame, read_picture
 from lightning_modules.networks.model_names import asset_path
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ VERSION = 1
 """Raised when the statistics of the same pictures change, so that cached ones are made again."""
 UNFRAMED = "as they are"
 """The name of no crop and resize before the network's own."""
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _TENSORS = ("mean", "covariance", "features")
 
 
@@ -59,11 +59,7 @@ class FeatureSums:
 
 
 def mean_and_covariance(total: Tensor, outer: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean [D] and unbiased covariance [D, D] from sums: cov = (sum x x^T - n mu mu^T) / (n - 1).
-
-    Raises:
-        ValueError: fewer than two samples.
-    """
+    """Mean [D] and unbiased covariance [D, D] from sums: cov = (sum x x^T - n mu mu^T) / (n - 1)."""
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 samples, got {count}")
     mean = total / count
@@ -148,20 +144,6 @@ class ReferenceStatistics:
         Raises:
             UserError: it is of another extractor, or holds no features where they are needed.
         """
-        self.require_extractor(extractor)
-        if features and self.features is None:
-            raise UserError(
-                f"the reference statistics of {self.source} hold no features of single pictures, which "
-                "precision and recall compare: name the folder of real pictures as the reference instead"
-            )
-        return self
-
-    def require_extractor(self, extractor: FeatureExtractor) -> None:
-        """Refuse features of another network.
-
-        Raises:
-            UserError: the weights, the tokenizer or the preprocessing differ from those of the statistics.
-        """
         if self.extractor_hash != extractor.content_hash:
             raise UserError(
                 f"the reference statistics were made with {self.extractor} ({self.extractor_hash[:12]}), the "
@@ -169,13 +151,16 @@ class ReferenceStatistics:
                 "so a distance means nothing: use that network, or make new statistics (of a CLIP folder by "
                 "scripts/make_reference.py, else from a folder of real pictures)"
             )
+        if features and self.features is None:
+            raise UserError(
+                f"the reference statistics of {self.source} hold no features of single pictures, which "
+                "precision and recall compare: name the folder of real pictures as the reference instead"
+            )
+        return self
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, Any]:
         """For manifests: every hash and count, without the numbers."""
-        words: dict[str, str | int] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS
-        }
-        return words | {"content_hash": self.content_hash}
+        return self._words() | {"num_images": self.num_images, "content_hash": self.content_hash}
 
 
 def compute_reference(
@@ -188,9 +173,6 @@ def compute_reference(
         captions: one for each picture, in the same order.
         extractor: the network that sees them.
         source: where the pictures come from, in words.
-
-    Raises:
-        ValueError: numbers of pictures and captions differ, or there are fewer than two.
     """
     sums, digest = FeatureSums(extractor.width), hashlib.sha256()
     for images in pictures:
@@ -198,16 +180,14 @@ def compute_reference(
         digest.update(to_uint8(images).cpu().contiguous().numpy().tobytes())
     if sums.count != len(captions):
         raise ValueError(f"{sums.count} pictures, but {len(captions)} captions")
-    mean, covariance = sums.mean_and_covariance()
     return ReferenceStatistics(
-        mean=mean,
-        covariance=covariance,
+        *sums.mean_and_covariance(),
         num_images=sums.count,
         extractor=extractor.name,
         extractor_hash=extractor.content_hash,
         captions_hash=hash_texts(captions),
         pictures_hash=digest.hexdigest(),
-        preprocessing=extractor.preprocessing.describe(),
+        preprocessing=extractor.preprocessing,
         source=source,
     )
 
@@ -245,7 +225,6 @@ class ReferenceFolder:
             raise UserError(f"no folder of real pictures at {str(folder)!r}: set `reference`")
         self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
         self._require(len(self.files))
-        self._content_hash: str | None = None
         self._known: dict[Path, ReferenceStatistics] = {}
 
     def _require(self, count: int) -> None:
@@ -255,18 +234,16 @@ class ReferenceFolder:
                 f"{self.minimum} are needed: complete it, or name another one"
             )
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the files, in the order of their names; collective."""
-        if self._content_hash is None:
-            own = [
-                (place, digest)
-                for places in self._batches("hashing the reference")
-                for place, digest in zip(places, in_threads(hash_file, [self.files[i] for i in places]))
-            ]
-            digests = sorted(pair for share in from_every_rank(own) for pair in share)
-            self._content_hash = hash_texts([digest for _, digest in digests])
-        return self._content_hash
+        own = [
+            (place, digest)
+            for places in self._batches("hashing the reference")
+            for place, digest in zip(places, in_threads(hash_file, [self.files[i] for i in places]))
+        ]
+        digests = sorted(pair for share in from_every_rank(own) for pair in share)
+        return hash_texts([digest for _, digest in digests])
 
     def _batches(self, label: str) -> Iterator[list[int]]:
         """The places of this process's pictures in ``files``, batch by batch, under a progress bar."""
@@ -326,69 +303,51 @@ class ReferenceFolder:
         places: list[int] = []
         corrupt: list[str] = []
         for batch in self._batches(f"real pictures through {extractor.name}"):
-            features, readable, unreadable = self._features(batch, extractor)
-            sums.add(features)
-            corrupt += unreadable
-            if keep:
-                rows.append(features)
-                places += readable
+            read = dict(zip(batch, in_threads(self._read, [self.files[i] for i in batch])))
+            corrupt += [found for found in read.values() if isinstance(found, str)]
             if corrupt and not self.skip_corrupt:
                 break
-        self._report([name for share in from_every_rank(corrupt) for name in share])
+            pictures = {place: found for place, found in read.items() if isinstance(found, Tensor)}
+            features = torch.zeros(len(pictures), extractor.width)
+            for members, images in by_size(list(pictures.values())):
+                features[members] = extractor.image_features(images.to(extractor.device).float() / 255).cpu()
+            sums.add(features)
+            if keep:
+                rows.append(features)
+                places += pictures
+        self._report([text for share in from_every_rank(corrupt) for text in share])
         shares = from_every_rank((sums.total, sums.outer, sums.count, places, torch.cat(rows)))
         count = sum(share[2] for share in shares)
         self._require(count)
         total, outer = (torch.stack([share[i] for share in shares]).sum(0) for i in (0, 1))
-        mean, covariance = mean_and_covariance(total, outer, count)
         order = torch.tensor([place for share in shares for place in share[3]], dtype=torch.long).argsort()
         return ReferenceStatistics(
-            mean=mean,
-            covariance=covariance,
+            *mean_and_covariance(total, outer, count),
             num_images=count,
             extractor=extractor.name,
             extractor_hash=extractor.content_hash,
             captions_hash=hash_texts([]),
             pictures_hash=self.content_hash,
-            preprocessing=f"{self.preprocessing}; {extractor.preprocessing.describe()}",
+            preprocessing=f"{self.preprocessing}; {extractor.preprocessing}",
             source=f"{count:,} pictures of the folder {self.folder.name}",
             features=torch.cat([share[4] for share in shares])[order] if keep else None,
         )
 
     def _report(self, corrupt: list[str]) -> None:
-        if not corrupt:
-            return
-        named = "; ".join(corrupt[:3]) + (f"; and {len(corrupt) - 3} more" if len(corrupt) > 3 else "")
-        if not self.skip_corrupt:
+        if corrupt and not self.skip_corrupt:
             raise UserError(
-                f"the reference folder {str(self.folder)!r} holds a picture that can't be read: {named}. "
-                "Fetch it again, or let corrupt pictures be skipped (evaluate: --skip-corrupt true; the "
-                "reference is another one then)"
+                f"{corrupt[0]}, or let pictures of the reference that can't be read be skipped (evaluate: "
+                "--skip-corrupt true; the reference is another one then)"
             )
-        log.warning("%d corrupt pictures of %s are skipped: %s", len(corrupt), self.folder, named)
-
-    def _features(
-        self, places: list[int], extractor: FeatureExtractor
-    ) -> tuple[Tensor, list[int], list[str]]:
-        """Features [b, D] of the readable pictures at these places, their places, and what can't be read."""
-        read = dict(zip(places, in_threads(self._read, [self.files[i] for i in places]), strict=True))
-        by_shape: dict[torch.Size, list[int]] = {}
-        for place, picture in read.items():
-            if isinstance(picture, Tensor):
-                by_shape.setdefault(picture.shape, []).append(place)
-        parts = [torch.zeros(0, extractor.width)]
-        for members in by_shape.values():
-            images = torch.stack([read[i] for i in members]).to(extractor.device).float() / 255  # type: ignore[misc]
-            parts.append(extractor.image_features(images).cpu())
-        readable = [place for members in by_shape.values() for place in members]
-        return torch.cat(parts), readable, [text for text in read.values() if isinstance(text, str)]
+        if corrupt:
+            log.warning("%d pictures of %s are skipped: %s, …", len(corrupt), self.folder, corrupt[0])
 
     def _read(self, path: Path) -> Tensor | str:
         """A picture [3, H, W], 8-bit, or what is wrong with it."""
         try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except _UNREADABLE as error:
-            return f"{path.relative_to(self.folder)} ({first_line(error)})"
+            picture = read_picture(path)
+        except UserError as error:
+            return str(error)
         if self.transform is not None:
             picture = self.transform(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -399,11 +358,7 @@ ReferenceSource = ReferenceStatistics | ReferenceFolder
 
 
 def open_reference(path: str | Path) -> ReferenceSource:
-    """The reference at a path, as it is: a folder of real pictures, or a file of statistics.
-
-    Raises:
-        UserError: there is nothing at the path, or no reference.
-    """
+    """The reference at a path, as it is: a folder of real pictures, or a file of statistics."""
     resolved = asset_path(path)
     return ReferenceFolder(resolved) if resolved.is_dir() else ReferenceStatistics.load(resolved)
 
@@ -448,7 +403,7 @@ def describe_reference(reference: ReferenceSource | None, captions: Sequence[str
         return {"folder": reference.folder.name, "files": len(reference.files)}
     if reference is None:
         return None
-    described: dict[str, Any] = reference.describe()
+    described = reference.describe()
     if reference.captions_hash != hash_texts([]):
         described["captions_are_those_of_the_evaluation"] = reference.captions_hash == hash_texts(captions)
     return described

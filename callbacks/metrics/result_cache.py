@@ -9,25 +9,22 @@ it.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.files import user_cache_dir, written_whole
+from common.files import ROOT, user_cache_dir, written_whole
 from common.hashing import hash_json, hash_tensors
-from lightning_modules.networks.model_names import REPOSITORY
 
 log = logging.getLogger(__name__)
-SHIPPED = REPOSITORY / "assets" / "cache"
+SHIPPED = ROOT / "assets" / "cache"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A stored result: a JSON value and named tensors."""
 
     value: dict[str, Any]
@@ -74,21 +71,16 @@ class ResultCache:
         # A file without any tensor is no valid safetensors file for every reader, so there is always one.
         content = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
         content = content or {"empty": torch.zeros(1)}
-        words = {"key": _text(key), "value": _text(value)}
+        words = {"key": json.dumps(key, sort_keys=True), "value": json.dumps(value, sort_keys=True)}
+        words["hash"] = _hash(words, content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as partial:
-                partial.write_bytes(save(content, metadata=words | {"hash": _hash(words, content)}))
+                partial.write_bytes(save(content, metadata=words))
         except OSError as error:
-            log.warning(
-                "%s can't be written, so this result will be computed again next time: %s", path, error
-            )
+            log.warning("%s can't be written: this result will be computed again next time: %s", path, error)
             return None
         return path
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(dict(value), sort_keys=True)
 
 
 def _hash(words: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -100,12 +92,10 @@ def _read(path: Path, key: Mapping[str, Any]) -> Entry | None:
         with safe_open(str(path), framework="pt") as file:
             words = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        intact = words["hash"] == _hash(words, tensors)
+        if words["hash"] != _hash(words, tensors) or words["key"] != json.dumps(key, sort_keys=True):
+            raise KeyError("it does not match its hash or its key")
     except (SafetensorError, OSError, KeyError) as error:
-        log.warning("%s can't be read (%s); its result is computed again", path, error)
-        return None
-    if not intact or words["key"] != _text(key):
-        log.warning("%s does not match its hash or its key; its result is computed again", path)
+        log.warning("%s can't be used (%s); its result is computed again", path, error)
         return None
     tensors.pop("empty", None)
-    return Entry(value=json.loads(words["value"]), tensors=tensors)
+    return Entry(json.loads(words["value"]), tensors)

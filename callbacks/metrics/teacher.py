@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.measure import Generate, Results, evaluate_model, results_of
+from callbacks.metrics.measure import Generate, Results, measure_set, results_of
 from callbacks.metrics.result_cache import ResultCache
 from common.hashing import hash_texts
 from common.processes import from_rank_zero, rank_and_world_size
-from datamodules.picture_files import Frame
+from datamodules.evaluation_sets import EvaluationSet
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.networks.loading import TextToImageParts, load_parts, model_hash, noise_schedule
 from lightning_modules.pipelines import multistep_images
 
-_PARTS = "parts"
 PROTOCOL = 1
 """Raised when the way the teacher's pictures are drawn changes, so that cached rows are made again."""
 
@@ -81,50 +80,43 @@ class Teacher:
 
 def teacher_metrics(
     teacher: Teacher,
-    captions: Sequence[str],
-    seeds: Sequence[int],
+    drawn: EvaluationSet,
     metrics: Sequence[ImageMetric],
     batch_size: int,
     cache: ResultCache,
     precision: str = "32-true",
-    show_progress: bool = True,
-    extras: tuple[Sequence[str] | None, Sequence[str] | None, Frame | None] = (None, None, None),
 ) -> dict[str, Results]:
     """Both rows ``{"steps_25": {name: result}, "steps_1": {...}}``, cached or measured now. Collective.
 
     A value is found again only if teacher, captions, seeds, sampler, precision, metric and everything the
-    metric depends on are the same, by content. ``extras`` are groups, negative prompts and frame.
+    metric depends on are the same, by content.
     """
-    groups, negatives, frame = extras
     told = {
-        "groups": groups and hash_texts(groups),
-        "negatives": negatives and hash_texts(negatives),
-        "frame": frame and frame.describe(),
+        "groups": drawn.groups and hash_texts(drawn.groups),
+        "negatives": drawn.negatives and hash_texts(drawn.negatives),
+        "frame": drawn.frame and drawn.frame.describe(),
     }
-    drawn = {
+    common = {
         "teacher": teacher.content_hash,
-        "captions": hash_texts(captions),
-        "seeds": hash_texts([str(seed) for seed in seeds]),
+        "captions": hash_texts(drawn.captions),
+        "seeds": hash_texts([str(seed) for seed in drawn.seeds]),
         "precision": precision,
         "protocol": PROTOCOL,
     } | {name: value for name, value in told.items() if value is not None}
-    rows = {}
+    rows, rank = {}, rank_and_world_size()[0]
     for row, (generate, settings) in teacher.rows.items():
-        keys = {metric.name: settings | drawn | metric.key() for metric in metrics}
-        rank = rank_and_world_size()[0]
+        keys = {metric.name: settings | common | metric.key() for metric in metrics}
         # Rank zero decides what is cached: a process that saw other files would wait for the others for ever.
         results = from_rank_zero(_cached(cache, row, keys) if rank == 0 else None)
         missing = [metric for metric in metrics if metric.name not in results]
         if missing:
             label = "teacher, 1 step" if row == "steps_1" else f"teacher, {teacher.steps} steps"
-            fresh = evaluate_model(
-                generate, captions, missing, batch_size, seeds, label if show_progress else None, *extras
-            )
+            fresh = measure_set(generate, drawn, missing, batch_size, label)
             for metric in missing if rank == 0 else ():
                 # one entry for a metric: its own result, and in it those of its parts (hpsv2/anime)
                 parts = results_of(metric.name, fresh)
-                entry = parts.pop(metric.name) | ({_PARTS: parts} if parts else {})
-                cache.put(_kind(row, metric.name), keys[metric.name], entry)
+                entry = parts.pop(metric.name) | ({"parts": parts} if parts else {})
+                cache.put(f"teacher-{row}-{metric.name}", keys[metric.name], entry)
             results = results | fresh
         rows[row] = {k: v for metric in metrics for k, v in results_of(metric.name, results).items()}
     return rows
@@ -133,13 +125,8 @@ def teacher_metrics(
 def _cached(cache: ResultCache, row: str, keys: Mapping[str, Mapping[str, Any]]) -> Results:
     found: Results = {}
     for name, key in keys.items():
-        entry = cache.get(_kind(row, name), key)
+        entry = cache.get(f"teacher-{row}-{name}", key)
         if entry is not None:
             result = dict(entry.value)
-            parts = result.pop(_PARTS, {})
-            found |= {name: result, **parts}
+            found |= {name: result, **result.pop("parts", {})}
     return found
-
-
-def _kind(row: str, name: str) -> str:
-    return f"teacher-{row}-{name.replace('/', '-')}"

@@ -33,7 +33,8 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], every: int) -> None:
-        self.folder, self.key, self.every = folder, dict(key), every
+        self.folder, self.every = folder, every
+        self.key: dict[str, Any] = json.loads(json.dumps(key))
         self._last = 0
         differing = from_rank_zero(self._differing() if rank_and_world_size()[0] == 0 else None)
         if differing:
@@ -45,31 +46,12 @@ class Unfinished:
     def _differing(self) -> str:
         """Names of the settings in which an evaluation in the folder differs, or an empty text."""
         file = self.folder / KEY
-        if not file.is_file():
-            return ""
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            return "list of settings (which is damaged)"
-        ours = json.loads(json.dumps(self.key))
-        return ", ".join(name for name in {**ours, **stored} if ours.get(name) != stored.get(name))
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.key
+        return ", ".join(name for name in {**self.key, **stored} if self.key.get(name) != stored.get(name))
 
     def exists(self) -> bool:
         """Whether there is something to continue from."""
         return self._newest()[0] > 0
-
-    def begin(self) -> None:
-        """Make the folder, by which an evaluation that is killed before its first state is known as one.
-
-        Call it on rank zero.
-
-        Raises:
-            UserError: it can't be made.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} can't be made: {error}; give another --output") from error
 
     def is_due(self, done: int) -> bool:
         """Whether it is time to write, ``done`` captions being measured."""
@@ -78,9 +60,8 @@ class Unfinished:
     def load(self, metrics: Sequence[ImageMetric]) -> int:
         """Restore the metrics, which have just been reset; returns how many captions are done. Collective."""
         rank, world = rank_and_world_size()
-        done, names = from_rank_zero(self._newest() if rank == 0 else None)
-        for name in names[rank::world]:
-            path = self.folder / name
+        self._last, files = from_rank_zero(self._newest() if rank == 0 else None)
+        for path in files[rank::world]:
             try:
                 states = torch.load(path, weights_only=True)
             except Exception as error:  # each kind of damage raises another type
@@ -88,22 +69,18 @@ class Unfinished:
                     f"the interrupted evaluation {path} can't be read ({first_line(error)}); delete "
                     f"{self.folder} to start again"
                 ) from error
-            for number, metric in enumerate(metrics):
-                metric.restore(states[f"{number}-{metric.name}"])
-        self._last = done
-        return int(done)
+            for metric in metrics:
+                metric.restore(states[metric.name])
+        return self._last
 
-    def _newest(self) -> tuple[int, list[str]]:
-        """The longest complete state: captions done, and its files by rank."""
-        found: dict[tuple[int, int], list[tuple[int, str]]] = {}
-        for path in self.folder.glob("done_*.pt"):
-            done, rank, world = (int(part) for part in path.stem.split("_")[1::2])
-            found.setdefault((done, world), []).append((rank, path.name))
-        complete = {key: files for key, files in found.items() if len(files) == key[1]}
-        if not complete:
-            return 0, []
-        newest = max(complete)
-        return newest[0], [name for _, name in sorted(complete[newest])]
+    def _newest(self) -> tuple[int, list[Path]]:
+        """The longest complete state: captions done, and its files."""
+        found: dict[tuple[int, int], list[Path]] = {}
+        for path in sorted(self.folder.glob("done_*.pt")):
+            done, _, world = (int(part) for part in path.stem.split("_")[1::2])
+            found.setdefault((done, world), []).append(path)
+        complete = [(done, files) for (done, world), files in found.items() if len(files) == world]
+        return max(complete, default=(0, []))
 
     def save(self, metrics: Sequence[ImageMetric], done: int) -> None:
         """Write the states after ``done`` captions. Collective.
@@ -112,14 +89,13 @@ class Unfinished:
             UserError: the folder can't be written.
         """
         rank, world = rank_and_world_size()
-        name = f"done_{done}_rank_{rank}_of_{world}.pt"
-        states = {f"{number}-{metric.name}": metric.snapshot() for number, metric in enumerate(metrics)}
+        file = self.folder / f"done_{done}_rank_{rank}_of_{world}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0 and not (self.folder / KEY).is_file():
                 write_text_atomically(self.folder / KEY, json.dumps(self.key, indent=1, ensure_ascii=False))
-            with written_whole(self.folder / name) as partial:
-                torch.save(states, partial)
+            with written_whole(file) as partial:
+                torch.save({metric.name: metric.snapshot() for metric in metrics}, partial)
         except OSError as error:
             raise UserError(
                 f"{self.folder} can't be written: {error}; make room, give another --output, or switch the "

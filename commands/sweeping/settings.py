@@ -21,6 +21,7 @@ from optuna.samplers import BaseSampler
 
 from commands.config_errors import explain
 from common.errors import UserError, first_line
+from common.files import asset_path
 
 _OWN = ("experiment", "trainer.default_root_dir", "config")
 """What the sweep itself gives to every trial."""
@@ -70,7 +71,8 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         """Fill in what has no fixed default."""
-        self.base = [self.base] if isinstance(self.base, str) else self.base
+        given = [self.base] if isinstance(self.base, str) else self.base
+        self.base = [str(asset_path(name)) for name in given]
         self.sampler = self.sampler or optuna.samplers.TPESampler(seed=0, constant_liar=True)
         self.pruner = self.pruner or optuna.pruners.NopPruner()
 
@@ -124,6 +126,7 @@ def read_settings(path: Path, storage: str | None = None) -> SweepSettings:
     Raises:
         UserError: the file or a base config is missing, a key is unknown or missing, a value out of range.
     """
+    path = asset_path(path)
     given = _mapping(path)
     space = given.get("space")
     if isinstance(space, dict) and (

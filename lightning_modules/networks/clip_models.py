@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from common.errors import UserError, first_line
+from common.files import missing_advice
 from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.networks.loading import no_progress_bars, read_json
 from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
@@ -101,7 +102,9 @@ class TransformersClip(Clip):
         if folder.is_dir():
             _check_towers(path, read_json(folder / "config.json"))
         elif not may_be_hub_name(wanted.name):
-            raise UserError(f"the CLIP {path} can't be loaded: there is no such folder. Check the path.")
+            raise UserError(
+                f"the CLIP {path} can't be loaded: there is no such folder. {missing_advice(wanted.name)}"
+            )
         try:
             with no_progress_bars():
                 model, info = CLIPModel.from_pretrained(source, output_loading_info=True, **wanted.options)

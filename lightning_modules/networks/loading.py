@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
+from common.files import missing_advice
 from common.hashing import hash_folder, hash_texts
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
@@ -41,7 +42,7 @@ def find_model(given: str | Path) -> ModelName:
     folder = asset_path(wanted.name)
     if not folder.exists():
         if not may_be_hub_name(wanted.name):
-            raise UserError(f"The model folder {wanted.name} does not exist. Check the path.")
+            raise UserError(f"The model folder {wanted.name} does not exist. {missing_advice(wanted.name)}")
         folder = _hub_folder(wanted)
     elif not folder.is_dir():
         raise UserError(f"{folder} is a file, not a model folder. Give a diffusers pipeline folder.")

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from common.files import asset_path
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,6 @@ class ModelName:
         """The keywords of `from_pretrained`."""
         named = {"revision": self.revision, "variant": self.variant}
         return {name: value for name, value in named.items() if value is not None}
-
-
-def asset_path(path: str | Path) -> Path:
-    """Resolve a path: as it stands, else relative to the repository (so that `assets/...` works anywhere).
-
-    The path is returned unchanged if neither exists, so that messages name what the user wrote.
-    """
-    given = Path(path).expanduser()
-    if given.exists() or given.is_absolute():
-        return given
-    bundled = REPOSITORY / given
-    return bundled if bundled.exists() else given
 
 
 def model_name(given: str | Path) -> ModelName:

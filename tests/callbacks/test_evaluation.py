@@ -14,7 +14,7 @@ from callbacks.metrics import teacher as teacher_module
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
-from callbacks.metrics.measure import evaluate_model
+from callbacks.metrics.measure import evaluate_model, measure_set
 from callbacks.metrics.reference import ReferenceFolder, compute_reference, framed_reference
 from callbacks.metrics.teacher import Teacher
 from common.errors import UserError
@@ -120,10 +120,10 @@ def test_teacher_is_measured_once(
     counted: list[str] = []
 
     def counting(*arguments: Any, **keywords: Any) -> Any:
-        counted.append(arguments[5] or "")
-        return evaluate_model(*arguments, **keywords)
+        counted.append(arguments[4])
+        return measure_set(*arguments, **keywords)
 
-    monkeypatch.setattr(teacher_module, "evaluate_model", counting)
+    monkeypatch.setattr(teacher_module, "measure_set", counting)
 
     def run(**settings: Any) -> Evaluation:
         counted.clear()
@@ -243,7 +243,7 @@ def test_metrics_with_parts_know_groups_and_places(
     assert callback.final.metrics["two/part"]["value"] == 8
     rows = callback.final.teacher_metrics
     assert {"two", "two/part"} <= set(rows["steps_1"]) and rows["steps_1"]["two/part"]["value"] == 8
-    monkeypatch.setattr(teacher_module, "evaluate_model", None)  # everything is cached
+    monkeypatch.setattr(teacher_module, "measure_set", None)  # everything is cached
     again = evaluation(tiny_clip, None, metrics=[Two()])
     trainer(tmp_path, again, max_steps=1, limit_val_batches=0).fit(StandIn(tiny_sd), GroupedData())
     assert again.final is not None
@@ -264,7 +264,7 @@ def test_real_pictures_get_the_frame_of_the_drawn_ones(
     drawn = StandIn(tiny_sd).generator.images(CAPTIONS[:7], list(range(7)))
     metric.update(Frame(12).batch(drawn), CAPTIONS[:7])
     assert values["test/frechet_distance"] == pytest.approx(metric.result()["value"], rel=1e-5)
-    statistics = callback.metrics[0].__dict__["reference"]
+    statistics = callback.metrics[0].reference
     statistics.save(tmp_path / "framed.safetensors")
     assert framed_reference(tmp_path / "framed.safetensors", Frame(12)).describe() == statistics.describe()
     for frame in (None, Frame(12, crop=False)):

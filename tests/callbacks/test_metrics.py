@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from callbacks.metrics.clip_features import ClipExtractor, ClipPreprocessing
+from callbacks.metrics.clip_features import ClipExtractor, processed
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance, frechet_distance
 from callbacks.metrics.measure import evaluate_model, milliseconds_per_image
@@ -163,7 +163,7 @@ def test_preprocessing_is_the_image_processors(
     image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
     files = [Image.fromarray(to_uint8(one).permute(1, 2, 0).numpy()) for one in image]
     expected = processor(images=files, return_tensors="pt").pixel_values
-    found = ClipPreprocessing(processor)(image)
+    found = processed(processor, image)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -84,4 +84,4 @@ def test_processes_share_an_uneven_set(
             assert together[name]["details"].get("truncated_prompts") == result["details"].get(
                 "truncated_prompts"
             )
-        assert "can't be read: 0002.png" in (tmp_path / f"{world}-{rank}.txt").read_text()
+        assert "0002.png can't be read" in (tmp_path / f"{world}-{rank}.txt").read_text()

@@ -153,7 +153,6 @@ def test_bad_files_of_cases_are_refused(tmp_path: Path) -> None:
         (json.dumps(case("a cat", "pink", "pink")), "background 'pink' is none of"),
         (json.dumps({**good, "detector": "eye"}), "detector 'eye'"),
         (json.dumps({**good, "detector": "zero_shot"}), "needs alternatives"),
-        (json.dumps(good) + "\n" + json.dumps(good), "twice"),
     ]
     path = tmp_path / "cases.jsonl"
     for content, message in broken:

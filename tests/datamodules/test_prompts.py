@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from datamodules.order import ListedTexts, PromptDraws
+from datamodules.order import PromptDraws, Texts
 from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, read_prompts
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
@@ -19,7 +19,7 @@ PROMPTS = [f"prompt {number}" for number in range(10)]
 def stream_of(
     batch_size: int, seed: int, position: int = 0, rank: int = 0, world_size: int = 1
 ) -> PromptStream:
-    return PromptStream(PromptDraws([ListedTexts(PROMPTS)], seed), batch_size, position, rank, world_size)
+    return PromptStream(PromptDraws([Texts(PROMPTS)], seed), batch_size, position, rank, world_size)
 
 
 def take(stream: PromptStream, count: int) -> list[list[str]]:
@@ -124,7 +124,7 @@ def test_files(tmp_path: Path) -> None:
         (None, "does not exist"),
         (b"", "is empty"),
         (b" \n\n", "is empty"),
-        (b"good\nbad \xff\n", "line 2.*0xff"),
+        (b"good\nbad \xff\n", "row 2 .*0xff"),
     ],
 )
 def test_bad_files_have_one_clear_message(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -145,7 +145,7 @@ def test_files_that_may_not_be_read_have_one_clear_message(
 
     (tmp_path / "prompts.txt").write_text("a ship")
     monkeypatch.setattr(owner, name, refuse)
-    with pytest.raises(UserError, match=r"prompts\.txt cannot be read: Permission denied"):
+    with pytest.raises(UserError, match=r"prompts\.txt: row 1 can't be read .*Permission denied"):
         read_prompts(tmp_path / "prompts.txt")
 
 

@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from common.errors import UserError
-from datamodules import order, streams
-from datamodules.order import ListedTexts, PromptDraws, entries, epoch_shares, feistel, permutation
-from datamodules.prompts import PromptDataModule
-from datamodules.streams import PromptStream
+from datamodules import order, prompts
+from datamodules.order import PromptDraws, Texts, entries, epoch_shares, feistel, permutation
+from datamodules.prompts import PromptDataModule, PromptStream
 
 PINNED_LISTED = [3, 6, 5, 1, 7, 2, 4, 0]
 PINNED_COMPUTED = [6275309, 7285196, 3431358, 3411099]
 
 
-def texts(count: int, name: str = "p") -> ListedTexts:
-    return ListedTexts([f"{name}{number}" for number in range(count)])
+def texts(count: int, name: str = "p") -> Texts:
+    return Texts([f"{name}{number}" for number in range(count)])
 
 
 # --- permutations -------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def shard(draws: PromptDraws, batch_size: int, rank: int, world_size: int, worke
     iterators = []
     for number in range(workers):
         info = SimpleNamespace(id=number, num_workers=workers)
-        monkeypatch.setattr(streams, "get_worker_info", lambda info=info: info)
+        monkeypatch.setattr(prompts, "get_worker_info", lambda info=info: info)
         stream = iter(PromptStream(draws, batch_size, 0, rank, world_size))
         iterators.append([batch["prompts"] for batch in islice(stream, -(-steps // workers))])
     return [iterators[step % workers][step // workers] for step in range(steps)]

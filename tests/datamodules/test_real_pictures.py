@@ -39,7 +39,7 @@ def test_pictures_and_captions_belong_together(settings: RealPictures) -> None:
     assert pictures.shape == (5, 3, 8, 8) and pictures.dtype == torch.float32
     colours = torch.tensor([[40 * number, 10, 200] for number in (3, 3, 0, 4, 2)]) / 255
     assert torch.equal(pictures, colours[:, :, None, None].expand(-1, -1, 8, 8))
-    assert len(source) == 5
+    assert len(source.files) == 5
     assert "not image-free: it also sees 5 captioned pictures" in source.notice
     assert source.trained_on == "prompts and 5 captioned pictures, so not image-free"
 

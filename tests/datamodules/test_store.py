@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pickle
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 
 from common.errors import UserError
 from common.files import user_cache_dir
-from datamodules import sources, store
-from datamodules.cleaning import Cleaner, Cleaning, _SeenTexts
+from datamodules import sources
+from datamodules.order import Texts
 from datamodules.prompts import PromptDataModule
-from datamodules.sources import PromptPools, PromptSource
-from datamodules.store import PromptStore, open_store, stores_folder
+from datamodules.sources import Cleaning, PromptPools, PromptSource, SeenTexts, open_store
 
 PROMPTS = [f"prompt {number}" for number in range(1000)]
 
@@ -46,85 +46,78 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def opened(path: Path, cleaning: Cleaning | None = None) -> PromptStore:
-    return open_store([(path, None)], cleaning or Cleaning(), 1)
+def opened(path: Path, cleaning: Cleaning | None = None) -> Path:
+    """The file of the store of a source."""
+    return open_store([(path, None)], cleaning or Cleaning())[2]
 
 
-def texts_of(prompts: PromptStore) -> list[str]:
+def stored(path: Path) -> list[str]:
+    """The texts in the store of a source."""
+    return texts_of(open_store([(path, None)], Cleaning())[0])
+
+
+def texts_of(prompts: Texts) -> list[str]:
     return prompts.take(np.arange(len(prompts)))
 
 
 def left_in(cache: Path) -> list[str]:
-    """What is in the folder of stores, besides locks and hashes."""
-    names = {path.name for path in (cache / "prompts").glob("*") if path.suffix != ".lock"}
-    return sorted(names - {"hashes"})
+    """What is in the folder of stores, besides locks and counts."""
+    return sorted(
+        path.name for path in (cache / "prompts").iterdir() if path.suffix not in (".lock", ".json")
+    )
 
 
-def test_a_store_holds_the_texts_and_a_report(file: Path) -> None:
-    made = opened(file)
+def test_a_store_holds_the_texts_and_their_counts(file: Path) -> None:
+    made, counts, place = open_store([(file, None)], Cleaning())
     assert texts_of(made) == PROMPTS and len(made) == 1000
     assert made.take(np.array([999, 0, 0])) == ["prompt 999", "prompt 0", "prompt 0"]
-    assert (made.report["read"], made.report["kept"], made.report["dropped"]) == (1000, 1000, {})
-    assert made.report["sources"] == [{"path": str(file), "column": None}]
+    assert (counts["read"], counts["kept"], counts["empty"]) == (1000, 1000, 0)
     assert texts_of(pickle.loads(pickle.dumps(made))) == PROMPTS
-    assert made.folder.parent == stores_folder() == user_cache_dir() / "prompts"
+    assert place.parent == user_cache_dir() / "prompts"
 
 
 def test_a_store_and_a_list_are_drawn_in_the_same_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = np.arange(1500)
     stored = PromptPools(str(file)).draws(seed=5)
-    assert isinstance(stored.sources[0], PromptStore)
+    assert not isinstance(stored.sources[0].texts, list)
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 10**6)
     listed = PromptPools(str(file)).draws(seed=5)
-    assert not isinstance(listed.sources[0], PromptStore)
+    assert isinstance(listed.sources[0].texts, list)
     assert stored.at(places) == listed.at(places) == PromptPools(PROMPTS).draws(seed=5).at(places)
 
 
 # --- made once ----------------------------------------------------------------------------------------------
 
 
-def test_it_is_found_again_by_its_contents(
-    file: Path,
-    tmp_path: Path,
-    own_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_it_is_found_again_as_long_as_the_source_is_the_same(
+    file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(file)
-    assert capsys.readouterr().out.count("Making a prompt store") == 1
-    copy = tmp_path / "copy.txt"
-    copy.write_bytes(file.read_bytes())
-    monkeypatch.setattr(store, "read_texts", None)  # nothing is read any more
-    assert opened(copy).folder == first.folder == opened(file).folder
-    monkeypatch.setattr(store, "_digest", None)  # nor hashed, as long as the file is the same
-    assert opened(file).folder == first.folder
-    monkeypatch.undo()
-    monkeypatch.setenv("ONE_STEP_CACHE", str(own_cache))
-    assert opened(file, Cleaning(deduplicate=True)).folder != first.folder
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_texts", None)  # nothing is read any more
+        assert opened(file) == first
+    assert opened(file, Cleaning(deduplicate=True)) != first
     before = file.stat()
     file.write_text(file.read_text().replace("prompt 7\n", "prompt X\n"))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert texts_of(opened(file))[7] == "prompt X"
+    assert stored(file)[7] == "prompt X"
     assert len(left_in(own_cache)) == 3
 
 
-def test_one_process_makes_it_while_others_wait(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_process_makes_it_while_others_wait(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*arguments: Any) -> Iterator[str]:
         reads.append(arguments)
         time.sleep(0.4)
         yield from PROMPTS
 
     reads: list[Any] = []
-    monkeypatch.setattr(store, "read_texts", slow)
+    monkeypatch.setattr(sources, "read_texts", slow)
     threads = [threading.Thread(target=opened, args=(file,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(reads) == 1
-    assert "waiting for another process" in capsys.readouterr().out
 
 
 def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,17 +125,16 @@ def test_a_killed_attempt_is_made_anew(file: Path, own_cache: Path, monkeypatch:
         yield from PROMPTS * 100
         os.kill(os.getpid(), signal.SIGKILL)
 
-    importlib.import_module("datasets.arrow_writer")  # the child has nothing to import
+    importlib.import_module("pyarrow")  # the child has nothing to import
     if (child := os.fork()) == 0:
-        monkeypatch.setattr(store, "read_texts", killed)
+        monkeypatch.setattr(sources, "read_texts", killed)
         opened(file)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (leftover,) = left_in(own_cache)
     assert leftover.endswith(".partial")
-    made = opened(file)
-    assert texts_of(made) == PROMPTS
-    assert left_in(own_cache) == [made.folder.name]
+    assert stored(file) == PROMPTS
+    assert left_in(own_cache) == [opened(file).name]
 
 
 # --- cleaning -----------------------------------------------------------------------------------------------
@@ -152,11 +144,7 @@ def test_what_is_dropped_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "file.txt"
     path.write_text("a red ship\nhi\n\na ship\na red ship\n" + "long " * 9 + "\na ship\nhi\na house")
     (made,) = PromptPools(str(path), cleaning=Cleaning(3, 20, deduplicate=True)).open()
-    assert isinstance(made, PromptStore)
     assert texts_of(made) == ["a red ship", "a ship", "a house"]
-    expected = {"read": 9, "kept": 3, "dropped": {"empty": 1, "long": 1, "repeated": 2, "short": 2}}
-    report = json.loads((made.folder / "report.json").read_text())
-    assert {name: report[name] for name in expected} == expected
     said = capsys.readouterr().out
     assert ("3 of 9 prompts kept (dropped: 1 empty, 1 above 20 characters, 2 repeated, 2 below 3 characters)"
             in said)  # fmt: skip
@@ -180,15 +168,15 @@ def test_lists_and_small_files_are_cleaned_alike(
 def test_repeats_are_found_across_calls_and_the_first_is_kept() -> None:
     numbers = np.random.default_rng(0).integers(0, 3000, 10_000).tolist()
     every = [f"t{number}" for number in numbers]
-    cleaner, start, kept = Cleaner(Cleaning(deduplicate=True)), 0, []
-    for size in (1, 7, 3000, 2, 4000, 500, 2490):
-        kept += cleaner.keep(every[start : start + size])
-        start += size
+    ends = np.cumsum([0, 1, 7, 3000, 2, 4000, 500, 2490]).tolist()
+    chunks, counts = [every[start:end] for start, end in pairwise(ends)], Counter[str]()
+    kept = sum(Cleaning(deduplicate=True).kept(chunks, counts), [])
     assert kept == list(dict.fromkeys(every))
-    seen = _SeenTexts()
+    assert counts == {"read": 10_000, "kept": len(kept), "repeated": 10_000 - len(kept)}
+    seen = SeenTexts()
     for start in range(0, 64_000, 1000):
         assert seen.first_times([f"u{number}" for number in range(start, start + 1000)]).all()
-    assert len(seen._runs) <= 7 and sum(map(len, seen._runs)) == 64_000
+    assert len(seen.runs) <= 7 and sum(map(len, seen.runs)) == 64_000
 
 
 @pytest.mark.parametrize(
@@ -317,11 +305,11 @@ def test_fewer_prompts_than_a_batch(file: Path) -> None:
 def test_a_source_that_is_gone_or_damaged_leaves_nothing(file: Path, tmp_path: Path, own_cache: Path) -> None:
     module = module_of(file)
     file.unlink()
-    with pytest.raises(UserError, match=r"prompts\.txt does not exist any more"):
+    with pytest.raises(UserError, match=r"prompts\.txt does not exist"):
         module.prepare_data()
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(f'{{"prompt": "p{n}"}}\n' for n in range(70_000)) + '{"prompt": "p')
-    with pytest.raises(UserError, match=r"cut\.jsonl: line 70001 is no JSON"):
+    with pytest.raises(UserError, match=r"cut\.jsonl: row 70001 can't be read"):
         opened(cut)
     (tmp_path / "empty.csv").write_text("prompt\n")
     with pytest.raises(UserError, match=r"empty\.csv is empty"):
@@ -336,25 +324,21 @@ def test_a_source_that_changes_while_being_read(
         yield from PROMPTS
         file.write_text("another prompt")
 
-    monkeypatch.setattr(store, "read_texts", changing)
+    monkeypatch.setattr(sources, "read_texts", changing)
     with pytest.raises(UserError, match=r"prompts\.txt changed while being read"):
         opened(file)
     assert left_in(own_cache) == []
 
 
 def test_too_little_room(file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"takes about 1048576\.0 GiB of .* free"):
-        open_store([(file, None)], Cleaning(), 2**50)
-
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    writing = importlib.import_module("datasets.arrow_writer")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device; make room"):
-        patch.setattr(writing.ArrowWriter, "write_batch", full)
+        patch.setattr(pyarrow, "record_batch", full)
         opened(file)
     assert left_in(own_cache) == []
-    assert texts_of(opened(file)) == PROMPTS
+    assert stored(file) == PROMPTS
 
 
 def test_a_cache_that_can_not_be_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,9 +348,8 @@ def test_a_cache_that_can_not_be_written(file: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_damaged_store_is_named(file: Path) -> None:
-    folder = opened(file).folder
-    arrow = folder / "prompts.arrow"
+    arrow = opened(file)
     arrow.write_bytes(arrow.read_bytes()[:200])
-    with pytest.raises(UserError, match="delete the folder") as caught:
+    with pytest.raises(UserError, match="delete it") as caught:
         opened(file)
-    assert str(folder) in str(caught.value)
+    assert str(arrow) in str(caught.value)

@@ -17,8 +17,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from common import files
 from common.errors import UserError
-from lightning_modules.networks import model_names
 from lightning_modules.networks.loading import asset_path, load_parts, noise_schedule
 
 
@@ -56,7 +56,7 @@ def test_relative_paths_are_sought_here_then_in_the_repository(
     for folder in (here / "both", repository / "both", repository / "bundled"):
         folder.mkdir(parents=True)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(model_names, "REPOSITORY", repository)
+    monkeypatch.setattr(files, "ROOT", repository)
     assert asset_path("both") == Path("both")
     assert asset_path("bundled") == repository / "bundled"
     assert asset_path("nowhere") == Path("nowhere")
@@ -215,7 +215,7 @@ def test_a_slip_in_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pyte
     """`models/sd` looks like owner/model, but the folder `models` is here: nothing is asked of the hub."""
     asked: list[str] = []
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", asked.append)
-    monkeypatch.setattr(model_names, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(files, "ROOT", tmp_path / "repository")
     monkeypatch.chdir(tmp_path)
     for folder in ("models", "repository/bundled"):
         (tmp_path / folder).mkdir(parents=True)
