@@ -41,9 +41,6 @@ class RunCheckpoint(Checkpoint):
             as best.ckpt, with a notice. None: no best.ckpt.
         mode: "min" or "max".
         keep_step_checkpoints: How many `step_<n>.ckpt` are kept: 0 none, n the newest n, -1 all of them.
-
-    Raises:
-        UserError: a setting out of its range.
     """
 
     def __init__(
@@ -167,10 +164,10 @@ class RunCheckpoint(Checkpoint):
         if value is None or not math.isfinite(score := float(value)):
             return False
         sign = 1 if self.mode == "min" else -1
-        if self.best_score is not None and sign * score >= sign * self.best_score:
-            return False
-        self.best_score, self.best_step = score, trainer.global_step
-        return True
+        is_best = self.best_score is None or sign * score < sign * self.best_score
+        if is_best:
+            self.best_score, self.best_step = score, trainer.global_step
+        return is_best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save a run that ended otherwise than by its number of steps, or before its first validation."""
@@ -204,14 +201,10 @@ class RunCheckpoint(Checkpoint):
         return trainer.global_step % self.every_n_steps == 0
 
     def save(self, trainer: Trainer, best: bool = False) -> None:
-        """Write the present state once and give it its names; every process must call this between two steps.
+        """Write the present state once and give it its names, `best.ckpt` among them where it is the best.
 
-        Args:
-            trainer: The trainer.
-            best: Also as `best.ckpt`.
-
-        Raises:
-            UserError: the file system refuses; what was saved before is as it was.
+        Every process must call this, between two steps. Where the file system refuses, what was saved before
+        is as it was, and a UserError says so.
         """
         self.saved_step, before, step = trainer.global_step, self.saved_step, trainer.global_step
         folder = self.folder(trainer)

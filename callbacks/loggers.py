@@ -25,17 +25,13 @@ class MetricsCSV(Logger):
 
     Args:
         folder: The run folder.
-        resume_step: Rows after this step are dropped, earlier ones stay. None: the file is continued as it
-            is.
+        resume_step: Rows after this step are dropped, earlier ones stay. None: the file goes on as it is.
         filename: Name of the file in the folder.
     """
 
-    def __init__(
-        self, folder: str | Path, resume_step: int | None = None, filename: str = "metrics.csv"
-    ) -> None:
+    def __init__(self, folder: Path, resume_step: int | None = None, filename: str = "metrics.csv") -> None:
         super().__init__()
-        self.folder, self.path = Path(folder), Path(folder) / filename
-        self.resume_step = resume_step
+        self.folder, self.path, self.resume_step = folder, folder / filename, resume_step
         self._columns: list[str] = ["step"]
         self._pending: dict[str, str] = {}
         self._last_step: str | None = None  # step of the file's last row
@@ -170,11 +166,8 @@ class StepAxis(Callback):
 def run_loggers(folder: Path, resume_step: int | None, command: str = "fit") -> list[Logger]:
     """Return the loggers every run has: metrics.csv and, for `fit`, TensorBoard events, in the run folder.
 
-    Args:
-        folder: The run folder.
-        resume_step: Step of the checkpoint that is continued in this folder, else None.
-        command: `validate`, `test` and `predict` write `metrics_<command>.csv`, so that the curves of the
-            training stay as they are.
+    `resume_step` is that of the checkpoint that is continued in this folder, if any. `validate`, `test` and
+    `predict` write `metrics_<command>.csv`, so that the curves of the training stay as they are.
     """
     if command != "fit":
         return [MetricsCSV(folder, filename=f"metrics_{command}.csv")]

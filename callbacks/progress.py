@@ -12,20 +12,16 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from tqdm import tqdm
 
-# What is shown where it is logged, beside what modules log for the bar: logged name -> short one.
-_BEFORE = {"counts/images_seen": "images"}
-_AFTER = {
-    "objective/guidance_scale": "κ",
-    "throughput/images_per_second": "images/s",
-    "memory/peak_gib": "GiB",
-}
+_SHORT = {"objective/guidance_scale": "κ", "counts/images_seen": "images",
+          "throughput/images_per_second": "images/s", "memory/peak_gib": "GiB"}  # fmt: skip
+"""What is shown where it is logged, behind what modules log for the bar: logged name -> short one."""
 
 
 class StepProgressBar(TQDMProgressBar):
     """Lightning's bar over `trainer.max_steps` student updates; other loops get a short-lived bar each.
 
     The number starts at the checkpoint's step in a resumed run, speed and time left count this session's
-    steps only. Behind it stand images seen, what modules log with `prog_bar=True` (both losses), κ, images a
+    steps only. Behind it stand what modules log with `prog_bar=True` (both losses), κ, images seen, images a
     second and peak memory, as far as they are logged.
 
     Args:
@@ -48,9 +44,10 @@ class StepProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what modules log for the bar, as short text; without version number and `_step` endings."""
         logged: dict[str, Any] = dict(trainer.callback_metrics)
-        values = {short: logged[name] for name, short in _BEFORE.items() if name in logged}
-        values |= {name.removesuffix("_step"): value for name, value in trainer.progress_bar_metrics.items()}
-        values |= {short: logged[name] for name, short in _AFTER.items() if name in logged}
+        values: dict[str, Any] = {
+            name.removesuffix("_step"): value for name, value in trainer.progress_bar_metrics.items()
+        }
+        values |= {short: logged[name] for name, short in _SHORT.items() if name in logged}
         return {name: _short(value) for name, value in values.items()}
 
     def _bar(self, what: str, total: float, done: int = 0, leave: bool = False) -> Tqdm:

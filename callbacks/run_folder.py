@@ -45,16 +45,13 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
-    """Return the checkpoint that `last`, `best` or a path names.
+    """Return the checkpoint that `last`, `best` or a path names; None if there is no last one.
 
     Args:
         which: "last" (newest version of the experiment that holds a checkpoint), "best" (the `best.ckpt` of
             the newest version that has one) or the path of a file (or of a sharded checkpoint's folder).
         root: The root of all runs, `trainer.default_root_dir`.
         experiment: Name of the experiment.
-
-    Returns:
-        The path; None if `last` was asked for and no version holds a checkpoint.
 
     Raises:
         UserError: the path does not exist or cannot be read, or there is no best checkpoint.
@@ -92,11 +89,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def new_version(root: Path, experiment: str) -> Path:
-    """Create the next free `version_<n>` folder of an experiment and return it.
-
-    Raises:
-        UserError: a part of the path is a file, or cannot be written.
-    """
+    """Create the next free `version_<n>` folder of an experiment and return it; a UserError if that fails."""
     folder = root / experiment
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.processes import say
 from lightning_modules.memory import NOT_WEIGHTS, Part
 from lightning_modules.trainer_settings import is_slow_in_bf16
+from reports.text import text_table
 
 _WARM_UP = 1
 """Updates that are not timed: the first counts operations."""
@@ -133,14 +134,13 @@ class StartSummary(Callback):
 
 def memory_table(parts: dict[str, Part]) -> str:
     """One line for each part: its values in M, MiB, and whether it is trained or frozen; then the sum."""
-    width = max(map(len, parts))
-    lines = [f"{'Memory by part':<{width}}  {'M':>9}  {'MiB':>9}"]
+    cells = []
     for name, (values, size, trained) in parts.items():
         state = "" if name in NOT_WEIGHTS else "trained" if trained else "frozen"
-        lines.append(f"{name:<{width}}  {values / 1e6:>9.3f}  {size / 2**20:>9.1f}  {state}".rstrip())
+        cells.append([name, f"{values / 1e6:.3f}", f"{size / 2**20:.1f}", state])
     total = sum(size for _, size, _ in parts.values()) / 2**20
-    lines.append(f"{'sum, without activations':<{width}}  {'':>9}  {total:>9.1f}")
-    return "\n".join(lines)
+    cells.append(["sum, without activations", "", f"{total:.1f}", ""])
+    return text_table(["Memory by part", "M", "MiB", ""], cells)
 
 
 def effective_batch(trainer: Trainer) -> list[str]:

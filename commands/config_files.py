@@ -78,7 +78,14 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     if path.resolve() in above:
         circle = " -> ".join(str(file) for file in (*above[above.index(path.resolve()) :], path))
         raise UserError(f"the configuration {path} is its own base: {circle}; remove one `base`")
-    text, content = _read(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"configuration file {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
     if "base" not in content:
         renamed = _renamed(text, str(path))
         return [str(path) if renamed == text else renamed]
@@ -92,18 +99,6 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
         configs += _with_bases(found, (*above, path.resolve()))
     own = [_renamed(yaml.safe_dump(content, sort_keys=False), str(path))] if content else []
     return [*configs, *own]
-
-
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"configuration file {path} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
-    return text, content
 
 
 def _renamed(text: str, where: str) -> str:

@@ -55,6 +55,7 @@ def import_components() -> None:
 
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
+
     Any mistake in the command line, the configuration, the data or the checkpoint is a UserError.
 
     Args:
@@ -69,8 +70,7 @@ class TrainerCLI(LightningCLI):
         self.args = expand(args)
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
-        # "omegaconf+" resolves ${...} after the command line has been read, so overrides reach
-        # interpolations.
+        # "omegaconf+" resolves ${...} after the command line has been read: overrides reach interpolations
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
             super().__init__(
@@ -119,9 +119,7 @@ class TrainerCLI(LightningCLI):
             return
         self.checkpoint_path = find_checkpoint(which, Path(root), settings.experiment)
         if self.checkpoint_path is None:
-            none = (
-                f"--ckpt_path last: no checkpoint of the experiment {settings.experiment!r} under {root} yet"
-            )
+            none = f"--ckpt_path last: no checkpoint of {settings.experiment!r} under {root} yet"
             if self.config.subcommand != "fit":
                 raise UserError(f"{none}; train it first or name a checkpoint file")
             say(f"{none}; starting afresh")

@@ -15,17 +15,12 @@ _QUIET_WARNINGS = (
 
 
 def quieten() -> None:
-    """Silence messages of Lightning that ask nothing of the user; every other warning stays."""
+    """Silence warnings, advertisements and the list of accelerators that are not there; all else stays."""
     for pattern in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, _Tips) for known in logger.filters):
-        logger.addFilter(_Tips())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)  # the same one only once
 
 
-class _Tips(logging.Filter):
-    """Drops Lightning's advertisements and its list of accelerators that are not there."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not ("litlogger" in message or "Tip:" in message or message.startswith("TPU available"))
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("litlogger" in message or "Tip:" in message or message.startswith("TPU available"))

@@ -26,9 +26,6 @@ class CompiledNetworks:
         networks: student and scores.
         mode: false for none; true or a mode of `torch.compile`. "reduce-overhead" and "max-autotune" replay
             CUDA graphs on GPUs.
-
-    Raises:
-        UserError: there is no such mode, or the networks are in shards.
     """
 
     def __init__(self, networks: Sequence[nn.Module] = (), mode: bool | str = False) -> None:

@@ -48,7 +48,7 @@ def test_what_a_distillation_logs_stands_on_the_line(capsys: pytest.CaptureFixtu
 
     run(Logging(), 2, StepProgressBar())
     last = capsys.readouterr().err.split("\r")[-1]
-    assert re.search(r"images=123456, train/loss=[\d.]+, .*κ=4.5, images/s=55.12, GiB=1.25", last), last
+    assert re.search(r"train/loss=[\d.]+, .*κ=4.5, images=123456, images/s=55.12, GiB=1.25", last), last
 
 
 def test_values_are_read_only_when_they_are_drawn() -> None:
