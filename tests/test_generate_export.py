@@ -505,7 +505,7 @@ def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: P
         ((*cat, "--output", tmp_path / "file"), "is a file. Give a folder"),
         ((*cat, "--steps", "many"), "--steps: .*'many'"),
         ((*cat, "--negative-guidance", "naz"), "--negative-guidance naz: must be one of 'none', 'nasa'"),
-        ((*cat, "--num-image", 2), "num-image' on the command line; did you mean 'num-images'"),
+        ((*cat, "--num-image", 2), "num-image'; did you mean 'num-images'"),
         (("--prompt",), "--prompt: expected at least one argument"),
     ]
     for words, message in cases:

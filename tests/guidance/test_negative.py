@@ -91,7 +91,7 @@ def test_images_of_a_batch_have_their_own_negative_prompts(pipe: Any, rule: Meth
     for i, negative in enumerate(negatives):
         with negative_prompting(pipe, negative, **options(rule)):
             alone = draw(pipe, prompts[i : i + 1], seeds[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=3e-4)
     assert (together[0] - plain[0]).abs().max() > 1e-3
 
 

@@ -19,7 +19,8 @@ def test_pictures_are_the_pipelines(tiny_sd: Path) -> None:
         decoded = vae.decode(latents(3) / vae.config.scaling_factor).sample
         expected = VaeImageProcessor().postprocess(decoded, output_type="pt")
         pictures = LatentDecoder(vae).decode(latents(3))
-    assert torch.equal(pictures, expected)
+    # not on all processors to the last bit
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
     assert pictures.shape == (3, 3, 16, 16) and 0 <= pictures.min() < pictures.max() <= 1
 
 
