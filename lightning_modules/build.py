@@ -121,9 +121,8 @@ def check_turns(objective: Objective, further: Sequence[str]) -> int:
     """
     name, turns = type(objective).__name__, objective.turns(0)
     if sum(turn.role == "student" for turn in turns) != 1:
-        raise UserError(
-            f"{name} plans the turns {', '.join(turn.role for turn in turns)}: exactly one must be the student's"
-        )
+        planned = ", ".join(turn.role for turn in turns)
+        raise UserError(f"{name} plans the turns {planned}: exactly one must be the student's")
     if unknown := {turn.role for turn in turns} - set(objective.roles):
         raise UserError(f"{name} plans turns of {', '.join(sorted(unknown))}, which its roles don't name")
     own = [role for role in objective.roles if role not in ("student", "fake_score")]
