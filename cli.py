@@ -7,6 +7,7 @@ import difflib
 import importlib
 import sys
 import traceback
+from pathlib import Path
 
 from common.errors import UserError
 
@@ -34,11 +35,13 @@ COMMANDS = {
 
 def usage() -> str:
     """Return the list of all commands."""
+    name = Path(sys.argv[0]).name
+    program = name if name == "one-step-distillation" else "python cli.py"
     return "\n".join([
-        "usage: python cli.py COMMAND [options]", "",
+        f"usage: {program} COMMAND [options]", "",
         "One-step distillation of text-to-image diffusion models.", "", "commands:",
         *(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()), "",
-        "python cli.py COMMAND --help lists the options of a command.",
+        f"{program} COMMAND --help lists the options of a command.",
         "--debug with any command shows the traceback of an error.",
     ])  # fmt: skip
 

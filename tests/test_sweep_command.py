@@ -38,9 +38,7 @@ def test_mistakes_in_the_yaml(tmp_path: Path) -> None:
         tmp_path, "trainer.default_root_dir is given", space={"trainer.default_root_dir": choice("a", "b")}
     )
     wrong = {"class_path": "MedianPruner", "init_args": {"n_warmup": 3}}
-    refused(
-        tmp_path, "n_warmup' of optuna.pruners.MedianPruner; did you mean 'n_warmup_steps'", pruner=wrong
-    )
+    refused(tmp_path, "n_warmup' of optuna.pruners.MedianPruner; did you mean 'n_warmup_steps'", pruner=wrong)
     refused(tmp_path, "TPSampler", sampler={"class_path": "TPSampler"})
     refused(tmp_path, "only 3 different points; write trials: 3", space={"x": choice(1, 2, 3)})
     for entry, message in [
@@ -138,6 +136,18 @@ def test_a_search_key_that_is_no_config_key(
     with pytest.raises(UserError, match=message):
         main(["sweep", "--config", str(path)])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_below_the_base_belongs_to_the_identity(tmp_path: Path) -> None:
+    """What a configuration says counts, with all that it builds on; a comment does not."""
+    settings = read_settings(write_sweep(tmp_path))
+    (tmp_path / "base.yaml").write_text("base: below.yaml\ntrainer: {max_steps: 1}\n")
+    (tmp_path / "below.yaml").write_text("model: {rate: 1}\n")
+    before = settings.identity()
+    (tmp_path / "below.yaml").write_text("# a comment\nmodel: {rate: 1}\n")
+    assert settings.identity() == before
+    (tmp_path / "below.yaml").write_text("model: {rate: 2}\n")
+    assert settings.identity() != before
 
 
 def test_a_wrong_base_config_is_told_from_a_wrong_key(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -20,8 +19,10 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from commands.config_errors import explain
+from commands.config_files import content_of
 from common.errors import UserError, first_line
 from common.files import asset_path
+from common.hashing import hash_json
 
 _OWN = ("experiment", "trainer.default_root_dir", "config")
 """What the sweep itself gives to every trial."""
@@ -89,7 +90,7 @@ class SweepSettings:
     def identity(self) -> dict[str, Any]:
         """What all trials of one study have in common; trials of another identity can't be compared."""
         return {
-            "base": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.base},
+            "base": {path: hash_json(content_of(path)) for path in self.base},
             "overrides": self.overrides, "space": self.space_as_data(), "metric": self.metric,
             "direction": self.direction,
         }  # fmt: skip
