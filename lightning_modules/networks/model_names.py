@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import asset_path
+from common.files import ROOT, asset_path
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def model_name(given: str | Path) -> ModelName:
     if mark and not variant:
         raise UserError(f"There is no variant behind the # of {text}. Give e.g. owner/model#fp16.")
     return ModelName(name, revision or None, variant if mark else None)
+
+
+def is_bundled(given: str | Path) -> bool:
+    """Whether a model is one of those in assets/."""
+    return asset_path(model_name(given).name).resolve().is_relative_to(ROOT / "assets")
 
 
 def may_be_hub_name(name: str) -> bool:
