@@ -11,8 +11,6 @@ from typing import Any
 
 import jsonargparse
 
-from commands.config_files import contents
-
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.+-]+)|(?:does not accept option|Option|Key) '([^']+)'")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _PACKAGE = re.compile(r"No module named '(bitsandbytes|torchao)'.*class_path='([^']+)'", re.DOTALL)
@@ -62,6 +60,8 @@ def _nearest(name: str, known: list[str], elsewhere: list[str]) -> str:
 
 def _configured_options(args: list[str]) -> list[str]:
     """Options of the classes that the configuration files of a command line name, by their whole keys."""
+    from commands.config_files import contents  # it imports torch, which --help need not
+
     keys = {}
     for place, class_path in (pair for content in contents(args) for pair in _classes(content)):
         try:

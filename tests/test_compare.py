@@ -71,6 +71,9 @@ def compare(tmp_path: Path, *runs: Path | str) -> str:
 def test_metrics_differences_and_timing(tmp_path: Path) -> None:
     first = make_run(tmp_path / "one/version_0", 0.1, 3.0)
     second = make_run(tmp_path / "one/version_1", 0.2, 2.0)
+    report = json.loads((first / "report.json").read_text())
+    report["timing"]["seconds_per_step_quartiles"] = [0.05, 0.2]
+    (first / "report.json").write_text(json.dumps(report))
     page = compare(tmp_path, first, second)
     assert cells(page, "Metrics") == [
         ["run", "step", "weights", "images", "frechet_distance ↓", "clip_score ↑"],
@@ -84,9 +87,9 @@ def test_metrics_differences_and_timing(tmp_path: Path) -> None:
         ["one/version_1", "0.2"],
     ]
     assert cells(page, "Timing")[1:] == [
-        ["one/version_0", "★0.1000", "2.000", "–"],
+        ["one/version_0", "0.1000 (0.0500 to 0.2000)", "2.000", "–"],
         ["one/version_1", "0.2000", "2.000", "–"],
-    ]
+    ], "no star: a time has a spread"
     assert cells(page, "Environment differences")[1:] == [["one/version_0", "new"], ["one/version_1", "old"]]
     assert "Last validation" not in page
     assert page.count("<img alt") == 2 and "Every sheet shows the same prompts from the same seeds" in page
@@ -118,6 +121,13 @@ def test_unfinished_runs_and_runs_without_pictures(tmp_path: Path) -> None:
     assert cells(page, "Last validation")[1:] == [
         ["a/version_0", "20", "8.600"], ["a/version_1", "40", "★8.200"], ["a/version_2", "–", "–"]
     ]  # fmt: skip
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    (begun / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"init_args": {"eval_size": 8}}}))
+    other = compare(tmp_path, tmp_path / "a")
+    assert cells(other, "Last validation")[2] == ["a/version_1", "40", "8.200"], "of other counts: no star"
+    report = json.loads((whole / "report.json").read_text())
+    (whole / "report.json").write_text(json.dumps(report | {"finished": False}))
+    assert cells(compare(tmp_path, whole), "Metrics")[2][2] == "ema, not finished"
     assert page.count("<img alt") == 1
     assert [run.step for run in load_runs([whole, begun, bare])] == [20, 40, None]
 
