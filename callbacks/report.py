@@ -75,12 +75,12 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 class RunReport(Callback):
-    """report.json, report.md, report.html and manifest.json in the run folder, at each validation of ``fit``
-    and at its end.
+    """report.json, .md, .html and manifest.json in the run folder, at each validation and at the end.
 
-    At a validation it says what that has measured, and that the run isn't finished. Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves
-    from ``metrics.csv``. Prints the table of results and where report.html lies. The timing goes into
-    checkpoints, so that a finished run whose report is completed later keeps that of its training.
+    At a validation it says what that has measured, and that the run isn't finished. Takes its numbers from
+    the run's Evaluation (if there is one), its pictures from ``samples/``, its curves from ``metrics.csv``.
+    At the end it prints the table of results and where report.html lies. The timing goes into checkpoints, so
+    that a finished run whose report is completed later keeps that of its training.
     """
 
     def __init__(self) -> None:

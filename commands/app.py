@@ -36,9 +36,11 @@ def run(options: Options) -> None:
     gradio = import_gradio()
     # here, because they import torch: seconds that --help need not take
     from commands.app_page import LAUNCH, build_page
-    from commands.app_pictures import SideBySide
+    from commands.app_pictures import SideBySide, local_students
 
-    page = build_page(gradio, SideBySide(options.model, options.teacher))
+    models = SideBySide(options.model, options.teacher)
+    choices = dict.fromkeys([options.model, DEFAULT_MODEL, *local_students()])
+    page = build_page(gradio, models, list(choices))
     try:
         page.launch(server_name=HOST, server_port=options.port, **LAUNCH)
     except OSError as error:

@@ -87,7 +87,7 @@ def test_metrics_differences_and_timing(tmp_path: Path) -> None:
         ["one/version_1", "0.2"],
     ]
     assert cells(page, "Timing")[1:] == [
-        ["one/version_0", "0.1000 (0.0500 to 0.2000)", "2.000", "–"],
+        ["one/version_0", "0.1000 (0.05000 to 0.2000)", "2.000", "–"],
         ["one/version_1", "0.2000", "2.000", "–"],
     ], "no star: a time has a spread"
     assert cells(page, "Environment differences")[1:] == [["one/version_0", "new"], ["one/version_1", "old"]]
@@ -173,7 +173,7 @@ def test_runs_are_found_by_folder_and_pattern(tmp_path: Path) -> None:
         "trial_000/version_0",
         "trial_001/version_0",
     ]
-    with pytest.raises(UserError, match="nowhere does not exist; give run folders"):
+    with pytest.raises(UserError, match="nowhere does not exist. Give run folders"):
         find_runs([f"{tmp_path}/nowhere"])
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):

@@ -178,7 +178,7 @@ class KeepReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for suffix in ("json", "html"):
             folder = Path(str(trainer.log_dir))
-            if not (folder / f"early.{suffix}").exists():
+            if not trainer.sanity_checking and not (folder / f"early.{suffix}").exists():
                 shutil.copy(folder / f"report.{suffix}", folder / f"early.{suffix}")
 
 
