@@ -81,7 +81,8 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
     except argparse.ArgumentError as error:
         raise UserError(_message(error, parser, given)) from error
     values = parser.instantiate(found).as_dict()
-    values.pop("config", None)
+    if config is not None:
+        values.pop("config")
     options = kind(**values)
     if config is not None:
         options.resolved = parser.dump(found)  # type: ignore[attr-defined]

@@ -162,7 +162,8 @@ def _metrics(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _validation(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
-    file, step, found = run / "metrics.csv", str(facts["student_steps"]), {}
+    file, step = run / "metrics.csv", str(facts["student_steps"])
+    found: dict[str, str] = {}
     if file.is_file():
         with file.open(newline="", encoding="utf-8", errors="replace") as lines:
             for row in csv.DictReader(lines):

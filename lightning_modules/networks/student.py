@@ -84,10 +84,10 @@ def student_path(name: str, runs: str | Path = "runs") -> str:
     for file in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / file).exists():  # a folder where it is in shards
             return str(folder / "checkpoints" / file)
-    if runs := sorted(folder.glob("version_*")):
+    if versions := sorted(folder.glob("version_*")):
         raise UserError(
-            f"{name} holds the runs {', '.join(run.name for run in runs[:8])}. Give one of them, "
-            f"e.g. {runs[-1]}."
+            f"{name} holds the runs {', '.join(run.name for run in versions[:8])}. Give one of them, "
+            f"e.g. {versions[-1]}."
         )
     if (folder / "config.yaml").is_file():
         raise UserError(

@@ -111,7 +111,7 @@ def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
     folder = tmp_path / "a<b>&c" / "version_0"
     callbacks = [evaluation(tiny_clip, reference), SampleGrid(num_images=2, teacher_steps=2), RunReport()]
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("lr: 0.5\nlogger: {}\n  api_key: hush\n")
+    (folder / "config.yaml").write_text("lr: 0.5\nlogger:\n  api_key: hush\n")
     trainer(folder, *callbacks, KeepReport(), max_steps=4).fit(StandIn(tiny_sd), StandInData())
     early = json.loads((folder / "early.json").read_text())
     assert early["step"] == 2 and not early["finished"] and early["teacher_metrics"] == {}
