@@ -72,10 +72,17 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["", *(_column(name, measured.get(name)) for name in names), "images measured"]
     cells = []
     for title, results in rows:
-        values = [format_value(results[name]["value"]) if name in results else "–" for name in names]
+        values = [_with_spread(results[name]) if name in results else "–" for name in names]
         counts = {r["num_images"] for name, r in results.items() if name != "milliseconds_per_image"}
         cells.append([title, *values, ", ".join(f"{count:,}" for count in sorted(counts)) or "–"])
     return header, cells
+
+
+def _with_spread(result: Mapping[str, Any]) -> str:
+    """A value, and from where to where a time has spread."""
+    ends = result["details"].get("spread")
+    text = f" ({' to '.join(map(format_value, ends))})" if ends else ""
+    return format_value(result["value"]) + text
 
 
 def _column(name: str, result: Mapping[str, Any] | None) -> str:
