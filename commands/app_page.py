@@ -101,9 +101,10 @@ def drawing(gr: Any, models: SideBySide) -> Any:
     def draw(
         prompt: str, negative: str, method: str, scale: float, seed: int | None, beside: bool, count: int = 1
     ) -> Iterator[tuple[Any, ...]]:
+        together = "" if count == 1 else f", {count} pictures"
         try:
             student = models.student(prompt, negative, method, scale, seed, count)
-            shown = (student.image, caption("Student, 1 step", student))
+            shown = (student.image, caption(f"Student, 1 step{together}", student))
             if not beside:
                 yield *shown, None, "Teacher: not drawn"
                 return
@@ -112,7 +113,7 @@ def drawing(gr: Any, models: SideBySide) -> Any:
         except UserError as error:
             yield gr.skip(), str(error), gr.skip(), gr.skip()  # while a number is typed it may be empty
             return
-        title = f"Teacher, {TEACHER_STEPS} steps, guidance {TEACHER_GUIDANCE}"
+        title = f"Teacher, {TEACHER_STEPS} steps, guidance {TEACHER_GUIDANCE}{together}"
         times = f", {teacher.milliseconds / student.milliseconds:.3g} times the student's"
         yield gr.skip(), gr.skip(), teacher.image, caption(title, teacher) + times
 
