@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from common.errors import UserError
+from common.files import at_home
 
 TRAINER = "commands.fit"
 COMMANDS = {
@@ -50,6 +51,7 @@ def run_command(args: list[str]) -> None:
         UserError: anything the user can mend.
         SystemExit: after `--help`, or when the run was interrupted.
     """
+    args = [_readable(arg) for arg in args]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if args else 2)
@@ -74,6 +76,16 @@ def run_command(args: list[str]) -> None:
         module.add_arguments(parser)
         options = parser.parse_args(args[1:])
     module.run(options)
+
+
+def _readable(arg: str) -> str:
+    """A word of the command line, ~ in it as the home folder, also behind an option's `=`."""
+    try:
+        arg.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the command line holds bytes that are no text: {arg!r}") from error
+    option, mark, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
+    return option + mark + at_home(value)
 
 
 def main(args: list[str] | None = None) -> None:

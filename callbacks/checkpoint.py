@@ -21,7 +21,7 @@ from callbacks.run_folder import REPLACED, numbered, run_dir
 from callbacks.time_limit import StopRequests
 from common.errors import UserError, first_line
 from common.processes import from_every_rank
-from lightning_modules.checkpoints import FORMAT, KEY
+from lightning_modules.checkpoints import FORMAT, KEY, read
 
 
 class RunCheckpoint(Checkpoint):
@@ -285,6 +285,11 @@ class PlainFile(TorchCheckpointIO):
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
 
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read the file, or the folder of shards that another run wrote, whole."""
+        content: dict[str, Any] = read(Path(path))
+        return content
+
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the file system's error behind another one, or that itself."""
@@ -328,7 +333,7 @@ def give_name(source: Path, target: Path) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():  # a folder (sharded checkpoint) cannot be replaced in one call
+    if target.is_dir() or (source.is_dir() and target.exists()):  # folders can't be replaced in one call
         aside = target.with_suffix(REPLACED)
         remove(aside)
         os.replace(target, aside)

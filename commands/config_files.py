@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from common.files import ROOT, asset_path
+from common.files import ROOT, asset_path, at_home
 from common.processes import say
 
 PARTS = ("trainer", "data")
@@ -81,15 +81,16 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
     if "base" not in content:
         renamed = _renamed(text, str(path))
-        return [str(path) if renamed == text else renamed]
-    bases = content.pop("base")
+        if renamed == text and at_home(content) == content:
+            return [str(path)]
+    bases, content = content.pop("base", []), at_home(content)
     configs: list[str] = []
     for base in bases if isinstance(bases, list) else [bases]:
         places = (path.parent / str(base), ROOT / str(base))

@@ -7,6 +7,7 @@ import importlib
 import os
 import pkgutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.loggers import StepAxis, run_loggers
@@ -28,7 +29,8 @@ from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_c
 from commands.config_errors import explain
 from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
-from common.errors import UserError
+from common.errors import UserError, first_line
+from common.files import claimed
 from common.processes import say
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
@@ -53,6 +55,21 @@ def import_components() -> None:
             importlib.import_module(module.name)
 
 
+def _refuse_epochs(trainer: Any) -> None:
+    """The stream of prompts has no end, so that what is counted in epochs would never come."""
+    counted = {"max_epochs": (None, -1), "min_epochs": (None, 0), "check_val_every_n_epoch": (None,),
+               "reload_dataloaders_every_n_epochs": (None, 0)}  # fmt: skip
+    for name, unused in counted.items():
+        if (value := trainer.get(name)) not in unused:
+            raise UserError(
+                f"trainer.{name} is {value}, but the stream of prompts has no epochs: count in student "
+                "updates, by trainer.max_steps and trainer.val_check_interval"
+            )
+    every = trainer.val_check_interval
+    if isinstance(every, bool) or not isinstance(every, int | None) or every == 0:
+        raise UserError(f"trainer.val_check_interval is {every!r}: give a number of steps, 1 or more")
+
+
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
 
@@ -70,6 +87,7 @@ class TrainerCLI(LightningCLI):
         self.args = expand(args)
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
+        self._claims = ExitStack()
         # "omegaconf+" resolves ${...} after the command line has been read: overrides reach interpolations
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
@@ -82,6 +100,8 @@ class TrainerCLI(LightningCLI):
         except BaseException:
             self._discard_folder()
             raise
+        finally:
+            self._claims.close()
         if self.settings.trainer.fast_dev_run:
             self._discard_folder(even_if_used=True)  # a trial of the code is not a run
 
@@ -131,6 +151,7 @@ class TrainerCLI(LightningCLI):
         """
         self._share_seed()
         trainer = self.settings.trainer
+        _refuse_epochs(trainer)
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
         if self.subcommand == "fit" and endless and not trainer.fast_dev_run:
@@ -190,9 +211,17 @@ class TrainerCLI(LightningCLI):
         given["callbacks"] = self._callbacks(given)
         try:
             return super().instantiate_trainer(**kwargs)
-        # values out of range, of a wrong type, and accelerators whose package is not installed
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise UserError(f"the Trainer refuses its settings: {error}") from error
+        except UserError:
+            raise
+        # values out of range or of a wrong type, missing packages, clusters' variables: any kind of error
+        except Exception as error:
+            advice = ""
+            if "SLURM" in str(error):
+                advice = (
+                    "; on SLURM: sbatch --ntasks-per-node, and srun before the command (docs/launching.md), "
+                    "or SLURM_JOB_NAME=interactive for one process without srun"
+                )
+            raise UserError(f"the Trainer refuses its settings: {first_line(error)}{advice}") from error
 
     def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
         """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
@@ -210,6 +239,8 @@ class TrainerCLI(LightningCLI):
                 folder = own
             else:
                 raise UserError(f"the run folder {own} cannot be written; change its permissions")
+            if is_fit:
+                self._claims.enter_context(claimed(folder))
         self.run_folder = RunFolder(folder, config if is_fit else None, is_new=not continues)
         return folder, int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
 

@@ -37,6 +37,7 @@ class Options:
         seed: of the first picture; picture i has seed + i
         num_images: pictures per prompt
         steps: network steps; above 1 the stock pipeline draws
+        teacher: of a checkpoint, where its teacher lies now (where it was in training)
         output: folder to write
     """
 
@@ -49,6 +50,7 @@ class Options:
     seed: NonNegativeInt = 0
     num_images: PositiveInt = 1
     steps: PositiveInt = 1
+    teacher: str | None = None
     output: Path = Path("outputs/generate")
 
 
@@ -68,7 +70,7 @@ def run(options: Options) -> None:
     guidance = read_guidance(options)
     target = check_output_folder(options.output, own_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = open_model(student_path(options.model), options.steps, device)
+    model = open_model(student_path(options.model), options.steps, device, teacher=options.teacher)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
         write_pictures(model, jobs, options.seed, guidance, options.negative_prompt, folder)

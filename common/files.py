@@ -8,10 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
+LOCK = ".lock"
+"""Name of the file by which a process holds a folder."""
 ROOT = Path(__file__).resolve().parents[1]
 """Where configs/ and assets/ lie: the checkout, or the folder into which pip has installed the packages."""
 
@@ -26,6 +31,15 @@ def asset_path(path: str | Path) -> Path:
         return given
     bundled = ROOT / given
     return bundled if bundled.exists() else given
+
+
+def at_home(value: Any) -> Any:
+    """The value, and what is in it, with ~ at the beginning of a path as the home folder, as in shells."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, dict):
+        return {name: at_home(item) for name, item in value.items()}
+    return [at_home(item) for item in value] if isinstance(value, list) else value
 
 
 def missing_advice(path: str | Path) -> str:
@@ -75,6 +89,31 @@ def check_writable_folder(output: Path, option: str = "--output") -> Path:
                 f"The output {output} can't be written: no permission in {folder}. Give another {option}."
             )
     return target
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder; the lock goes with its holder, however that ends.
+
+    Raises:
+        UserError: another process is.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing into {folder}: wait for it to end, or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

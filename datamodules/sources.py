@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from common.errors import UserError, first_line
 from common.files import user_cache_dir, written_whole
 from datamodules.order import PromptDraws, Texts, epoch_shares
-from datamodules.tables import is_packed, read_texts
+from datamodules.tables import describe, is_packed, read_texts
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
@@ -229,7 +230,8 @@ class PromptPools:
             place = f", in {file}"
         first = texts.take(np.zeros(1, np.int64))[0]
         kept = self.cleaning.describe(counts)
-        _print(f"{names_of(parts)}: {kept}{place}. The first: {first[:80]!r}")
+        read = describe(*parts[0])
+        _print(f"{names_of(parts)}{read}: {kept}{place}. The first: {first[:80]!r}")
         return texts
 
     def _cleaned(self, texts: Iterable[list[str]], name: str) -> tuple[Texts, Counter[str]]:
@@ -376,4 +378,4 @@ def chunks(parts: Iterable[Part]) -> Iterator[list[str]]:
 
 @rank_zero_only
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(text, file=sys.stderr, flush=True)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import UserError, first_line
 
 FORMAT = 1
 """Raised when what a checkpoint holds changes so that other versions can't read it; none in it means 1."""
 KEY = "checkpoint_format"
+_INDEX = ".metadata"
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OF_AN_INDEX = {
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((module, kind) for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")),
+    *((_METADATA, kind) for kind in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata",
+      "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+}  # fmt: skip
+"""All that PyTorch names in the index of a checkpoint in shards."""
 
 
 def read(path: Path, whole: bool = True) -> Any:
@@ -28,16 +43,27 @@ def read(path: Path, whole: bool = True) -> Any:
         UserError: it is missing, cut short, or holds more than plain data and tensors.
     """
     try:
-        if whole and is_sharded(path):
-            return consolidated(path)
+        if is_sharded(path):
+            check_index(path / _INDEX)
+            if whole:
+                return consolidated(path)
         file = path / "meta.pt" if path.is_dir() else path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of a different type for each kind of damage
+    except (Exception, CheckpointException) as error:  # of a different type for each kind of damage
         raise UserError(
-            f"{path} can't be read as a checkpoint: {first_line(error)}; give one that `fit` wrote"
+            f"{path} can't be read as a checkpoint: {reason(error)}; give one that `fit` wrote"
         ) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint can't be read, in one line."""
+    if isinstance(error, CheckpointException):  # of shards: that of any process, raised on all of them
+        error = next(iter(error.failures.values()))[0]
+    if "Weights only load failed" in str(error):  # and PyTorch's advice to read it with code and all
+        return "it holds more than plain data and tensors, or is cut short, and no code in it is run"
+    return first_line(error)
 
 
 def check_format(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -56,12 +82,51 @@ def is_sharded(path: Path) -> bool:
     return path.is_dir() and (path / "meta.pt").is_file()
 
 
-def consolidated(path: Path) -> dict[str, Any]:
-    """Return what a single process would have saved, on the CPU; takes the memory of the whole checkpoint.
+class _IndexReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _OF_AN_INDEX:
+            raise pickle.UnpicklingError(
+                f"its index {_INDEX} names {module}.{name}, which is in no such index and might be run"
+            )
+        return super().find_class(module, name)
 
-    PyTorch reads the index of such a folder by pickle, which can run code: take them from people you trust.
+
+def check_index(file: Path) -> None:
+    """Raise an UnpicklingError unless an index, which is a pickle, names nothing but what an index holds."""
+    with file.open("rb") as stream:
+        _IndexReader(stream).load()
+
+
+@contextmanager
+def plain_shards() -> Iterator[None]:
+    """While it is open, PyTorch's reader of checkpoints in shards runs no code from them.
+
+    By itself it takes the index, and each value that is no tensor, as pickles, which may run anything.
     """
-    content: dict[str, Any] = _load_distributed_checkpoint(path)
+    read_index, load_value = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
+
+    def checked_index(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_index(Path(self.path) / _INDEX)
+        return read_index(self, *args, **kwargs)
+
+    def checked_value(self: Any, item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        load_value(self, item, value)
+
+    FileSystemReader.read_metadata = checked_index  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = checked_value  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = read_index  # type: ignore[method-assign]
+        DefaultLoadPlanner.load_bytes = load_value  # type: ignore[method-assign]
+
+
+def consolidated(path: Path) -> dict[str, Any]:
+    """Return what a single process would have saved, on the CPU; takes the memory of the whole checkpoint."""
+    with plain_shards():
+        content: dict[str, Any] = _load_distributed_checkpoint(path)
     numbers = sorted(int(name[len("optimizer_") :]) for name in content if name.startswith("optimizer_"))
     content["optimizer_states"] = [_by_number(content.pop(f"optimizer_{number}")) for number in numbers]
     return content

@@ -22,6 +22,7 @@ from lightning_modules.memory import Part as MemoryPart
 from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
+from lightning_modules.networks.model_names import lasting_name
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -504,14 +505,14 @@ class OneStepDistillation(L.LightningModule):
         checkpoint["counters"] = self._counters()
         checkpoint["one_step"] = {
             "method": type(self.objective).__name__,
-            "teacher": settings.teacher,
+            "teacher": lasting_name(settings.teacher),
             "start_timestep": settings.start_timestep,
             "architecture": architecture(self.student),
             "weights": self.ema is not None,
             "student_steps": self.student_steps,
         }
         if settings.student_init is not None:
-            checkpoint["one_step"]["student_init"] = settings.student_init
+            checkpoint["one_step"]["student_init"] = lasting_name(settings.student_init)
         if self.real_pictures is not None:
             checkpoint["one_step"]["trained_on"] = self.real_pictures.trained_on
         if settings.student_lora is not None and self.student_base is not None:

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch._utils import _take_tensors
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_modules.checkpoints import read
+from common.errors import UserError
+from lightning_modules.checkpoints import plain_shards, read, reason
 from lightning_modules.networks.weights import check_fit
 
 _BUCKET_BYTES = 64 * 2**20
@@ -55,7 +57,10 @@ class FullySharded(ModelParallelStrategy):
             check_fit(read(Path(checkpoint_path))["state_dict"], module.state_dict())
         strict, module.strict_loading = module.strict_loading, False
         try:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            with plain_shards():
+                return super().load_checkpoint(checkpoint_path, weights_only)
+        except CheckpointException as error:  # raised on all processes
+            raise UserError(f"{checkpoint_path} can't be read: {reason(error)}") from error
         finally:
             module.strict_loading = strict
 

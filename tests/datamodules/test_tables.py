@@ -159,7 +159,7 @@ def test_reading_holds_one_block_at_a_time(tmp_path: Path) -> None:
         ("objects", b'{"text": "a ship"}\n{"text": "a tree"}\n', ["a ship", "a tree"]),
         ("list.json", b'["a ship", {"text": "a tree"}]', ["a ship", "a tree"]),
         ("lines", b"{a ship}\na tree; text\n", ["{a ship}", "a tree; text"]),
-        ("tabs.txt", b"text\ttwo\n", ["text\ttwo"]),
+        ("tabs.txt", b"a text\ttwo\n", ["a text\ttwo"]),
     ],
 )
 def test_a_table_is_known_by_its_content(name: str, content: bytes, texts: list[str], tmp_path: Path) -> None:
