@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.checkpoint import RunCheckpoint
+from callbacks.checkpoint import RunCheckpoint, why_not_written
 from callbacks.loggers import StepAxis, run_loggers
 from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
@@ -68,6 +69,22 @@ def _refuse_epochs(trainer: Any) -> None:
     every = trainer.val_check_interval
     if isinstance(every, bool) or not isinstance(every, int | None) or every == 0:
         raise UserError(f"trainer.val_check_interval is {every!r}: give a number of steps, 1 or more")
+
+
+def _of_the_machine(error: BaseException, folder: Path | None) -> str | None:
+    """What to do about an error that is the machine's: no memory, a killed worker, a folder that has gone."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return f"a process that prepares prompts has ended ({first_line(error)}): set data.num_workers to 0"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return (
+            f"memory ran out ({first_line(error)}): lower data.micro_batch_size or eval_batch_size, or see "
+            "docs/performance.md for what needs less"
+        )
+    name = getattr(error, "filename", None)
+    if isinstance(error, OSError) and folder is not None and name and folder in Path(name).parents:
+        return f"the run folder can't be used: {why_not_written(error)}"
+    return None
 
 
 class TrainerCLI(LightningCLI):
@@ -292,7 +309,13 @@ class TrainerCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SIGTERMException as error:
             raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:
+            if message := _of_the_machine(error, self.run_folder and self.run_folder.path):
+                raise UserError(f"{message}; then continue with --ckpt_path last") from error
+            if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
+                raise UserError(message) from error
+            raise
+        except (KeyError, ValueError) as error:
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
             raise

@@ -6,7 +6,7 @@ A result is made beside its place and renamed.
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -145,6 +145,39 @@ def write_text_atomically(file: Path, text: str) -> None:
 
 
 @contextmanager
+def _held_new(fresh: Path, target: Path) -> Iterator[None]:
+    """Make a folder and hold it, after removing those for the same target that killed processes have left.
+
+    A process holds its folder by a lock that goes with it; one that nobody holds is a leftover.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.new-????????"):
+        with suppress(OSError):  # held by another process, or the file system has no locks
+            descriptor = _locked(leftover)
+            shutil.rmtree(leftover)
+            os.close(descriptor)
+    fresh.mkdir(parents=True)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = _locked(fresh)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """Lock a folder, until the returned descriptor is closed; a BlockingIOError if another process has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
 def filled_at_once(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; on success its files are moved into `target`, one rename for each.
 
@@ -156,8 +189,8 @@ def filled_at_once(target: Path) -> Iterator[Path]:
     """
     fresh = target.with_name(f".{target.name}.new-{uuid4().hex[:8]}")
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
+        with _held_new(fresh, target):
+            yield fresh
         for file in sorted(path for path in fresh.rglob("*") if path.is_file()):
             place = target / file.relative_to(fresh)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +212,8 @@ def written_at_once(target: Path) -> Iterator[Path]:
     token = uuid4().hex[:8]
     fresh, old = (target.with_name(f".{target.name}.{word}-{token}") for word in ("new", "old"))
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
+        with _held_new(fresh, target):
+            yield fresh
         if target.exists():
             target.rename(old)
         fresh.rename(target)

@@ -293,7 +293,7 @@ def _delimited(path: Path, kind: str) -> tuple[list[str], Iterator[list[str]], s
     first = next(lines, "")
     mark = _separator(first, kind)
     # quotation marks mean nothing in a file that is called .tsv and is one
-    quoting = csv.QUOTE_NONE if (kind, mark) == ("tsv", "\t") else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if (kind, mark) == ("tsv", "\t") else csv.QUOTE_MINIMAL
     csv.field_size_limit(longest_line())
     rows = csv.reader(chain([first], lines), delimiter=mark, quoting=quoting, strict=True)
     return [name.strip() for name in next(rows, [])], filter(None, rows), mark

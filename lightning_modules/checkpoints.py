@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +39,7 @@ def read(path: Path, whole: bool = True) -> Any:
 
     Args:
         path: the file, or the folder of a checkpoint in shards.
-        whole: of shards, too; false leaves out what is in them.
+        whole: all of it, against its check sums; false leaves out what is in shards.
 
     Raises:
         UserError: it is missing, cut short, or holds more than plain data and tensors.
@@ -48,6 +50,8 @@ def read(path: Path, whole: bool = True) -> Any:
             if whole:
                 return consolidated(path)
         file = path / "meta.pt" if path.is_dir() else path
+        if whole:
+            _check_sums(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -91,10 +95,33 @@ class _IndexReader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_index(file: Path) -> None:
-    """Raise an UnpicklingError unless an index, which is a pickle, names nothing but what an index holds."""
+def check_index(file: Path) -> Any:
+    """Read an index, which is a pickle; an UnpicklingError unless it names nothing but what an index holds."""
     with file.open("rb") as stream:
-        _IndexReader(stream).load()
+        return _IndexReader(stream).load()
+
+
+def _check_sums(file: Any) -> None:
+    """Raise a ValueError where bytes are not those that `torch.save` wrote: it leaves CRC-32 sums."""
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged (it does not match its check sum)")
+
+
+def check_shards(path: Path, rank: int = 0, processes: int = 1) -> None:
+    """Check the sums of one process's share of a checkpoint in shards, where each tensor is an archive.
+
+    Raises:
+        Exception: of a type for each kind of damage.
+    """
+    places = sorted({(str(one.relative_path), one.offset, one.length)
+                     for one in check_index(path / _INDEX).storage_data.values()})  # fmt: skip
+    for name, offset, length in places[rank::processes]:
+        if Path(name).name != name:
+            raise ValueError(f"its index names {name}, which is not beside it")
+        with (path / name).open("rb") as stream:
+            stream.seek(offset)
+            _check_sums(io.BytesIO(stream.read(length)))
 
 
 @contextmanager
@@ -125,6 +152,7 @@ def plain_shards() -> Iterator[None]:
 
 def consolidated(path: Path) -> dict[str, Any]:
     """Return what a single process would have saved, on the CPU; takes the memory of the whole checkpoint."""
+    check_shards(path)
     with plain_shards():
         content: dict[str, Any] = _load_distributed_checkpoint(path)
     numbers = sorted(int(name[len("optimizer_") :]) for name in content if name.startswith("optimizer_"))
