@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import sys
 import traceback
@@ -60,6 +61,15 @@ def run_command(args: list[str]) -> None:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
+    try:
+        _run(command, args)
+    except (OSError, RuntimeError) as error:  # of paths: nothing but a mistake of who gave them
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP) or "Symlink loop" in str(error):
+            raise UserError(f"a path can't be used: {str(error)[:200]}") from error
+        raise
+
+
+def _run(command: str, args: list[str]) -> None:
     path, description = COMMANDS[command]
     # here, as most commands import torch: seconds that the list of commands need not take
     module = importlib.import_module(path)

@@ -31,9 +31,10 @@ from callbacks.metrics.measure import Results, Seconds, measure_pictures
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.unfinished import Unfinished
 from commands.kept_pictures import KeptPictures
+from commands.options import Count, Guidance, Scale
 from commands.quiet import quieten
 from common.environment import peak_memory_gib
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import LOCK, ROOT, asset_path, check_output_folder, claimed, write_text_atomically
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
@@ -98,17 +99,17 @@ class Options:
     steps: PositiveInt = 1
     negative_prompt: str | None = None
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
-    negative_scale: float | None = None
-    guidance_scale: float = 1.0
+    negative_scale: Scale | None = None
+    guidance_scale: Guidance = 1.0
     weights: Literal["ema", "online"] | None = None
     teacher: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
-    count: int | None = None
+    count: Count | None = None
     batch_size: PositiveInt = 64
     save_images: bool = False
     save_every: NonNegativeInt = 1000
-    min_reference: int | None = None
+    min_reference: Count | None = None
     skip_corrupt: bool = False
     data: EvaluationSource | None = None
     metrics: list[ImageMetric] = field(default_factory=list)
@@ -158,6 +159,10 @@ def own_names(folder: Path) -> set[str]:
 def process_group(device: str | None) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this process's device."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such kind, no such number, or not in this PyTorch
+        raise UserError(f"--device {name} can't be used: {first_line(error)}") from error
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         yield torch.device(name)
         return

@@ -30,7 +30,7 @@ from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_c
 from commands.config_errors import explain
 from commands.config_files import expand, experiment_name
 from commands.quiet import quieten
-from common.errors import UserError, first_line
+from common.errors import UserError, check_range, first_line
 from common.files import claimed
 from common.processes import say
 from lightning_modules.trainer_settings import is_slow_in_bf16
@@ -105,6 +105,10 @@ class TrainerCLI(LightningCLI):
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
         self._claims = ExitStack()
+        command = self.args[0]
+        kinds = super().subcommands()
+        # the parser of a command takes a quarter of a second to build
+        self.subcommands = lambda: {command: kinds[command]}  # type: ignore[method-assign]
         # "omegaconf+" resolves ${...} after the command line has been read: overrides reach interpolations
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
@@ -112,7 +116,7 @@ class TrainerCLI(LightningCLI):
                 args=self.args, subclass_mode_model=True, subclass_mode_data=True,
                 auto_configure_optimizers=False, save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
-                parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
+                parser_kwargs={**parser_kwargs, command: dict(parser_kwargs)},
             )  # fmt: skip
         except BaseException:
             self._discard_folder()
@@ -141,6 +145,8 @@ class TrainerCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             raise UserError(explain(error, parser, self.args)) from error
+        if not isinstance(self.settings.seed_everything, bool):  # false: nothing is seeded
+            check_range("--seed_everything", self.settings.seed_everything, 0, 2**32 - 1)
 
     @property
     def settings(self) -> Any:
@@ -191,10 +197,9 @@ class TrainerCLI(LightningCLI):
         number = self.settings.seed_everything
         if isinstance(number, bool):  # false: nothing is seeded
             return
-        given = self.parser.parse_args(self.args, defaults=False)[self.config.subcommand]
         for part in ("model", "data"):
             takes = (self.settings.get(part) or {}).get("init_args") or {}
-            if "seed" in takes and "seed" not in ((given.get(part) or {}).get("init_args") or {}):
+            if takes.get("seed", number) is None:
                 takes["seed"] = number
 
     def instantiate_classes(self) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics
 from callbacks.metrics.clip_features import ClipExtractor
@@ -19,6 +18,7 @@ from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
+from commands.options import Count, Guidance, Seed
 from common.environment import environment
 from common.errors import UserError
 from common.files import check_output_folder, filled_at_once
@@ -60,7 +60,7 @@ class Options:
 
     first: str
     second: str
-    weight: float = 0.5
+    weight: Guidance = 0.5
     output: Path
     weights: Literal["ema", "online"] | None = None
     teacher: str | None = None
@@ -68,8 +68,8 @@ class Options:
     captions: str = str(EVAL_CAPTIONS)
     scoring_clip: str = "assets/emoji-clip"
     reference: str = "assets/cache/emoji-reference.safetensors"
-    num_images: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    num_images: Count | None = None
+    seed: Seed = 0
 
 
 def run(options: Options) -> None:

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, check_range
 from common.processes import from_every_rank
 from datamodules.real_pictures import RealPictureSource
 from lightning_modules.batch import Part, cut
@@ -80,7 +80,8 @@ class OneStepDistillation(L.LightningModule):
         prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
             text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
         compile: compile the networks of a training step: true, or a mode of torch.compile.
-        seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
+        seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout). None: the
+            command line's ``seed_everything``, else 0.
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
 
@@ -111,11 +112,13 @@ class OneStepDistillation(L.LightningModule):
         decode_slice: int = 16,
         prompt_cache: str | None = None,
         compile: bool | str = False,
-        seed: int = 0,
+        seed: int | None = None,
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_range("model.decode_slice", decode_slice, 1, 2**31)
+        check_range("model.ema_decay", ema_decay, 0, 1)
         plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
                  "frozen_weights", "decode_slice", "prompt_cache", "compile", "seed",
                  "max_skipped_updates")  # fmt: skip
@@ -132,7 +135,7 @@ class OneStepDistillation(L.LightningModule):
         self.start_timestep = start_timestep
         self.image_losses, self.regression = image_losses, pair_regression
         self.ema_decay, self.compile_mode = ema_decay, compile
-        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed
+        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed or 0
         self.updates = dict.fromkeys(self.optimization, 0)
         self._prompts: list[str] = []  # of the step in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()

@@ -12,20 +12,17 @@ everything. Exit status 0 only if all are handled and survived.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +126,10 @@ def paths() -> Iterator[tuple[str, list[str]]]:
         yield f"generate --model {name}", ["generate", "--prompt", "x", "--model", value]
         yield f"generate --prompts-file {name}", ["generate", "--prompts-file", value]
         yield f"export --checkpoint {name}", ["export", "--checkpoint", value, "--output", "out"]
-        yield f"evaluate --images {name}", ["evaluate", "--images", value, "--captions", "file", "--output", "o"]
+        yield (
+            f"evaluate --images {name}",
+            ["evaluate", "--images", value, "--captions", "file", "--output", "o"],
+        )
         yield f"evaluate --output {name}", ["evaluate", "--model", student, "--count", "1", "--output", value]
         yield f"fit --ckpt_path {name}", fit("--ckpt_path", value)
         yield f"fit --data.prompts {name}", fit(f"--data.init_args.prompts={value}")
@@ -219,7 +219,11 @@ def models() -> Iterator[tuple[str, list[str]]]:
         (folder / file).write_text(json.dumps({**content, **changes}))
         return str(folder)
 
-    scheduler, unet, length = "scheduler/scheduler_config.json", "unet/config.json", "tokenizer/tokenizer_config.json"
+    scheduler, unet, length = (
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "tokenizer/tokenizer_config.json",
+    )
     folders = [
         changed("no steps", scheduler, num_train_timesteps=0),
         changed("betas NaN", scheduler, beta_start=float("nan")),
@@ -265,7 +269,12 @@ def checkpoints() -> Iterator[tuple[str, list[str]]]:
     damaged = bytearray(run.read_bytes())
     middle = len(damaged) // 2
     damaged[middle : middle + 200] = bytes(200 * [170])
-    files: dict[str, Any] = {"damaged": bytes(damaged), "cut": bytes(damaged[:-1000]), "empty": b"", "text": b"x"}
+    files: dict[str, Any] = {
+        "damaged": bytes(damaged),
+        "cut": bytes(damaged[:-1000]),
+        "empty": b"",
+        "text": b"x",
+    }
     facts = good["one_step"]
     for name, changes in {
         "no weights": {"state_dict": {}}, "weights 3": {"state_dict": 3}, "text weights": {"state_dict": {"student.a": "x"}},
@@ -283,19 +292,29 @@ def checkpoints() -> Iterator[tuple[str, list[str]]]:
         if name not in ("no teacher", "teacher 3", "architecture", "start -1", "start text", "no weights"):
             yield f"fit {name}", fit("--ckpt_path", str(file), "--trainer.max_steps=3")
     for name, changes in {
-        "step text": {"global_step": "x"}, "callbacks 3": {"callbacks": 3}, "loops": {"loops": {}},
-        "optimizers 3": {"optimizer_states": 3}, "no optimizers": {"optimizer_states": []},
+        "step text": {"global_step": "x"},
+        "callbacks 3": {"callbacks": 3},
+        "loops": {"loops": {}},
+        "optimizers 3": {"optimizer_states": 3},
+        "no optimizers": {"optimizer_states": []},
     }.items():
         torch.save({**good, **changes}, f"{name.replace(' ', '_')}.ckpt")
         yield f"fit {name}", fit("--ckpt_path", f"{name.replace(' ', '_')}.ckpt", "--trainer.max_steps=3")
-    for name, index in {"code": pickle.dumps(Payload()), "a cut index": b"\x80\x04", "no index": None}.items():
+    for name, index in {
+        "code": pickle.dumps(Payload()),
+        "a cut index": b"\x80\x04",
+        "no index": None,
+    }.items():
         folder = Path(f"shards_{name.replace(' ', '_')}.ckpt")
         folder.mkdir()
         torch.save({"global_step": 1, "state_dict": {}, "one_step": {}}, folder / "meta.pt")
         if index is not None:
             (folder / ".metadata").write_bytes(index)
         yield f"export shards, {name}", ["export", "--checkpoint", str(folder), "--output", "out"]
-        yield f"consolidate shards, {name}", ["consolidate", "--checkpoint", str(folder), "--output", "one.ckpt"]
+        yield (
+            f"consolidate shards, {name}",
+            ["consolidate", "--checkpoint", str(folder), "--output", "one.ckpt"],
+        )
         yield f"fit shards, {name}", fit("--ckpt_path", str(folder))
 
 
@@ -352,7 +371,9 @@ def answer(words: list[str]) -> tuple[str, str]:
     return names.get(status, f"status {status}"), text
 
 
-def try_inputs(kind: Callable[[], Iterator[tuple[str, list[str]]]], place: Path, loud: bool) -> tuple[int, int]:
+def try_inputs(
+    kind: Callable[[], Iterator[tuple[str, list[str]]]], place: Path, loud: bool
+) -> tuple[int, int]:
     """Numbers of handled and of tried inputs; prints those that are not handled, or all."""
     place.mkdir()
     os.chdir(place)
@@ -371,7 +392,10 @@ def try_inputs(kind: Callable[[], Iterator[tuple[str, list[str]]]], place: Path,
             shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
         if loud or not good:
             last = [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-1:]
-            print(f"{'' if good else 'NOT HANDLED '}{kind.__name__}, {name}: {found} {left or ''} {last}", flush=True)
+            print(
+                f"{'' if good else 'NOT HANDLED '}{kind.__name__}, {name}: {found} {left or ''} {last}",
+                flush=True,
+            )
     return handled, tried
 
 
@@ -390,7 +414,9 @@ def main() -> None:
             if chosen in (None, kind.__name__):
                 counts = try_inputs(kind, Path(root) / kind.__name__, loud=chosen is not None)
                 rows.append((kind.__doc__ or "", *counts))
-    print(f"\n| what | tried | handled |\n|---|---|---|\n{''.join(f'| {t} | {n} | {h} |' for t, h, n in rows)}")
+    print(
+        f"\n| what | tried | handled |\n|---|---|---|\n{''.join(f'| {t} | {n} | {h} |' for t, h, n in rows)}"
+    )
     print(f"{time.perf_counter() - start:.0f} s")
     raise SystemExit(any(handled < tried for _, handled, tried in rows))
 

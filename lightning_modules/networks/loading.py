@@ -145,6 +145,10 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas. This version "
             "distils variance-preserving models; give one with a DDIM, DDPM, PNDM, Euler … scheduler."
         )
+    if not len(table) or not bool(torch.as_tensor(table).isfinite().all()):
+        raise UserError(
+            f"The schedule of {name} (scheduler/scheduler_config.json) has no steps, or some that are no numbers."
+        )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise UserError(
