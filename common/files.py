@@ -3,6 +3,8 @@
 A result is made beside its place and renamed.
 """
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -96,7 +96,7 @@ class _IndexReader(pickle.Unpickler):
 
 
 def check_index(file: Path) -> Any:
-    """Read an index, which is a pickle; an UnpicklingError unless it names nothing but what an index holds."""
+    """Read an index, which is a pickle; an UnpicklingError if it names more than what an index holds."""
     with file.open("rb") as stream:
         return _IndexReader(stream).load()
 

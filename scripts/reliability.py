@@ -1,4 +1,4 @@
-"""Tries bad inputs and faults on the program and counts those it takes well; prints the table of docs/reliability.md.
+"""Tries bad inputs and faults on the program and counts those it takes well (docs/reliability.md).
 
     python scripts/reliability.py                   # all of it, on the bundled models
     python scripts/reliability.py --only numbers    # one row, every answer printed
@@ -9,6 +9,7 @@ damaged file, if that is refused). Every input gets a process of its own, forked
 everything. Exit status 0 only if all are handled and survived.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import argparse

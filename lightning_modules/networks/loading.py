@@ -147,7 +147,8 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
         )
     if not len(table) or not bool(torch.as_tensor(table).isfinite().all()):
         raise UserError(
-            f"The schedule of {name} (scheduler/scheduler_config.json) has no steps, or some that are no numbers."
+            f"The schedule of {name} (scheduler/scheduler_config.json) has no steps, or some that are not "
+            "numbers."
         )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
