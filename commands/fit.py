@@ -28,7 +28,7 @@ from callbacks.progress import StepProgressBar
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_checkpoint
 from commands.config_errors import explain
-from commands.config_files import expand, experiment_name
+from commands.config_files import expand, experiment_name, keep_references
 from commands.quiet import quieten
 from common.errors import UserError, check_range, first_line
 from common.files import claimed
@@ -271,7 +271,7 @@ class TrainerCLI(LightningCLI):
         settings = self.settings.clone()
         if settings.get("ckpt_path") == "last":
             settings.ckpt_path = None
-        return self._parser(self.subcommand).dump(settings, skip_none=False)
+        return keep_references(self._parser(self.subcommand).dump(settings, skip_none=False), self.args)
 
     def _loggers(self, configured: Any, folder: Path, resume_step: int | None) -> list[Logger] | bool:
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""

@@ -230,6 +230,17 @@ def _is_distillation(content: Any) -> bool:
 def _from_checkpoint(path: Path, weights: Weights | None, teacher: str | None) -> LoadedStudent:
     """Build the student of a checkpoint and put it in its teacher's place."""
     content = read_checkpoint(path)
+    try:
+        return _assembled(content, path, weights, teacher)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds other entries than `fit` writes: {first_line(error)}") from error
+
+
+def _assembled(
+    content: dict[str, Any], path: Path, weights: Weights | None, teacher: str | None
+) -> LoadedStudent:
     facts = dict(content["one_step"])
     if teacher is not None:
         base = facts.get("student_base", {})
