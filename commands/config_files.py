@@ -105,7 +105,7 @@ def is_yaml_file(arg: str) -> bool:
     return arg.endswith((".yaml", ".yml")) and "\n" not in arg and Path(arg).is_file()
 
 
-def _check_size(content: Any, path: Path) -> None:
+def check_size(content: Any, path: Path) -> None:
     """Refuse what is nested without end, or grows without end when its references are followed."""
     count, ahead = 0, [(content, 0)]
     while ahead:
@@ -131,7 +131,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file {path} cannot be read: {reason}") from error
-    _check_size(content, path)
+    check_size(content, path)
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
     if "base" not in content:

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.checkpoint import RunCheckpoint, why_not_written
 from callbacks.loggers import StepAxis, run_loggers
@@ -143,7 +144,7 @@ class TrainerCLI(LightningCLI):
         """Parse; a mistake becomes a UserError with the nearest known name."""
         try:
             super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, OmegaConfBaseException) as error:
             raise UserError(explain(error, parser, self.args)) from error
         if not isinstance(self.settings.seed_everything, bool):  # false: nothing is seeded
             check_range("--seed_everything", self.settings.seed_everything, 0, 2**32 - 1)
@@ -319,6 +320,8 @@ class TrainerCLI(LightningCLI):
                 raise UserError(f"{message}; then continue with --ckpt_path last") from error
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
+            if "conditioned on metric" in str(error):  # EarlyStopping's, of one that is not logged
+                raise UserError(first_line(error)) from error
             raise
         except (KeyError, ValueError) as error:
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):

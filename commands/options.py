@@ -86,6 +86,10 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
         found = parser.parse_args(given)
     except argparse.ArgumentError as error:
         raise UserError(_message(error, parser, given)) from error
+    except ValueError as error:
+        if type(error).__module__.startswith("omegaconf"):  # not imported where there are no such files
+            raise UserError(explain(error, parser, given)) from error
+        raise
     values = parser.instantiate(found).as_dict()
     values.pop("config", None)
     options = kind(**values)

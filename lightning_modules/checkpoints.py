@@ -67,6 +67,8 @@ def reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if "Weights only load failed" in str(error):  # and PyTorch's advice to read it with code and all
         return "it holds more than plain data and tensors, or is cut short, and no code in it is run"
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is cut short, or no checkpoint"
     return first_line(error)
 
 

@@ -250,7 +250,8 @@ def models() -> Iterator[tuple[str, list[str]]]:
     torch.save({"conv_in.weight": Payload()}, Path(folders[-1]) / "unet/diffusion_pytorch_model.bin")
     for folder in folders:
         yield f"generate: {folder}", ["generate", "--model", folder, "--prompt", "x", "--output", "out"]
-        yield f"fit: {folder}", fit(f"--model.init_args.teacher={folder}")
+        if folder != "other_pipeline":  # which holds the parts of one that is known
+            yield f"fit: {folder}", fit(f"--model.init_args.teacher={folder}")
     state = {"conv_in.weight": torch.ones(1)}
     files: dict[str, Any] = {
         "lora.bin": {"lora_unet_x.lora_down.weight": torch.ones(1)}, "other.bin": state, "list.bin": [1],
@@ -278,7 +279,7 @@ def checkpoints() -> Iterator[tuple[str, list[str]]]:
     }
     facts = good["one_step"]
     for name, changes in {
-        "no weights": {"state_dict": {}}, "weights 3": {"state_dict": 3}, "text weights": {"state_dict": {"student.a": "x"}},
+        "no weights": {"state_dict": {}, "ema": None}, "weights 3": {"state_dict": 3}, "text weights": {"state_dict": {"student.a": "x"}},
         "one_step list": {"one_step": [1]}, "teacher 3": {"one_step": facts | {"teacher": 3}},
         "no teacher": {"one_step": facts | {"teacher": "nowhere"}}, "start -1": {"one_step": facts | {"start_timestep": -1}},
         "start text": {"one_step": facts | {"start_timestep": "x"}}, "ema 3": {"ema": 3}, "version 99": {"checkpoint_format": 99},
@@ -290,7 +291,7 @@ def checkpoints() -> Iterator[tuple[str, list[str]]]:
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
         yield f"export {name}", ["export", "--checkpoint", str(file), "--output", "out"]
         yield f"generate {name}", ["generate", "--model", str(file), "--prompt", "x", "--output", "out"]
-        if name not in ("no teacher", "teacher 3", "architecture", "start -1", "start text", "no weights"):
+        if name not in ("no teacher", "teacher 3", "architecture", "start -1", "start text", "no weights", "one_step list"):
             yield f"fit {name}", fit("--ckpt_path", str(file), "--trainer.max_steps=3")
     for name, changes in {
         "step text": {"global_step": "x"},
@@ -400,6 +401,143 @@ def try_inputs(
     return handled, tried
 
 
+# --- faults: what is done to a run, and whether it goes on afterwards ---------------------------------------
+
+STEPS = 12
+
+
+class Process:
+    """A command line in a process of its own, forked from this one."""
+
+    def __init__(self, words: list[str], prepare: Callable[[], None] = lambda: None) -> None:
+        self.log, self.status = Path(f"{len(list(Path().glob('*.log')))}.log"), None
+        if (pid := os.fork()) == 0:
+            output = os.open(self.log, os.O_CREAT | os.O_WRONLY)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            signal.alarm(SECONDS)
+            prepare()
+            sys.argv = ["cli.py", *words]
+            code = 0
+            try:
+                cli.main()
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+                code = 70
+            sys.stdout.flush()
+            os._exit(code)
+        self.pid = pid
+
+    def until(self, happened: Callable[[], Any]) -> Process:
+        """Wait until something has happened, or the process has ended."""
+        while not happened() and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.01)
+        return self
+
+    def end(self, number: int | None = None) -> tuple[int, str]:
+        """Send a signal, if one is given; exit status and output."""
+        if number is not None:
+            os.kill(self.pid, number)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return status, self.log.read_text()
+
+
+def resumed(*words: str) -> bool:
+    """Whether the run goes on to its end, with each step once in metrics.csv."""
+    status, _ = Process(fit("--ckpt_path", "last", f"--trainer.max_steps={STEPS}", *words)).end()
+    rows = Path("runs/tiny/version_0/metrics.csv").read_text().splitlines()[1:]
+    steps = [row.split(",")[0] for row in rows]
+    return status == 0 and len(set(steps)) == len(steps) and steps[-1:] == [str(STEPS)]
+
+
+def told(result: tuple[int, str], *words: str) -> bool:
+    """Whether a process ended with one message that says this."""
+    return result[0] == 2 and "Traceback" not in result[1] and any(word in result[1] for word in words)
+
+
+def faults() -> Iterator[tuple[str, bool]]:
+    """Name of each fault, and whether the program came through it."""
+    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
+    begin = fit(f"--trainer.max_steps={STEPS}")
+
+    def fresh(*words: str, prepare: Callable[[], None] = lambda: None) -> Process:
+        shutil.rmtree("runs", ignore_errors=True)
+        return Process([*begin, *words], prepare).until(last.exists)
+
+    for wait in (0.0, 0.2, 0.5):
+        run = fresh()
+        time.sleep(wait)
+        status, _ = run.end(signal.SIGKILL)
+        yield f"SIGKILL {wait} s after the first checkpoint", resumed()
+    status, text = fresh().end(signal.SIGTERM)
+    yield "SIGTERM", status == 128 + signal.SIGTERM and "Traceback" not in text and resumed()
+    status, text = fresh().end(signal.SIGINT)
+    yield "Ctrl-C in training", status != 0 and "Traceback" not in text and resumed()
+    shutil.rmtree("runs")
+    run = Process(begin)
+    time.sleep(0.5)
+    status, text = run.end(signal.SIGINT)
+    yield "Ctrl-C in set-up", status == 130 and "interrupted" in text and "Traceback" not in text
+    run = fresh()
+    shutil.rmtree("runs")
+    yield "run folder removed", told(run.end(), "bring it back", "gone")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # noqa: E731
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit()
+
+    yield "file system full", told(fresh(prepare=full).end(), "make room")
+    run = fresh("--data.init_args.num_workers=1")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    yield "data worker killed", bool(children) and told(run.end(), "num_workers") and resumed()
+    run = fresh()
+    second = Process(fit("--ckpt_path", "last", f"--trainer.max_steps={STEPS}")).end()
+    yield "second process in the folder", told(second, "another process") and run.end()[0] == 0
+    good = last.read_bytes()
+    for name, content in {
+        "200 bytes of the checkpoint overwritten": good[: len(good) // 2] + bytes(200) + good[len(good) // 2 + 200 :],
+        "checkpoint cut short": good[:-5000], "checkpoint empty": b"",
+    }.items():  # fmt: skip
+        last.write_bytes(content)
+        again = Process(fit("--ckpt_path", "last", f"--trainer.max_steps={STEPS + 1}")).end()
+        yield name, told(again, "check sum", "can't be read")
+    last.write_bytes(good)
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b""):
+        Path("runs/tiny/version_0/metrics.csv").write_bytes(content)
+        yield (
+            f"metrics.csv is {content!r}",
+            Process(fit("--ckpt_path", "last", f"--trainer.max_steps={STEPS + 1}")).end()[0] == 0,
+        )
+        last.write_bytes(good)
+    for command in (
+        ["generate", "--prompt", "x", "--num-images", "64"],
+        ["export", "--checkpoint", str(last)],
+    ):
+        words = [*command, "--output", "result"]
+        run = Process(words).until(lambda: list(Path().glob(".result.new-*")))
+        run.end(signal.SIGKILL)
+        ended = Process(words).end()[0] == 0
+        yield f"{command[0]} killed while it writes", ended and not list(Path().glob(".result.*"))
+        shutil.rmtree("result")
+
+
+def try_faults(place: Path) -> tuple[int, int]:
+    """Numbers of survived and of tried faults; prints each."""
+    place.mkdir()
+    os.chdir(place)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    survived = tried = 0
+    for name, good in faults():
+        survived, tried = survived + good, tried + 1
+        print(f"{'' if good else 'NOT SURVIVED '}fault: {name}", flush=True)
+    return survived, tried
+
+
 def main() -> None:
     """Try all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -415,8 +553,10 @@ def main() -> None:
             if chosen in (None, kind.__name__):
                 counts = try_inputs(kind, Path(root) / kind.__name__, loud=chosen is not None)
                 rows.append((kind.__doc__ or "", *counts))
+        if chosen in (None, "faults"):
+            rows.append(("Faults during a run", *try_faults(Path(root) / "faults")))
     print(
-        f"\n| what | tried | handled |\n|---|---|---|\n{''.join(f'| {t} | {n} | {h} |' for t, h, n in rows)}"
+        f"\n| what | tried | handled |\n|---|---|---|\n{''.join(f'| {t} | {n} | {h} |{chr(10)}' for t, h, n in rows)}"
     )
     print(f"{time.perf_counter() - start:.0f} s")
     raise SystemExit(any(handled < tried for _, handled, tried in rows))

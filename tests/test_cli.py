@@ -263,9 +263,9 @@ class TinyLinear(TinyModule):
     """A rate that falls to zero at the last step; notes the rate of each step, and its seed."""
 
     rates: list[float] = []
-    seeds: list[int] = []
+    seeds: list[int | None] = []
 
-    def __init__(self, learning_rate: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, learning_rate: float = 0.1, seed: int | None = None) -> None:
         super().__init__(3, learning_rate)
         self.seeds.append(seed)
 

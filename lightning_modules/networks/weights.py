@@ -33,7 +33,10 @@ def difference(
     (61 of 120 weights differ)"; None if all agree. `words` are what the two are called.
     """
     names = [*expected, *(name for name in given if name not in expected)]
-    shapes = [{name: list(tensor.shape) for name, tensor in side.items()} for side in (given, expected)]
+    shapes = [
+        {name: list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in side.items()}
+        for side in (given, expected)
+    ]
     odd = [name for name in names if shapes[0].get(name) != shapes[1].get(name)]
     if not odd:
         return None

@@ -113,7 +113,7 @@ def test_a_measurement_repeated_in_a_resumed_session_replaces_the_first(tmp_path
     ]
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe", b'step,a\n1,"' + b"x" * 200_000, None])
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe", b'step,a\n1,"' + b"x" * 2_000_000, None])
 def test_a_damaged_table_is_kept_aside(content: bytes | None, tmp_path: Path) -> None:
     table = tmp_path / "metrics.csv"
     table.mkdir() if content is None else table.write_bytes(content)
