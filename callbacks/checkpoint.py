@@ -311,7 +311,7 @@ def why_not_written(error: BaseException) -> str:
         **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions"),
         **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "the folder has gone: bring it back"),
         errno.EIO: "the disk reports a fault: have it checked before going on",
-    }.get(getattr(error, "errno", None))
+    }.get(getattr(error, "errno", 0))
     return first_line(error) + (f"; {advice}" if advice else "")
 
 

@@ -134,10 +134,9 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     check_size(content, path)
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
-    if "base" not in content:
+    if "base" not in content and at_home(content) == content:
         renamed = _renamed(text, str(path))
-        if renamed == text and at_home(content) == content:
-            return [str(path)]
+        return [str(path) if renamed == text else renamed]
     bases, content = content.pop("base", []), at_home(content)
     configs: list[str] = []
     for base in bases if isinstance(bases, list) else [bases]:

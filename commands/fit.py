@@ -316,7 +316,7 @@ class TrainerCLI(LightningCLI):
         except SIGTERMException as error:
             raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
         except (MemoryError, OSError, RuntimeError) as error:
-            if message := _of_the_machine(error, self.run_folder and self.run_folder.path):
+            if message := _of_the_machine(error, self.run_folder.path if self.run_folder else None):
                 raise UserError(f"{message}; then continue with --ckpt_path last") from error
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error

@@ -158,13 +158,13 @@ def _held_new(fresh: Path, target: Path) -> Iterator[None]:
             shutil.rmtree(leftover)
             os.close(descriptor)
     fresh.mkdir(parents=True)
-    descriptor = None
+    held = []
     with suppress(OSError):
-        descriptor = _locked(fresh)
+        held.append(_locked(fresh))
     try:
         yield
     finally:
-        if descriptor is not None:
+        for descriptor in held:
             os.close(descriptor)
 
 

@@ -144,7 +144,7 @@ def plain_shards() -> Iterator[None]:
         load_value(self, item, value)
 
     FileSystemReader.read_metadata = checked_index  # type: ignore[method-assign]
-    DefaultLoadPlanner.load_bytes = checked_value  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = checked_value  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
