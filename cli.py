@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 import traceback
 
 from common.errors import UserError
+from common.files import at_home
 
 TRAINER = "commands.fit"
 COMMANDS = {
@@ -57,6 +59,7 @@ def run_command(args: list[str]) -> None:
         UserError: anything the user can mend.
         SystemExit: after `--help`, or when the run was interrupted.
     """
+    args = [_readable(arg) for arg in args]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if args else 2)
@@ -66,6 +69,15 @@ def run_command(args: list[str]) -> None:
         known = OTHER_WORDS.get(close[0], close[0]) if close else None
         hint = f"did you mean {known!r}?" if known else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
+    try:
+        _run(command, args)
+    except (OSError, RuntimeError) as error:  # of paths: nothing but a mistake of who gave them
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP) or "Symlink loop" in str(error):
+            raise UserError(f"a path can't be used: {str(error)[:200]}") from error
+        raise
+
+
+def _run(command: str, args: list[str]) -> None:
     path, description = COMMANDS[command]
     if path == TRAINER and {"-h", "--help"} & {*args}:
         print(importlib.import_module("commands.trainer_help").text(command, description))
@@ -77,6 +89,16 @@ def run_command(args: list[str]) -> None:
         return
     parse = importlib.import_module("commands.options").parse
     module.run(parse(module.Options, args[1:], prog=f"cli.py {command}", description=description))
+
+
+def _readable(arg: str) -> str:
+    """A word of the command line, ~ in it as the home folder, also behind an option's `=`."""
+    try:
+        arg.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the command line holds bytes that are no text: {arg!r}") from error
+    option, mark, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
+    return option + mark + at_home(value)
 
 
 def main(args: list[str] | None = None) -> None:

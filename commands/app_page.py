@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from commands.app_pictures import TEACHER_GUIDANCE, TEACHER_STEPS, Picture, SideBySide
+from commands.app_pictures import LONGEST_PROMPT, TEACHER_GUIDANCE, TEACHER_STEPS, Picture, SideBySide
 from common.errors import UserError
 
 METHOD_CHOICES = [("none", "none"), ("NASA", "nasa"), ("NAG", "nag")]
@@ -19,7 +19,7 @@ EXAMPLES = [
 CSS = ".drawing img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 LAUNCH: dict[str, Any] = {
     "share": False, "inbrowser": False, "prevent_thread_lock": True, "quiet": True, "show_error": True,
-    "ssr_mode": False, "footer_links": [], "css": CSS,
+    "ssr_mode": False, "footer_links": [], "css": CSS, "max_file_size": "1kb", "strict_cors": True,
 }  # fmt: skip
 """What keeps the page on this computer and off the network; for the `launch` of a page."""
 
@@ -42,8 +42,12 @@ def build_page(gr: Any, models: SideBySide, choices: Sequence[str] = ()) -> Any:
                     list(choices), label="Student", elem_id="chosen", visible=len(choices) > 1,
                     info="the runs on this machine",
                 )  # fmt: skip
-                prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", elem_id="prompt")
-                negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
+                prompt = gr.Textbox(
+                    EXAMPLES[0][0], label="Prompt", elem_id="prompt", max_length=LONGEST_PROMPT
+                )
+                negative = gr.Textbox(
+                    "", label="Negative prompt", elem_id="negative", max_length=LONGEST_PROMPT
+                )
                 method = gr.Radio(
                     METHOD_CHOICES,
                     value="nasa",

@@ -20,6 +20,7 @@ from lightning_modules.networks.student import LoadedStudent, load_student, stud
 from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
 from reports.sheets import to_pil
 
+LONGEST_PROMPT = 4000  # characters; encoders see some hundred, and longer ones would only keep others waiting
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 4.5  # as in the reports
 
 
@@ -76,6 +77,7 @@ class SideBySide:
         Raises:
             UserError: the seed or the scale is out of range.
         """
+        _check_length(prompt, negative)
         guidance, number = _guidance(method, scale), _checked(seed)
         seeds = list(range(number, number + count))
         return self._timed(lambda: self._student.draw([prompt] * count, seeds, guidance, negative))
@@ -88,6 +90,7 @@ class SideBySide:
         Raises:
             UserError: the seed is out of range.
         """
+        _check_length(prompt, negative)
         text = (negative.strip() or None) if _guidance(method) != OFF else None
         key = (prompt, text, number := _checked(seed), count)
         if self._last is None or self._last[0] != key:
@@ -126,6 +129,11 @@ def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) 
 def _guidance(method: Any, scale: float | None = None) -> Guidance:
     """By a method of the page; none if it is no method."""
     return Guidance(method, scale) if Guidance(method).by_attention else OFF
+
+
+def _check_length(*texts: str) -> None:
+    if any(len(text) > LONGEST_PROMPT for text in texts):  # of a call that doesn't come from the page
+        raise UserError(f"A prompt is longer than {LONGEST_PROMPT:,} characters. Give a shorter one.")
 
 
 def _checked(seed: int | None) -> int:
