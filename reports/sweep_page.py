@@ -32,11 +32,11 @@ def render_page(content: dict[str, Any], study: optuna.Study, source: str) -> st
         "sweep.html", f"Sweep {content['name']}", content=content, findings_=_findings(content),
         trials=Table(row_header(content), rows), figures=list(_figures(study, content)), source=source,
         failed={one["trial"]: one["error"] for one in content["trials"] if one["error"]},
-        sheets=_sheets(content["trials"]),
+        sheets=best_samples(content["trials"]),
     )  # fmt: skip
 
 
-def _sheets(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_samples(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last samples of the best trials, as far as they lie on this machine."""
     best = [one for one in trials if one["rank"] and one["folder"]][:_SHOWN]
     runs = [load_run(Path(one["folder"]), f"Rank {one['rank']}, trial {one['trial']}") for one in best]

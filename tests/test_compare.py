@@ -18,6 +18,7 @@ from reports.comparison import best_of, differences, find_runs, flatten, load_ru
 from reports.plots import thinned
 from reports.run_report import direction
 from reports.sheets import labelled_grid, save_png
+from reports.sweep_page import best_samples
 from tests.pages import cells, figures, without_scripts
 
 SAMPLES: dict[str, Any] = {
@@ -230,3 +231,12 @@ def test_thinned_curves_keep_their_peaks() -> None:
     thin = thinned(points, 100)
     assert len(thin) <= 100 and (777.0, 1.0) in thin and thin == sorted(thin)
     assert thinned(points[:50], 100) == points[:50]
+
+
+def test_a_sweep_shows_the_samples_of_its_best_trials(tmp_path: Path) -> None:
+    """Not of trials without a rank, without samples, or on another machine; four at most."""
+    folders = [make_run(tmp_path / f"s/version_{i}", samples=i != 1) for i in range(7)]
+    trials = [{"rank": i + 1, "trial": 10 + i, "folder": str(path)} for i, path in enumerate(folders)]
+    trials[2]["folder"], trials[6]["rank"] = str(tmp_path / "elsewhere"), None
+    captions = [one["caption"] for one in best_samples(trials)]
+    assert captions == [f"Rank {i + 1}, trial {10 + i}, after 20 student updates" for i in (0, 3)]
