@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import sys
 import traceback
 
 from common.errors import UserError
+from common.files import at_home
 
 TRAINER = "commands.fit"
 COMMANDS = {
@@ -51,6 +53,7 @@ def run_command(args: list[str]) -> None:
         UserError: anything the user can mend.
         SystemExit: after `--help`, or when the run was interrupted.
     """
+    args = [_readable(arg) for arg in args]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if args else 2)
@@ -59,6 +62,15 @@ def run_command(args: list[str]) -> None:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
+    try:
+        _run(command, args)
+    except (OSError, RuntimeError) as error:  # of paths: nothing but a mistake of who gave them
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP) or "Symlink loop" in str(error):
+            raise UserError(f"a path can't be used: {str(error)[:200]}") from error
+        raise
+
+
+def _run(command: str, args: list[str]) -> None:
     path, description = COMMANDS[command]
     # here, as most commands import torch: seconds that the list of commands need not take
     module = importlib.import_module(path)
@@ -75,6 +87,16 @@ def run_command(args: list[str]) -> None:
         module.add_arguments(parser)
         options = parser.parse_args(args[1:])
     module.run(options)
+
+
+def _readable(arg: str) -> str:
+    """A word of the command line, ~ in it as the home folder, also behind an option's `=`."""
+    try:
+        arg.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the command line holds bytes that are no text: {arg!r}") from error
+    option, mark, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
+    return option + mark + at_home(value)
 
 
 def main(args: list[str] | None = None) -> None:

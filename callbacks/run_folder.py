@@ -82,7 +82,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is not one of a run, or is of another version of this project.
     """
     checkpoint = read(path, whole=False)
-    if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
+    kinds = {"global_step": int, "callbacks": dict, "loops": dict, "optimizer_states": list,
+             "lr_schedulers": list, "state_dict": dict}  # fmt: skip
+    if (
+        not isinstance(checkpoint, dict)
+        or "global_step" not in checkpoint
+        or any(name in checkpoint and not isinstance(checkpoint[name], kind) for name, kind in kinds.items())
+    ):
         raise UserError(f"{path} is not a checkpoint of a run; give --ckpt_path one that `fit` wrote")
     check_format(checkpoint, path)
     return checkpoint

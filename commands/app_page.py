@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from commands.app_pictures import TEACHER_GUIDANCE, TEACHER_STEPS, Picture, SideBySide
+from commands.app_pictures import LONGEST_PROMPT, TEACHER_GUIDANCE, TEACHER_STEPS, Picture, SideBySide
 from common.errors import UserError
 
 METHOD_CHOICES = [("none", "none"), ("NASA", "nasa"), ("NAG", "nag")]
@@ -13,7 +13,7 @@ FIRST_PROMPT = "a red apple, noto style, on a blue background"
 CSS = ".drawing img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 LAUNCH: dict[str, Any] = {
     "share": False, "inbrowser": False, "prevent_thread_lock": True, "quiet": True, "show_error": True,
-    "ssr_mode": False, "footer_links": [], "css": CSS,
+    "ssr_mode": False, "footer_links": [], "css": CSS, "max_file_size": "1kb", "strict_cors": True,
 }  # fmt: skip
 """What keeps the page on this computer and off the network; for the `launch` of a page."""
 
@@ -29,8 +29,10 @@ def build_page(gr: Any, models: SideBySide) -> Any:
     with gr.Blocks(title="One-step student", analytics_enabled=False, delete_cache=(600, 600)) as page:
         with gr.Row():
             with gr.Column(scale=2):
-                prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", elem_id="prompt")
-                negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
+                prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", elem_id="prompt", max_length=LONGEST_PROMPT)
+                negative = gr.Textbox(
+                    "", label="Negative prompt", elem_id="negative", max_length=LONGEST_PROMPT
+                )
                 method = gr.Radio(
                     METHOD_CHOICES,
                     value="nasa",

@@ -17,6 +17,7 @@ from lightning_modules.networks.student import LoadedStudent, load_student, stud
 from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
 from reports.sheets import to_pil
 
+LONGEST_PROMPT = 4000  # characters; encoders see some hundred, and longer ones would only keep others waiting
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 4.5  # as in the reports
 
 
@@ -62,6 +63,7 @@ class SideBySide:
         Raises:
             UserError: the seed or the scale is out of range.
         """
+        _check_length(prompt, negative)
         guidance, number = _guidance(method, scale), _checked(seed)
         return self._timed(lambda: self._student.draw([prompt], [number], guidance, negative))
 
@@ -73,6 +75,7 @@ class SideBySide:
         Raises:
             UserError: the seed is out of range.
         """
+        _check_length(prompt, negative)
         text = (negative.strip() or None) if _guidance(method) != OFF else None
         key = (prompt, text, _checked(seed))
         if self._last is None or self._last[0] != key:
@@ -103,6 +106,11 @@ def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) 
 def _guidance(method: Any, scale: float | None = None) -> Guidance:
     """By a method of the page; none if it is no method."""
     return Guidance(method, scale) if Guidance(method).by_attention else OFF
+
+
+def _check_length(*texts: str) -> None:
+    if any(len(text) > LONGEST_PROMPT for text in texts):  # of a call that doesn't come from the page
+        raise UserError(f"A prompt is longer than {LONGEST_PROMPT:,} characters. Give a shorter one.")
 
 
 def _checked(seed: int | None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from common.files import ROOT, asset_path
+from common.files import ROOT, asset_path, at_home
 from common.processes import say
 
 PARTS = ("trainer", "data")
+MOST_ENTRIES, DEEPEST = 100_000, 64
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)")
 MOVED = {
     "lightning_modules.pretraining_pixart.PixArtPretraining":
         "lightning_modules.pretraining.transformer.PixArtPretraining",
@@ -73,6 +77,49 @@ def content_of(path: str | Path) -> dict[str, Any]:
     return OmegaConf.to_container(merged)
 
 
+def keep_references(config: str, args: list[str]) -> str:
+    """The YAML of a configuration with values of environment variables as references, as they may be secret.
+
+    Args:
+        config: as it was resolved.
+        args: the command line from `expand`, which holds or names what was given.
+    """
+    given = " ".join(Path(arg).read_text(encoding="utf-8") if is_yaml_file(arg) else arg for arg in args)
+    values = {os.environ.get(name): f"${{oc.env:{name}}}" for name in _VARIABLE.findall(given)}
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [kept(item) for item in value]
+        for secret, reference in values.items() if isinstance(value, str) else ():
+            if secret and (value == secret or len(secret) > 3):
+                value = value.replace(secret, reference)
+        return value
+
+    return yaml.safe_dump(kept(yaml.safe_load(config)), sort_keys=False) if values else config
+
+
+def is_yaml_file(arg: str) -> bool:
+    """Whether a word of a command line names a file of settings."""
+    return arg.endswith((".yaml", ".yml")) and "\n" not in arg and Path(arg).is_file()
+
+
+def check_size(content: Any, path: Path) -> None:
+    """Refuse what is nested without end, or grows without end when its references are followed."""
+    count, ahead = 0, [(content, 0)]
+    while ahead:
+        value, depth = ahead.pop()
+        count += 1
+        if count > MOST_ENTRIES or depth > DEEPEST:
+            raise UserError(
+                f"configuration file {path} holds more than {MOST_ENTRIES:,} entries or {DEEPEST} levels: "
+                "that is no configuration; prompts belong in a file of their own"
+            )
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ahead += [(item, depth + 1) for item in items]
+
+
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     """A file's bases, then itself: its name, or its text where that differs from the file's."""
     if path.resolve() in above:
@@ -81,15 +128,16 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file {path} cannot be read: {reason}") from error
+    check_size(content, path)
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
-    if "base" not in content:
+    if "base" not in content and at_home(content) == content:
         renamed = _renamed(text, str(path))
         return [str(path) if renamed == text else renamed]
-    bases = content.pop("base")
+    bases, content = content.pop("base", []), at_home(content)
     configs: list[str] = []
     for base in bases if isinstance(bases, list) else [bases]:
         places = (path.parent / str(base), ROOT / str(base))

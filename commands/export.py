@@ -25,6 +25,10 @@ class Options:
         dtype: of the written weights
         base: for a network alone, the model whose other parts it needs
         start_timestep: for a network alone, where it starts, e.g. 399 for DMD2's SDXL
+        prediction_type: for a network alone, what it predicts (as the base; sample is x0, as SDXL-Lightning's
+            one-step network)
+        schedule: for a network alone, a scheduler_config.json (the base's)
+        teacher: of a checkpoint, where its teacher lies now (where it was in training)
     """
 
     checkpoint: str
@@ -33,6 +37,9 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     base: str | None = None
     start_timestep: NonNegativeInt | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    schedule: Path | None = None
+    teacher: str | None = None
 
 
 def run(options: Options) -> None:
@@ -69,17 +76,22 @@ def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
         resolve_checkpoint,
     )
 
-    name, alone = options.checkpoint, (options.base, options.start_timestep)
+    name = options.checkpoint
+    alone = (options.base, options.start_timestep, options.prediction_type, options.schedule)
     if not is_network_file(name):
-        if alone != (None, None):
-            raise UserError("--base and --start-timestep are for a network alone (.safetensors, .bin).")
+        if any(value is not None for value in alone):
+            raise UserError(
+                "--base, --start-timestep, --prediction-type and --schedule are for a network alone "
+                "(.safetensors, .bin, .pt)."
+            )
         checkpoint = resolve_checkpoint(name)
         if name in ("best", "last"):
             print(f"Newest {name}.ckpt: {checkpoint}")
-        student = load_student(checkpoint, options.weights)
+        student = load_student(checkpoint, options.weights, options.teacher)
         return student, run_notes(checkpoint, student.facts)
     if options.base is None or options.start_timestep is None:
         raise UserError(f"{name} is a network alone: give --base MODEL and --start-timestep T.")
-    if options.weights is not None:
-        raise UserError(f"{name} has one set of weights; leave --weights out.")
-    return load_network_file(resolve_checkpoint(name), options.base, options.start_timestep), RunNotes()
+    if options.weights is not None or options.teacher is not None:
+        raise UserError(f"{name} has one set of weights and no teacher; leave --weights and --teacher out.")
+    student = load_network_file(resolve_checkpoint(name), options.base, *alone[1:])  # type: ignore[arg-type]
+    return student, RunNotes()

@@ -21,9 +21,15 @@ from common.errors import UserError
 
 if TYPE_CHECKING:
     Scale: TypeAlias = float
+    Guidance: TypeAlias = float
     Port: TypeAlias = int
+    Seed: TypeAlias = int
+    Count: TypeAlias = int
 else:
     Scale = restricted_number_type("Scale", float, [(">=", 0), ("<", math.inf)])
+    Guidance = restricted_number_type("Guidance", float, [(">", -math.inf), ("<", math.inf)])
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+    Count = restricted_number_type("Count", int, [(">=", 1), ("<=", 10**6)])
     Port = restricted_number_type("Port", int, [(">=", 1), ("<=", 65535)])
 
 Options = TypeVar("Options")
@@ -80,6 +86,10 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
         found = parser.parse_args(given)
     except argparse.ArgumentError as error:
         raise UserError(_message(error, parser, given)) from error
+    except ValueError as error:
+        if type(error).__module__.startswith("omegaconf"):  # not imported where there are no such files
+            raise UserError(explain(error, parser, given)) from error
+        raise
     values = parser.instantiate(found).as_dict()
     values.pop("config", None)
     options = kind(**values)

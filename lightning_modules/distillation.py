@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, check_range
 from common.hashing import hash_tensors
 from common.processes import from_every_rank
 from datamodules.real_pictures import RealPictureSource
@@ -24,6 +24,7 @@ from lightning_modules.memory import Part as MemoryPart
 from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
+from lightning_modules.networks.model_names import lasting_name
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -118,6 +119,8 @@ class OneStepDistillation(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_range("model.decode_slice", decode_slice, 1, 2**31)
+        check_range("model.ema_decay", ema_decay, 0, 1)
         plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
                  "frozen_weights", "decode_slice", "prompt_cache", "compile", "seed",
                  "max_skipped_updates")  # fmt: skip
@@ -517,14 +520,14 @@ class OneStepDistillation(L.LightningModule):
         checkpoint["counters"] = self._counters()
         checkpoint["one_step"] = {
             "method": type(self.objective).__name__,
-            "teacher": settings.teacher,
+            "teacher": lasting_name(settings.teacher),
             "start_timestep": settings.start_timestep,
             "architecture": architecture(self.student),
             "weights": self.ema is not None,
             "student_steps": self.student_steps,
         }
         if settings.student_init is not None:
-            checkpoint["one_step"]["student_init"] = settings.student_init
+            checkpoint["one_step"]["student_init"] = lasting_name(settings.student_init)
         if self.real_pictures is not None:
             checkpoint["one_step"]["trained_on"] = self.real_pictures.trained_on
         if settings.student_lora is not None and self.student_base is not None:

@@ -484,7 +484,7 @@ def test_bad_input_has_one_message_and_leaves_nothing(tiny_sd: Path, tmp_path: P
         (("--prompts-file", tmp_path / "latin"), "row 2"),
         ((*cat, "--model", tmp_path / "gone"), "gone does not exist"),
         ((*cat, "--model", tmp_path / "gone.ckpt"), "gone.ckpt does not exist"),
-        ((*cat, "--num-images", 0), "--num-images 0: must be >0"),
+        ((*cat, "--num-images", 0), "--num-images 0: must be >=1"),
         ((*cat, "--seed", -1), "--seed -1: must be >=0"),
         ((*cat, "--negative-prompt", "red", "--negative-guidance", "none"), "no effect without guidance"),
         ((*cat, "--negative-scale", 2), "no effect without guidance"),
