@@ -10,9 +10,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, check_range
+from common.hashing import hash_tensors
 from common.processes import from_every_rank
 from datamodules.real_pictures import RealPictureSource
+from datamodules.teacher_samples import TeacherSamples
 from lightning_modules.batch import Part, cut
 from lightning_modules.build import NetworkSettings, build_networks, check_turns
 from lightning_modules.compiling import CompiledNetworks
@@ -21,7 +23,8 @@ from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, 
 from lightning_modules.memory import Part as MemoryPart
 from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
+from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
+from lightning_modules.networks.model_names import is_bundled, lasting_name
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -33,7 +36,7 @@ from lightning_modules.objectives.base import (
     StudentSample,
 )
 from lightning_modules.objectives.pair_regression import PairRegression
-from lightning_modules.optimization import RoleOptimization, StepNumbers, UpdateGuard
+from lightning_modules.optimization import FakeScoreSettings, RoleOptimization, StepNumbers, UpdateGuard
 from lightning_modules.parallel import (
     FullySharded,
     mean_over_processes,
@@ -58,13 +61,12 @@ class OneStepDistillation(L.LightningModule):
     Args:
         objective: the method; see ``lightning_modules/objectives``.
         student: optimization of the student.
-        fake_score: optimization of the fake score and of networks that the objective owns; null where the
-            objective has no fake score.
+        fake_score: the fake score's adapter, and the optimization of it and of networks that the objective
+            owns; null where the objective has no fake score.
         further_roles: optimization of each further role that the objective names.
         teacher: diffusers folder or hub name; relative paths also from the repository.
         start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
             errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
-        lora: adapter of the fake score on the teacher's weights; null makes the fake score a full copy.
         student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
@@ -96,10 +98,9 @@ class OneStepDistillation(L.LightningModule):
         self,
         objective: Objective,
         student: RoleOptimization,
-        fake_score: RoleOptimization | None = None,
+        fake_score: FakeScoreSettings | None = None,
         teacher: str = "assets/emoji-sd",
         start_timestep: int = 999,
-        lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - read only
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
         further_roles: dict[str, RoleOptimization] | None = None,
@@ -116,6 +117,8 @@ class OneStepDistillation(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_range("model.decode_slice", decode_slice, 1, 2**31)
+        check_range("model.ema_decay", ema_decay, 0, 1)
         plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
                  "frozen_weights", "decode_slice", "prompt_cache", "compile", "seed",
                  "max_skipped_updates")  # fmt: skip
@@ -127,7 +130,13 @@ class OneStepDistillation(L.LightningModule):
             raise UserError(f"{type(objective).__name__} trains a {missing[0]}: give model.{missing[0]}")
         self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
         self.network_settings = NetworkSettings(
-            teacher, start_timestep, lora, student_init, student_lora, prompt_cache, gradient_checkpointing
+            teacher,
+            start_timestep,
+            fake_score.lora if fake_score else None,
+            student_init,
+            student_lora,
+            prompt_cache,
+            gradient_checkpointing,
         )
         self.start_timestep = start_timestep
         self.image_losses, self.regression = image_losses, pair_regression
@@ -138,7 +147,7 @@ class OneStepDistillation(L.LightningModule):
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
         self.image_terms: ImageTerms | None = None
-        self.real_pictures: RealPictureSource | None = None
+        self.real_pictures: RealPictureSource | TeacherSamples | None = None
         self.ema: StudentEMA | None = None
 
     @property
@@ -164,8 +173,19 @@ class OneStepDistillation(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Ask the data for as many batches of prompts as the objective plans for a step."""
+        """Ask the data for as many batches of prompts as the objective plans for a step.
+
+        Raises:
+            UserError: the data can't give them, or would give the bundled captions to another's model.
+        """
         data: Any = getattr(self.trainer, "datamodule", None)
+        teacher = self.network_settings.teacher
+        if stage == "fit" and not getattr(data, "has_own_prompts", True) and not is_bundled(teacher):
+            raise UserError(
+                f"data.prompts is not set, and the teacher is {teacher}: the bundled captions describe emoji "
+                "and suit the models of assets/ only. Give --data.prompts FILE (one prompt a line, or a "
+                "table: docs/prompts.md), or --data.prompts assets/captions.txt where they are meant"
+            )
         if stage != "fit" or self.num_batches == 1:
             return
         if not hasattr(data, "batches_per_step"):
@@ -208,8 +228,8 @@ class OneStepDistillation(L.LightningModule):
             self.student, self.networks.student, self.start_timestep, self.parts.latent_shape
         )
 
-    def _real_pictures(self) -> RealPictureSource | None:
-        """The stream of given pictures; None where nothing needs them, or outside a training.
+    def _real_pictures(self) -> RealPictureSource | TeacherSamples | None:
+        """The stream of real pictures; None where nothing needs them, or outside a training.
 
         Raises:
             UserError: something needs them and there are none, or the other way round.
@@ -220,9 +240,13 @@ class OneStepDistillation(L.LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return None
         if needed == (settings is not None):
-            return data.real_pictures(self.parts.picture_size[1]) if needed else None
+            codec = partial(hash_tensors, self.parts.vae.state_dict())
+            return data.real_pictures(self.parts.picture_size[1], codec) if needed else None
         if needed:
-            raise UserError("real pictures are needed (by the objective or pair_regression): set data.real")
+            raise UserError(
+                "real pictures are needed (by the objective or pair_regression): set data.real, to captioned "
+                "pictures or to the teacher's own samples, which python cli.py draw-teacher makes"
+            )
         raise UserError(
             f"data.real is set, and neither {type(self.objective).__name__} nor pair_regression uses it"
         )
@@ -255,7 +279,7 @@ class OneStepDistillation(L.LightningModule):
         return groups
 
     def on_fit_start(self) -> None:
-        """Say so if the training is not image-free; processes begin with the same weights."""
+        """Say what real pictures the training sees; processes begin with the same weights."""
         if self.device.type == "cpu":
             keep_freed_memory()
         if isinstance(self.trainer.strategy, FullySharded):
@@ -423,17 +447,22 @@ class OneStepDistillation(L.LightningModule):
 
     @torch.no_grad()
     def _with_real(self, sample: StudentSample, part: Part) -> StudentSample:
-        """The sample with the part's given pictures as latents, if the run has some."""
+        """The sample with the part's real pictures as latents, if the run has some."""
         if self.real_pictures is None:
             return sample
         places = self.real_pictures.settings.places(
             self.global_rank, self.trainer.world_size, part.place, part.passes
         )
-        random = StepRandom(self.seed, self.student_steps, places, self.device, part.number)
-        images, captions = self.real_pictures.take(random.uniform("image_pair").cpu())
-        latents = self.generator.decoder.encode(images.to(self.device))
+        assert part.random is not None
+        random = StepRandom(self.seed, part.random.step, places, self.device, part.number)
+        images, captions, seeds = self.real_pictures.take(random.uniform("image_pair").cpu())
+        latents, noise = images.to(self.device), None
+        if seeds is None:
+            latents = self.generator.decoder.encode(latents)
+        else:
+            noise = seeded_noise(seeds, latents.shape[1:], self.device)
         condition = self.generator.prompt_encoder.encode(captions)
-        return replace(sample, real=Real(latents, condition, random))
+        return replace(sample, real=Real(latents, condition, random, noise))
 
     def _not_finite(self, role: str) -> str:
         """Which terms of the update in progress are not finite, and its first prompts. Collective.
@@ -483,6 +512,10 @@ class OneStepDistillation(L.LightningModule):
             views["fake score x0"] = self.networks.fake_score(x_t, t, condition).x0
         return {name: self.generator.decoder.decode(latents) for name, latents in views.items()}
 
+    def describe(self) -> dict[str, str]:
+        """What is distilled and how, in words."""
+        return {"Teacher": self.network_settings.teacher, "Objective": type(self.objective).__name__}
+
     def memory_parts(self) -> dict[str, MemoryPart]:
         """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""
         assert self.student is not None
@@ -506,14 +539,14 @@ class OneStepDistillation(L.LightningModule):
         checkpoint["counters"] = self._counters()
         checkpoint["one_step"] = {
             "method": type(self.objective).__name__,
-            "teacher": settings.teacher,
+            "teacher": lasting_name(settings.teacher),
             "start_timestep": settings.start_timestep,
             "architecture": architecture(self.student),
             "weights": self.ema is not None,
             "student_steps": self.student_steps,
         }
         if settings.student_init is not None:
-            checkpoint["one_step"]["student_init"] = settings.student_init
+            checkpoint["one_step"]["student_init"] = lasting_name(settings.student_init)
         if self.real_pictures is not None:
             checkpoint["one_step"]["trained_on"] = self.real_pictures.trained_on
         if settings.student_lora is not None and self.student_base is not None:

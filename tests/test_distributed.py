@@ -21,6 +21,7 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.run_folder import RunFolder, read_checkpoint
 from common.errors import UserError
 from datamodules.prompts import PromptDataModule
+from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.student import load_student
@@ -88,7 +89,7 @@ def train(
     teacher: Path, folder: Path, *more: L.Callback, strategy: Any = "auto", devices: int = 1,
     micro: int | None = None, every: int = STEPS,
     double: bool = False, steps: int = STEPS, ckpt: Path | None = None, save: bool = False,
-    watch: Callable[[L.Trainer], None] | None = None, **settings: Any,
+    watch: Callable[[L.Trainer], None] | None = None, real: RealPictures | None = None, **settings: Any,
 ) -> None:  # fmt: skip
     """Train the tiny model; each process writes its notes, checkpoints come to `folder`."""
     L.seed_everything(0, verbose=False)
@@ -96,7 +97,7 @@ def train(
     module = distillation(teacher, **(roles | settings))
     notes = Notes(module)
     data = PromptDataModule(
-        PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2
+        PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2, real=real
     )
     saving = [RunCheckpoint(every, keep_step_checkpoints=2)] if save else []
     callbacks = [notes, *more, RunFolder(folder), *saving]
@@ -334,3 +335,28 @@ def test_a_signal_to_one_process_stops_all_after_a_saved_step(tiny_sd: Path, tmp
 
     run_processes(2, stopped, tmp_path / "log")
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_a_bucket_that_is_exactly_full_is_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_BUCKET_BYTES", 32)  # of two weights, then of one, then of what is left
+
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        weights = [torch.nn.Parameter(torch.zeros(size)) for size in (4, 4, 8, 3)]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 1.0 + 2 * rank)
+        parallel.average_gradients(weights)
+        assert all(torch.equal(weight.grad, torch.full_like(weight, 2.0)) for weight in weights)  # type: ignore[arg-type]
+
+    run_processes(2, work, tmp_path / "log")
+
+
+def test_weights_beside_shards_begin_as_the_first_process_has_them(tmp_path: Path) -> None:
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        weights = [torch.nn.Parameter(torch.full((3,), float(torch.distributed.get_rank() + 1)))]
+        parallel.same_on_all_processes(weights)
+        assert torch.equal(weights[0].data, torch.ones(3))
+
+    run_processes(2, work, tmp_path / "log")

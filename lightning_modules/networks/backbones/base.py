@@ -62,12 +62,15 @@ class Backbone(ABC):
         pipeline_class: the stock pipeline of its models.
         denoiser: name and class of the denoising network.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
+        conditions: settings by which a denoising network takes further inputs, and the values whose inputs
+            the family gives.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[tuple[str, Any]]
     text_encoders: ClassVar[dict[str, Any]]
     tokenizers: ClassVar[dict[str, Any]]
+    conditions: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @abstractmethod
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
@@ -95,11 +98,29 @@ class Backbone(ABC):
         return pipeline
 
     def check_fit(self, parts: TextToImageParts) -> None:
-        """Raise a UserError if a tokenizer's prompts are too long for its text encoder, or widths differ."""
+        """Raise a UserError if prompts are too long for a text encoder, widths differ, or the network takes
+        inputs that the family doesn't give."""
+        part, config = self.denoiser[0], parts.denoiser.config
+        for name, served in self.conditions.items():
+            if (value := config.get(name)) not in served:
+                raise UserError(
+                    f"The part {part!r} in {parts.path} has {name} {value!r} in its config.json: it takes "
+                    f"inputs beside the prompt that a {self.pipeline_class.__name__} doesn't give."
+                )
+        if config.get("sample_size") is None:
+            raise UserError(
+                f"The part {part!r} in {parts.path} names no picture size: set sample_size in its "
+                "config.json to the side of the latents it was trained on."
+            )
         for name, tokenizer, encoder in zip(
             self.tokenizers, parts.tokenizers, parts.text_encoders, strict=True
         ):
             longest = getattr(encoder.config, "max_position_embeddings", None)
+            if tokenizer.model_max_length < 2:  # the start and end of a prompt
+                raise UserError(
+                    f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}: "
+                    f"no prompt fits. Set it in {name}/tokenizer_config.json."
+                )
             if longest is not None and tokenizer.model_max_length > longest:
                 raise UserError(
                     f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}, "
