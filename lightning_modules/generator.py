@@ -145,7 +145,7 @@ def make_generator(
     """Generator from the parts of a pipeline; `student` takes the place of `parts.denoiser`."""
     return OneStepGenerator(
         student=parts.denoiser if student is None else student,
-        schedule=noise_schedule(parts.scheduler),
+        schedule=noise_schedule(parts.scheduler, parts.image_tokens),
         start_timestep=start_timestep,
         prompt_encoder=parts.backbone.prompt_encoder(parts),
         decoder=LatentDecoder(parts.vae),

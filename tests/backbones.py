@@ -15,7 +15,13 @@ from typing import Any
 import diffusers
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -53,8 +59,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "solver_type": "midpoint", "lower_order_final": True, "thresholding": False, "steps_offset": 0,
         "timestep_spacing": "linspace"}),
 }  # fmt: skip
+SCHEDULERS["sd3"] = ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0})
 SCHEDULERS["pixart_1024"] = SCHEDULERS["pixart"]
-TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024")
+FLOWS = ("sd3",)
+TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024", *FLOWS)
 """Models that teach."""
 
 
@@ -66,6 +74,8 @@ def write_backbone(name: str, folder: Path) -> Path:
             _sdxl(folder, name)
         elif name.startswith("pixart"):
             _pixart(folder, name)
+        elif name == "sd3":
+            _sd3(folder)
         else:
             _sd(folder, name)
     kind, settings = SCHEDULERS[name]
@@ -167,6 +177,32 @@ def _tokenizer(folder: Path, padding: str) -> None:
         "pad_token": padding, "tokenizer_class": "CLIPTokenizer", **settings})  # fmt: skip
 
 
+# --- Stable Diffusion 3 -----------------------------------------------------------------------------------
+
+
+def _sd3(folder: Path) -> None:
+    """Stable Diffusion 3.5 medium: normed queries and keys, a second attention in the first block."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=20,
+        pos_embed_max_size=6, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    vae = make_vae()
+    vae.register_to_config(shift_factor=0.06)
+    _save(folder, transformer=transformer, vae=vae)
+    _clip(folder / "text_encoder", CLIPTextModelWithProjection, 16, "quick_gelu", projection_dim=8)
+    _clip(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", projection_dim=12)
+    _tokenizer(folder / "tokenizer", "<|endoftext|>")
+    _tokenizer(folder / "tokenizer_2", "!")
+    _t5(folder, "_3", 48)
+    _index(
+        folder, "StableDiffusion3Pipeline", "sd3", transformer=SD3Transformer2DModel, vae="AutoencoderKL",
+        text_encoder=CLIPTextModelWithProjection, text_encoder_2=CLIPTextModelWithProjection,
+        text_encoder_3=T5EncoderModel, tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer",
+        tokenizer_3="T5Tokenizer",
+    )  # fmt: skip
+
+
 # --- PixArt-alpha -----------------------------------------------------------------------------------------
 
 
@@ -181,17 +217,21 @@ def _pixart(folder: Path, name: str) -> None:
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=24, caption_channels=16, **sizes,
     )  # fmt: skip
-    text = T5Config(
-        vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.1,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
     _save(folder, transformer=transformer, vae=vae)
-    T5EncoderModel(text).save_pretrained(folder / "text_encoder")
-    write_spiece(folder / "tokenizer")
+    _t5(folder, "", 16)
     _index(
         folder, "PixArtAlphaPipeline", name, transformer=PixArtTransformer2DModel, vae="AutoencoderKL",
         text_encoder=T5EncoderModel, tokenizer="T5Tokenizer",
     )  # fmt: skip
+
+
+def _t5(folder: Path, place: str, width: int) -> None:
+    text = T5Config(
+        vocab_size=320, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    T5EncoderModel(text).save_pretrained(folder / f"text_encoder{place}")
+    write_spiece(folder / f"tokenizer{place}")
 
 
 def write_spiece(folder: Path) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import lightning as L
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
@@ -29,15 +29,19 @@ from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from lightning_modules.pipelines import ddim_scheduler
+from lightning_modules.pipelines import multistep_scheduler
 from reports.sheets import to_pil
-from tests.backbones import TRAINED, call_options, stock_pipeline_of
+from tests.backbones import FLOWS, TRAINED, call_options, stock_pipeline_of
 from tests.conftest import PICTURE
 from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation, prompt_data, snapshot, trainer
 
 TEXTS, SEEDS = ["a Red cat ", "a dog"], [5, 6]
-STARTS = {"sd21_v": 999, "zero_snr": 999}  # the others at 625
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "pixart": "PixArtAlphaPipeline"}
+STARTS = dict.fromkeys(("sd21_v", "zero_snr", *FLOWS), 999)  # the others at 625
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}
 LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -126,7 +130,7 @@ def one_step(folder: Path, generator: OneStepGenerator, pipe: Any = None) -> Ten
 def test_a_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     assert run.final.keys() == run.resumed.keys()
     assert all(torch.equal(value, run.resumed[name]) for name, value in run.final.items())
-    start = load_parts(run.teacher).denoiser.state_dict()
+    start = dict(load_parts(run.teacher).denoiser.named_parameters())
     moved = [name for name in start if not torch.equal(start[name], run.final[f"student.{name}"])]
     assert len(moved) > len(start) / 2
     for pictures in run.views.values():
@@ -157,9 +161,11 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     folded = one_step(run.lora_folder, ours)
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-4)
     pipe: Any = stock_pipeline_of(run.teacher)
-    pipe.scheduler = DDIMScheduler.from_pretrained(run.lora_folder, subfolder="scheduler")
-    without = one_step(run.lora_folder, ours, pipe)
     card = (run.lora_folder / "README.md").read_text()
+    kind = re.search(r"pipe.scheduler = (\w+)\.from_pretrained", card)
+    assert kind is not None
+    pipe.scheduler = getattr(diffusers, kind[1]).from_pretrained(run.lora_folder, subfolder="scheduler")
+    without = one_step(run.lora_folder, ours, pipe)
     if run.name.startswith("pixart"):
         assert 'PeftModel.from_pretrained(pipe.transformer, "lora_student/lora")' in card
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(run.lora_folder / "lora"))
@@ -168,7 +174,8 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
         pipe.load_lora_weights(str(run.lora_folder / "lora"))
         with safe_open(run.lora_folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
             settings = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
+        part = "transformer" if run.name in FLOWS else "unet"
+        assert (settings[f"{part}.r"], settings[f"{part}.lora_alpha"]) == (2, 6.0)
     assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card and "scale\n3," in card
     loaded = one_step(run.lora_folder, ours, pipe)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
@@ -210,10 +217,10 @@ def test_evaluate_draws_the_same(run: Run) -> None:
 
 @others
 def test_the_teachers_rows(run: Run) -> None:
-    """Many guided steps are the stock pipeline's with DDIM."""
+    """Many guided steps are the stock pipeline's with DDIM, or Euler's method for flow."""
     teacher = Teacher(str(run.teacher), steps=3)
     pipe: Any = stock_pipeline_of(run.teacher)
-    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    pipe.scheduler = multistep_scheduler(pipe.scheduler)
     noise = load_generator(run.folder).noise(SEEDS)
     options = {"num_inference_steps": 3, "guidance_scale": 4.5, "output_type": "pt", **call_options(pipe)}
     expected = pipe(TEXTS, latents=noise, **options).images

@@ -18,7 +18,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 
 
 class Network(Protocol):
-    """A denoising network: noised samples [B, …], timesteps [B], condition of B prompts -> output [B, …]."""
+    """A denoising network: noised samples [B, …], times [B], condition of B prompts -> output [B, …]."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, /) -> Tensor: ...
 
@@ -39,7 +39,7 @@ def guided_prediction(
             once with 2B (the first half without text).
         schedule: gives α_t, σ_t and the meaning of the network's output.
         x_t: noised samples, [B, …].
-        t: integer timesteps, [B].
+        t: timesteps of the schedule, [B]; the network is told what the schedule makes of them.
         condition: B prompts.
         guidance_scale: κ, a number or one per sample [B].
         negative: B prompts (or one for all) that take the place of ∅; without effect if κ is the number 1.
@@ -50,9 +50,10 @@ def guided_prediction(
     if condition.batch_size != len(x_t):
         raise ValueError(f"{condition.batch_size} prompts for a batch of {len(x_t)}")
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
-        return schedule.read(network(x_t, t, condition), x_t, t)
+        return schedule.read(network(x_t, schedule.network_time(t), condition), x_t, t)
     base = condition.without_text() if negative is None else negative.expand(len(x_t))
-    output = network(torch.cat([x_t, x_t]), torch.cat([t, t]), base.concat(condition))
+    time = schedule.network_time(t)
+    output = network(torch.cat([x_t, x_t]), torch.cat([time, time]), base.concat(condition))
     without, with_text = at_least_float32(output).chunk(2)
     kappa = guidance_scale
     if isinstance(kappa, Tensor):

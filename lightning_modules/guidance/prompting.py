@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def negative_prompting(
 def negative_attention(
     network: nn.Module, negative: Condition, method: Method, present: Tensor | None = None
 ) -> Iterator[None]:
-    """Calls of a network with cross-attention inside this context draw away from encoded negative prompts.
+    """Calls of a network inside this context draw away from encoded negative prompts.
 
     With gradients on, keys and values of the negative text are computed at every call and carry gradients
     (a network's projection of captions once per context); with gradients off they are computed once, so that
@@ -150,14 +150,10 @@ def negative_attention(
         present: boolean [B], false for images without a negative prompt.
 
     Raises:
-        UserError: as `negative_prompting`; also for a network with joint attention.
+        UserError: as `negative_prompting`.
     """
     network = getattr(network, "_orig_mod", network)
     kind, layers = attention_layers(network)
-    if kind is not NegativeCrossAttention:
-        raise UserError(
-            f"{type(network).__name__} has joint attention: use negative_prompting on its pipeline."
-        )
     if method.scale == 0 or (present is not None and not present.any()):
         yield
         return
@@ -166,8 +162,29 @@ def negative_attention(
     text.set(embeddings, negative.tensors.get("encoder_attention_mask"), present)
     # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
     text.hidden_states(embeddings)
-    with _installed(kind, layers, text):
+    joint = kind is not NegativeCrossAttention
+    with _installed(kind, layers, text), _behind_the_prompt(network, text) if joint else nullcontext():
         yield
+
+
+@contextmanager
+def _behind_the_prompt(network: nn.Module, text: NegativeText) -> Iterator[None]:
+    """A network with joint attention gets the negative text behind the prompt's tokens."""
+
+    def append(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positive = kwargs["encoder_hidden_states"]
+        negative = text.hidden_states(positive).expand(len(positive), -1, -1)
+        text.lengths = positive.shape[1], negative.shape[1]
+        more = {"encoder_hidden_states": torch.cat([positive, negative], 1)}
+        if "txt_ids" in kwargs:  # FLUX gives all of its text one position
+            more["txt_ids"] = torch.cat([kwargs["txt_ids"], kwargs["txt_ids"]])
+        return args, kwargs | more
+
+    handle = network.register_forward_pre_hook(append, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pipeline_network(pipe: Any) -> nn.Module:

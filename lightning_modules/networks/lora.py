@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -162,7 +163,7 @@ def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], 
 def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:
     """Write the adapter by itself, its own A and B; readers scale their product by alpha / rank.
 
-    Stable Diffusion and SDXL: diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata.
+    Diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata, where the pipeline reads it.
     The pipeline of PixArt reads no such file; its transformer takes a folder of PEFT's.
     """
     settings = adapter.settings
@@ -172,17 +173,17 @@ def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype:
         for name, tensor in adapter.weights.items()
     }
     if hasattr(backbone.pipeline_class, "save_lora_weights"):
-        backbone.pipeline_class.save_lora_weights(
-            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config
-        )
+        part = backbone.denoiser[0]
+        named: dict[str, Any] = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+        backbone.pipeline_class.save_lora_weights(folder, **named)
         return
     LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
-    named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: str) -> str:
-    """The part of a model card about it, in Markdown."""
+def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: str, scheduler: str) -> str:
+    """The part of a model card about it, in Markdown; `scheduler`: the class of the student's."""
     base, settings = model_name(adapter.base.path), adapter.settings
     shown = Path(base.name).name if Path(base.name).is_absolute() else base.name
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
@@ -204,10 +205,10 @@ The folder `lora/` has the adapter alone (rank {settings.rank}, alpha {settings.
 
 ```python
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import {scheduler}, DiffusionPipeline
 {peft}
 pipe = {pipeline}
-pipe.scheduler = DDIMScheduler.from_pretrained("{output}", subfolder="scheduler")
+pipe.scheduler = {scheduler}.from_pretrained("{output}", subfolder="scheduler")
 {load}
 image = pipe("a red apple", {call}).images[0]
 ```

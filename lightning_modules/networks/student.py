@@ -109,7 +109,8 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
     folder = pipeline_folder(path)
     parts = load_parts(path)
     facts = read_json(folder / MARKER) if is_own_export(folder) else {}
-    start = len(parts.scheduler.betas) - 1 if hasattr(parts.scheduler, "betas") else 0
+    flow = parts.scheduler.config.get("num_train_timesteps", 1)
+    start = (len(parts.scheduler.betas) if hasattr(parts.scheduler, "betas") else flow) - 1
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
 
 
@@ -303,7 +304,7 @@ def mismatch(
         return found
     if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
         return odd
-    sides = [noise_schedule(parts.scheduler) for parts in (own, wanted)]
+    sides = [noise_schedule(parts.scheduler, parts.image_tokens) for parts in (own, wanted)]
     kinds = [{"prediction_type": side.prediction_type} for side in sides]
     if odd := other_value(kinds[0], kinds[1], words):
         return odd

@@ -15,10 +15,11 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.generator import make_generator
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
+from lightning_modules.guidance.prompting import pipeline_network
 from lightning_modules.networks import loading
 from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.loading import load_parts, noise_schedule
-from tests.backbones import SCHEDULERS, call_options, private_copy, stock_pipeline_of
+from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["a Red cat ", "", "two green cups of tea " * 30]  # the last one is cut
@@ -32,13 +33,16 @@ def encode(folder: Path, prompts: list[str] = PROMPTS) -> Condition:
     return parts.backbone.prompt_encoder(parts).encode(prompts)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024"])
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024", "sd3"])
 def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> None:
     pipe: Any = stock_pipeline_of(backbone_folder(name))
     with torch.no_grad():
         if name == "sdxl":
             text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, device="cpu")
             expected = {"encoder_hidden_states": (text, null), "text_embeds": (pooled, null_pooled)}
+        elif name == "sd3":
+            text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
+            expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
         elif name.startswith("pixart"):
             text, mask, null, null_mask = pipe.encode_prompt(PROMPTS, device="cpu", clean_caption=False)
             expected = {"encoder_hidden_states": (text, null), "encoder_attention_mask": (mask, null_mask)}
@@ -65,32 +69,39 @@ def test_no_prompt_of_sdxl_is_zero_and_not_the_empty_prompt(backbone_folder: Fol
     assert torch.equal(encode(other, [""]).null["text_embeds"], encode(other, [""]).tensors["text_embeds"])
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024"])
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024", *FLOWS])
 def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_folder: Folder) -> None:
     """Guided: both halves, so that what stands for no prompt is in it; LCM takes the scale as an input."""
     pipe: Any = stock_pipeline_of(backbone_folder(name))
-    network: Any = pipe.transformer if name.startswith("pixart") else pipe.unet
+    network: Any = pipeline_network(pipe)
     calls: list[tuple[Any, Any, Tensor]] = []
     forward = network.forward
 
-    def recorded(x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = forward(x_t, *args, **kwargs)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        x_t, *args = args or [kwargs["hidden_states"]]
         calls.append((x_t, kwargs.get("timestep", args[0] if args else None), output[0]))
         return output
 
     network.forward = recorded
     torch.manual_seed(0)
-    pipe(PROMPTS, num_inference_steps=2, guidance_scale=8.5, output_type="latent", **call_options(pipe))
-    x_t, t, expected = calls[0]
+    pipe(PROMPTS, num_inference_steps=3, guidance_scale=8.5, output_type="latent", **call_options(pipe))
     condition = encode(backbone_folder(name))
     if name != "lcm":
         condition = condition.without_text().concat(condition)
     parts = load_parts(backbone_folder(name))
-    with torch.no_grad():
-        output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
-    torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
-    assert expected.shape[1] == (8 if name.startswith("pixart") else 4)
+    for x_t, t, expected in calls:
+        with torch.no_grad():
+            output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
+        torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
+    assert expected.shape[1] == (8 if name.startswith("pixart") else 4) and len(calls) == 3
     assert parts.denoiser.config.get("time_cond_proj_dim") == (6 if name == "lcm" else None)
+    if name not in FLOWS:
+        return
+    # the same times by the schedule: Euler's are those of sigma
+    schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens)
+    times = torch.stack([call[1].flatten()[0] for call in calls])
+    torch.testing.assert_close(schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])

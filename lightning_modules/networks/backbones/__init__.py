@@ -7,9 +7,15 @@ from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.pixart import PixArtAlpha
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
+from lightning_modules.networks.backbones.stable_diffusion_3 import StableDiffusion3
 
 __all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "is_own_class"]
-BACKBONES: tuple[Backbone, ...] = (StableDiffusion(), StableDiffusionXL(), PixArtAlpha())
+BACKBONES: tuple[Backbone, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    PixArtAlpha(),
+    StableDiffusion3(),
+)
 
 
 _BY_PIPELINE = {backbone.pipeline_class.__name__: backbone for backbone in BACKBONES}

@@ -19,9 +19,9 @@ class TextToImageParts:
 
     Attributes:
         backbone: the family it belongs to.
-        denoiser: UNet2DConditionModel or PixArtTransformer2DModel.
+        denoiser: UNet2DConditionModel, PixArtTransformer2DModel …
         vae: autoencoder between latents and pictures.
-        text_encoders, tokenizers: in the order of the backbone's names for them.
+        text_encoders, tokenizers: in the order of the backbone's names for them, without those left out.
         scheduler: the model's own; its constants are those it was trained with.
         index: content of model_index.json.
         path: the folder it was read from.
@@ -50,6 +50,11 @@ class TextToImageParts:
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     @property
+    def image_tokens(self) -> int:
+        """How many patches of a latent a transformer sees (a resolution-dependent shift follows them)."""
+        return self.latent_shape[1] * self.latent_shape[2] // self.denoiser.config.get("patch_size", 1) ** 2
+
+    @property
     def networks(self) -> list[nn.Module]:
         """All of them."""
         return [self.denoiser, self.vae, *self.text_encoders]
@@ -62,12 +67,22 @@ class Backbone(ABC):
         pipeline_class: the stock pipeline of its models.
         denoiser: name and class of the denoising network.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
+        optional: those of them that a folder may leave out (null in model_index.json).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[tuple[str, Any]]
     text_encoders: ClassVar[dict[str, Any]]
     tokenizers: ClassVar[dict[str, Any]]
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+        """Those of `text_encoders` or `tokenizers` that a model has."""
+        return {
+            name: kind
+            for name, kind in parts.items()
+            if name not in self.optional or (index.get(name) or [None])[0] is not None
+        }
 
     @abstractmethod
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
@@ -81,12 +96,19 @@ class Backbone(ABC):
         """Further arguments of the stock pipeline's constructor."""
         return {}
 
+    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
+        """Further arguments with which the stock pipeline draws as the model was trained."""
+        return {}
+
     def pipeline(self, parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
         """The stock pipeline of the parts (shared, not copied), without progress bar."""
+        texts = [(self.text_encoders, parts.text_encoders), (self.tokenizers, parts.tokenizers)]
+        named: dict[str, Any] = dict.fromkeys(self.optional)
+        for names, given in texts:
+            named |= zip(self.present(parts.index, names), given, strict=True)
         pipeline = self.pipeline_class(
             **{self.denoiser[0]: parts.denoiser},
-            **dict(zip(self.text_encoders, parts.text_encoders, strict=True)),
-            **dict(zip(self.tokenizers, parts.tokenizers, strict=True)),
+            **named,
             vae=parts.vae,
             scheduler=parts.scheduler if scheduler is None else scheduler,
             **self.extras(parts),
@@ -96,9 +118,8 @@ class Backbone(ABC):
 
     def check_fit(self, parts: TextToImageParts) -> None:
         """Raise a UserError if a tokenizer's prompts are too long for its text encoder, or widths differ."""
-        for name, tokenizer, encoder in zip(
-            self.tokenizers, parts.tokenizers, parts.text_encoders, strict=True
-        ):
+        names = self.present(parts.index, self.tokenizers)
+        for name, tokenizer, encoder in zip(names, parts.tokenizers, parts.text_encoders, strict=True):
             longest = getattr(encoder.config, "max_position_embeddings", None)
             if longest is not None and tokenizer.model_max_length > longest:
                 raise UserError(

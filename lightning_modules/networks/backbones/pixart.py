@@ -25,6 +25,10 @@ class PixArtAlpha(Backbone):
         size = parts.picture_size if parts.denoiser.use_additional_conditions else None
         return T5PromptEncoder(parts.tokenizers, parts.text_encoders, size)
 
+    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
+        # the folder's own size, whichever it is; prompts as the student was trained on, not rewritten
+        return {"use_resolution_binning": False, "clean_caption": False}
+
     def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
         return parts.text_encoders[0].config.d_model, parts.denoiser.config.caption_channels
 
