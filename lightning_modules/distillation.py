@@ -431,7 +431,8 @@ class OneStepDistillation(L.LightningModule):
         random = StepRandom(self.seed, self.student_steps, places, self.device, part.number)
         images, captions = self.real_pictures.take(random.uniform("image_pair").cpu())
         latents = self.generator.decoder.encode(images.to(self.device))
-        return replace(sample, real=Real(latents, self.generator.prompt_encoder.encode(captions)))
+        condition = self.generator.prompt_encoder.encode(captions)
+        return replace(sample, real=Real(latents, condition, random))
 
     def _not_finite(self, role: str) -> str:
         """Which terms of the update in progress are not finite, and its first prompts. Collective.

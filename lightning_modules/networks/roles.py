@@ -71,6 +71,11 @@ class RoleNetwork:
         # under guidance the pass with text is the second half
         return replace(prediction, features={name: out[-len(x_t) :] for name, out in outputs.items()})
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The network's weights by name."""
+        with self._network() as network:
+            return dict(network.named_parameters())
+
 
 @contextmanager
 def captured(network: nn.Module, features: Sequence[str]) -> Iterator[dict[str, Tensor]]:

@@ -32,10 +32,19 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Real:
-    """Given pictures as latents at unit scale, x0 [R, C, H, W], with the captions they belong to."""
+    """Given pictures as latents at unit scale, with the captions they belong to.
+
+    Attributes:
+        x0: [R, C, H, W].
+        condition: the R captions.
+        random: random numbers of the step for these pictures.
+        noise: where each is the end of the teacher's trajectory, its beginning, [R, C, H, W].
+    """
 
     x0: Tensor
     condition: Condition
+    random: StepRandom
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,9 @@ class Network(Protocol):
         *,
         features: Sequence[str] = (),
     ) -> Prediction: ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The network's weights by name, to be changed in place after an update at most."""
 
 
 class Networks(Protocol):

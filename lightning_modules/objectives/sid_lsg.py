@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_modules.diffusion.broadcast import at_least_float32, expand_like
+from lightning_modules.diffusion.broadcast import expand_like
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.timesteps import UniformTimesteps
 from lightning_modules.objectives.base import (
+    REAL_PICTURES,
     Networks,
     Objective,
     StudentSample,
@@ -19,6 +20,8 @@ from lightning_modules.objectives.base import (
     Terms,
     Turn,
 )
+from lightning_modules.objectives.discriminator import Discriminator
+from lightning_modules.objectives.pieces import Noised, check_timesteps, mean_distance, noised
 
 
 class SiDLSG(Objective):
@@ -37,6 +40,8 @@ class SiDLSG(Objective):
 
     Sums run over the values of a sample, means over the batch, as in the official code.
 
+    With a discriminator both have an adversarial term more (SiDA, arXiv 2410.14919): it needs real pictures.
+
     Where this differs from the official code:
 
     - the student's noise has unit variance (there it is multiplied by σ at the start, 0.93 at 625): all
@@ -52,6 +57,7 @@ class SiDLSG(Objective):
         max_timestep: one more than their largest t.
         prompt_dropout: probability per sample that the fake score is trained with ∅; without effect where
             neither κ1 nor κ2 asks for a prediction without text.
+        discriminator: on the fake score's middle block, without heads, in the paper; null: none.
 
     Raises:
         ValueError: on timesteps or a probability out of range.
@@ -66,6 +72,7 @@ class SiDLSG(Objective):
         min_timestep: int = 20,
         max_timestep: int = 980,
         prompt_dropout: float = 0.1,
+        discriminator: Discriminator | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
@@ -75,38 +82,49 @@ class SiDLSG(Objective):
         self.timesteps = UniformTimesteps(min_timestep, max_timestep)
         guided = train_fake_guidance != 1 or fake_guidance != 1
         self.prompt_dropout = prompt_dropout if guided else 0.0
+        self.discriminator = discriminator
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Real pictures, if there is a discriminator."""
+        return frozenset() if self.discriminator is None else frozenset([REAL_PICTURES])
 
     def build(self, facts: TeacherFacts) -> None:
-        """Raise ValueError if ``max_timestep`` lies past the schedule."""
-        if self.timesteps.high > facts.schedule.num_timesteps:
-            raise ValueError(
-                f"max_timestep is {self.timesteps.high}, but the teacher's schedule has only "
-                f"{facts.schedule.num_timesteps} timesteps: lower max_timestep"
-            )
+        """Make the discriminator's heads; raises ValueError if a setting does not fit the teacher."""
+        check_timesteps(self.timesteps, facts.schedule)
+        if self.discriminator is not None:
+            self.discriminator.build(facts)
 
     def turns(self, step: int) -> Sequence[Turn]:
         """The fake score first, on prompts and noise of its own."""
         return [Turn("fake_score", batch=1), Turn("student")]
 
     def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
-        """``{"sid": L}``; the gradient at ``sample.x0`` goes through both networks, too."""
-        x0, x_t, t, _ = self._noised(sample.x0, networks, random, "student")
+        """``{"sid": L}``, whose gradient at ``sample.x0`` goes through both networks; and "adversarial"."""
+        at = noised(sample.x0, networks, random, "student", self.timesteps)
         text = sample.condition
-        real = networks.teacher(x_t, t, text, guidance_scale=self.teacher_guidance).x0
-        fake = networks.fake_score(x_t, t, text, guidance_scale=self.fake_guidance).x0
-        per_sample = tuple(range(1, x0.ndim))
-        omega = (x0 - real).detach().abs().mean(per_sample).clamp(min=1e-5)
-        product = (real - fake) * ((real - x0) - self.a * (real - fake))
+        real = networks.teacher(at.x_t, at.t, text, guidance_scale=self.teacher_guidance).x0
+        fake = networks.fake_score(at.x_t, at.t, text, guidance_scale=self.fake_guidance).x0
         numbers = {
-            "student_timestep": t.float().mean(),
+            "student_timestep": at.t.float().mean(),
             "score_difference_rms": (real - fake).detach().square().mean().sqrt(),
             "nonfinite_predictions": (~torch.isfinite(real - fake)).sum(),
         }
-        return Terms({"sid": (product.sum(per_sample) / omega).mean()}, numbers)
+        losses = {"sid": self.divergence(at, real, fake, text, networks).flatten(1).sum(1).mean()}
+        if self.discriminator is not None:
+            losses["adversarial"] = self.discriminator.student_term(sample, networks, random)
+        return Terms(losses, numbers)
+
+    def divergence(
+        self, at: Noised, real: Tensor, fake: Tensor, condition: Condition, networks: Networks
+    ) -> Tensor:
+        """What is summed over a sample's values, [B, C, H, W], of the predictions y_real and y_fake."""
+        product = (real - fake) * ((real - at.x0) - self.a * (real - fake))
+        return product / mean_distance(at.x0, real)
 
     def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
-        """``{"denoising": L}``: trains the fake score only."""
-        x0, x_t, t, noise = self._noised(sample.x0.detach(), networks, random, "fake")
+        """``{"denoising": L}``, which trains the fake score only, and the discriminator's own terms."""
+        x0, x_t, t, noise = noised(sample.x0.detach(), networks, random, "fake", self.timesteps)
         condition, dropped = self._with_dropout(sample.condition, random)
         prediction = networks.fake_score(x_t, t, condition, guidance_scale=self.train_fake_guidance)
         alpha, sigma = (expand_like(value, x0) for value in networks.schedule.alpha_sigma(t))
@@ -115,16 +133,10 @@ class SiDLSG(Objective):
             error = alpha**2 / (alpha**2 + sigma**2) * (prediction.v - alpha * noise + sigma * x0).square()
         else:
             error = (prediction.epsilon - noise).square()
-        return Terms({"denoising": error.flatten(1).sum(1).mean()}, {"dropped_prompts": dropped})
-
-    def _noised(
-        self, x0: Tensor, networks: Networks, random: StepRandom, turn: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x̂ in float32, x_t, t and ε."""
-        x0 = at_least_float32(x0)
-        t = self.timesteps.draw(random.uniform(f"{turn}_timestep")).to(x0.device)
-        noise = random.normal(f"{turn}_noise", x0.shape[1:]).to(x0)
-        return x0, networks.schedule.add_noise(x0, noise, t), t, noise
+        losses = {"denoising": error.flatten(1).sum(1).mean()}
+        if self.discriminator is not None:
+            losses |= self.discriminator.own_terms(sample, networks, random)
+        return Terms(losses, {"dropped_prompts": dropped})
 
     def _with_dropout(self, condition: Condition, random: StepRandom) -> tuple[Condition, Tensor]:
         mask = random.uniform("prompt_dropout") < self.prompt_dropout

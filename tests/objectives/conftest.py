@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass
 class GaussianScores:
-    """Teacher and fake score of Gaussian data; records its calls."""
+    """Teacher and fake score of Gaussian data; records its calls. Any layer's features are x_t."""
 
     schedule: NoiseSchedule
     real: nn.Module
@@ -65,11 +65,12 @@ class GaussianScores:
         condition: Condition,
         guidance_scale: float | Tensor,
         negative: Condition | None,
+        features: Sequence[str] = (),
     ) -> Prediction:
         network = self.real if role == "teacher" else self.fake
         result = guided_prediction(network, self.schedule, x_t, t, condition, guidance_scale, negative)
         self.calls.append(Call(role, x_t, t, condition, guidance_scale, negative, result))
-        return result
+        return replace(result, features=dict.fromkeys(features, x_t))
 
     def teacher(
         self,
@@ -78,8 +79,9 @@ class GaussianScores:
         condition: Condition,
         guidance_scale: float | Tensor = 1.0,
         negative: Condition | None = None,
+        features: Sequence[str] = (),
     ) -> Prediction:
-        return self._read("teacher", x_t, t, condition, guidance_scale, negative)
+        return self._read("teacher", x_t, t, condition, guidance_scale, negative, features)
 
     def fake_score(
         self,
@@ -88,8 +90,9 @@ class GaussianScores:
         condition: Condition,
         guidance_scale: float | Tensor = 1.0,
         negative: Condition | None = None,
+        features: Sequence[str] = (),
     ) -> Prediction:
-        return self._read("fake_score", x_t, t, condition, guidance_scale, negative)
+        return self._read("fake_score", x_t, t, condition, guidance_scale, negative, features)
 
 
 MakeScores = Callable[..., GaussianScores]
