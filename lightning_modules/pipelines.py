@@ -66,7 +66,10 @@ def stock_pipeline(parts: TextToImageParts, scheduler: SchedulerMixin | None = N
 
 
 def multistep_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """DDIM with the constants of another scheduler (a DDIM one keeps its settings); Euler's on rectified flow."""
+    """DDIM, or Euler's method on rectified flow, with the constants of another scheduler.
+
+    One that samples so already keeps its settings.
+    """
     if is_flow(scheduler):
         return euler_scheduler(scheduler)
     if isinstance(scheduler, DDIMScheduler):

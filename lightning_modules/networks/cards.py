@@ -37,7 +37,9 @@ def shown_name(output: Path) -> str:
     return output.name if output.is_absolute() else output.as_posix()
 
 
-def model_card(output: Path, facts: dict[str, Any], call: str, source: Path, more: RunNotes) -> str:
+def model_card(
+    output: Path, facts: dict[str, Any], call: str, source: Path, more: RunNotes, load: str = ""
+) -> str:
     """The text of README.md: data for the hub, the snippet that draws a picture, the facts as a table.
 
     Args:
@@ -46,6 +48,7 @@ def model_card(output: Path, facts: dict[str, Any], call: str, source: Path, mor
         call: arguments of the pipeline's call, as Python text.
         source: folder of the model that gave the other parts; a licence named in its card is this one's, too.
         more: what else the card says.
+        load: further arguments with which the folder is opened, as Python text.
     """
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     return f"""---
@@ -55,7 +58,7 @@ def model_card(output: Path, facts: dict[str, Any], call: str, source: Path, mor
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
+pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}"{load})
 image = pipe("a red apple", {call}).images[0]
 image.save("apple.png")
 ```

@@ -182,21 +182,31 @@ def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype:
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: str, scheduler: str) -> str:
-    """The part of a model card about it, in Markdown; `scheduler`: the class of the student's."""
+def lora_card(
+    adapter: StudentAdapter,
+    backbone: Backbone,
+    output: str,
+    call: str,
+    scheduler: str = "DDIMScheduler",
+    load: str = "",
+) -> str:
+    """The part of a model card about it, in Markdown; `scheduler` is the class of the student's.
+
+    `load` and `call` are further arguments of opening and calling the pipeline.
+    """
     base, settings = model_name(adapter.base.path), adapter.settings
     shown = Path(base.name).name if Path(base.name).is_absolute() else base.name
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
     # published text encoders often name another type than their networks, which do not work together
-    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}, torch_dtype=torch.float32)'
+    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}{load}, torch_dtype=torch.float32)'
     note = ""
     if base.name.endswith(".ckpt"):
         note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"
     if hasattr(backbone.pipeline_class, "save_lora_weights"):
-        peft, load = "", f'pipe.load_lora_weights("{output}/lora")'
+        peft, adopt = "", f'pipe.load_lora_weights("{output}/lora")'
     else:
         peft = "from peft import PeftModel\n"
-        load = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
+        adopt = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
     return f"""
 ## The LoRA by itself
 
@@ -209,7 +219,7 @@ from diffusers import {scheduler}, DiffusionPipeline
 {peft}
 pipe = {pipeline}
 pipe.scheduler = {scheduler}.from_pretrained("{output}", subfolder="scheduler")
-{load}
+{adopt}
 image = pipe("a red apple", {call}).images[0]
 ```
 

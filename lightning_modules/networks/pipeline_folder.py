@@ -54,8 +54,8 @@ def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> Schedu
     if is_flow(scheduler):
         if start_timestep != scheduler.config.num_train_timesteps - 1:
             raise UserError(
-                f"start_timestep is {start_timestep}: a model of rectified flow starts at sigma = 1, timestep "
-                f"{scheduler.config.num_train_timesteps - 1}."
+                f"start_timestep is {start_timestep}: a model of rectified flow starts at sigma = 1, "
+                f"timestep {scheduler.config.num_train_timesteps - 1}."
             )
         euler = euler_scheduler(scheduler)
         return FlowMatchEulerDiscreteScheduler.from_config({**euler.config, "shift_terminal": None})
@@ -120,13 +120,13 @@ def export_student(
         )
         save_pipeline(parts.backbone.pipeline(cast, scheduler), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        call, notes = one_step_call(parts), notes or RunNotes()
+        load, call, notes = load_words(parts), one_step_call(parts), notes or RunNotes()
         if adapter is not None:
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
             kind = type(scheduler).__name__
-            own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call, kind)
+            own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call, kind, load)
             notes = notes._replace(markdown=own + notes.markdown)
-        text = model_card(Path(output), facts, call, pipeline_folder(parts.path), notes)
+        text = model_card(Path(output), facts, call, pipeline_folder(parts.path), notes, load)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
@@ -146,6 +146,11 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             changes["dtype"] = "float32"
         if config != (changed := config | changes):
             path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def load_words(parts: TextToImageParts) -> str:
+    """Further arguments of `from_pretrained`: the stock pipelines want parts that are left out named."""
+    return "".join(f", {name}=None" for name in parts.left_out)
 
 
 def one_step_call(parts: TextToImageParts) -> str:

@@ -1,4 +1,4 @@
-"""How the bundled Stable Diffusion 3 was trained: a rectified-flow transformer with two CLIP text encoders."""
+"""How the bundled Stable Diffusion 3 was trained: rectified flow with two CLIP text encoders."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class StableDiffusion3Pretraining(LatentDiffusionPretraining):
         texts: keywords of ``transformers.CLIPTextConfig``, for each of the two text encoders.
         tokenizer: folder of the tokenizer of both.
         shift: of the scheduler in the exported folder.
-        latents: ``shift_factor`` and ``scaling_factor`` that give the autoencoder's latents mean 0, deviation 1.
+        latents: ``shift_factor`` and ``scaling_factor``, for latents of mean 0 and deviation 1.
     """
 
     def __init__(

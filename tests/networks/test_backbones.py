@@ -101,7 +101,9 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_fold
     # the same times by the schedule: Euler's are those of sigma
     schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens)
     times = torch.stack([call[1].flatten()[0] for call in calls])
-    torch.testing.assert_close(schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])

@@ -50,6 +50,13 @@ class TextToImageParts:
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     @property
+    def left_out(self) -> list[str]:
+        """Optional parts that the model has not."""
+        mine, index = self.backbone, self.index
+        present = mine.present(index, mine.text_encoders) | mine.present(index, mine.tokenizers)
+        return [name for name in mine.optional if name not in present]
+
+    @property
     def image_tokens(self) -> int:
         """How many patches of a latent a transformer sees (a resolution-dependent shift follows them)."""
         return self.latent_shape[1] * self.latent_shape[2] // self.denoiser.config.get("patch_size", 1) ** 2

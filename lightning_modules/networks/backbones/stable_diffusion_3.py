@@ -90,7 +90,9 @@ class RepeatedLastToken(JointAttnProcessor2_0):
         super().__init__()
         self.mode = _LastKeyMode(math.log(count))
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **more: Any) -> Any:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **more: Any
+    ) -> Any:
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, **more)
         with self.mode:
