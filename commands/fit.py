@@ -70,6 +70,10 @@ class TrainerCLI(LightningCLI):
         self.args = expand(args)
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
+        command = self.args[0]
+        kinds = super().subcommands()
+        # the parser of a command takes a quarter of a second to build
+        self.subcommands = lambda: {command: kinds[command]}  # type: ignore[method-assign]
         # "omegaconf+" resolves ${...} after the command line has been read: overrides reach interpolations
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
@@ -77,7 +81,7 @@ class TrainerCLI(LightningCLI):
                 args=self.args, subclass_mode_model=True, subclass_mode_data=True,
                 auto_configure_optimizers=False, save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
-                parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in COMMANDS}},
+                parser_kwargs={**parser_kwargs, command: dict(parser_kwargs)},
             )  # fmt: skip
         except BaseException:
             self._discard_folder()
@@ -153,10 +157,9 @@ class TrainerCLI(LightningCLI):
         number = self.settings.seed_everything
         if isinstance(number, bool):  # false: nothing is seeded
             return
-        given = self.parser.parse_args(self.args, defaults=False)[self.config.subcommand]
         for part in ("model", "data"):
             takes = (self.settings.get(part) or {}).get("init_args") or {}
-            if "seed" in takes and "seed" not in ((given.get(part) or {}).get("init_args") or {}):
+            if takes.get("seed", number) is None:
                 takes["seed"] = number
 
     def instantiate_classes(self) -> None:

@@ -15,6 +15,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from lightning_modules.drawing import Guidance, Model
 
+NegativeGuidance = Literal["none", "nasa", "nag", "cfg"]
 DEFAULT_MODEL = "assets/emoji-sd-swiftbrush"
 MANIFEST, GRID = "generation.json", "grid.png"
 BATCH_SIZE = 8
@@ -44,7 +45,7 @@ class Options:
     prompt: list[str] = field(default_factory=list)
     prompts_file: Path | None = None
     negative_prompt: str | None = None
-    negative_guidance: Literal["none", "nasa", "nag", "cfg"] | None = None
+    negative_guidance: NegativeGuidance | None = None
     negative_scale: Scale | None = None
     seed: NonNegativeInt = 0
     num_images: PositiveInt = 1
@@ -58,15 +59,18 @@ def run(options: Options) -> None:
     Raises:
         UserError: no prompts, an unusable option, model or output folder; nothing is written then.
     """
-    import torch
-
     from common.files import check_output_folder, written_at_once
-    from lightning_modules.drawing import open_model
-    from lightning_modules.networks.student import student_path
 
     prompts = read_prompts(options)
-    guidance = read_guidance(options)
+    method = guidance_method(options)
     target = check_output_folder(options.output, own_names)
+    # below the checks, as these imports take seconds
+    import torch
+
+    from lightning_modules.drawing import Guidance, open_model
+    from lightning_modules.networks.student import student_path
+
+    guidance = Guidance(method, options.negative_scale)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_model(student_path(options.model), options.steps, device)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
@@ -81,26 +85,24 @@ def read_prompts(options: Options) -> list[str]:
     Raises:
         UserError: there are none, or the file is missing, unreadable or not UTF-8 (names the line).
     """
-    from datamodules.prompts import read_prompts as read_file
-
     prompts = [prompt.strip() for prompt in options.prompt]
     if any(not prompt for prompt in prompts):
         raise UserError("A --prompt is empty. Say what to draw.")
     if options.prompts_file is not None:
+        from datamodules.prompts import read_prompts as read_file
+
         prompts += read_file(options.prompts_file)
     if not prompts:
         raise UserError("There is no prompt. Give --prompt 'a red apple' or --prompts-file FILE.")
     return prompts
 
 
-def read_guidance(options: Options) -> "Guidance":
-    """Guidance that the options ask for.
+def guidance_method(options: Options) -> NegativeGuidance:
+    """How the negative prompt is to act.
 
     Raises:
         UserError: options are missing or without effect.
     """
-    from lightning_modules.drawing import Guidance
-
     negative, scale = options.negative_prompt, options.negative_scale
     if negative is not None and not negative.strip():
         raise UserError("The --negative-prompt is empty. Say what not to draw, or leave it out.")
@@ -120,7 +122,7 @@ def read_guidance(options: Options) -> "Guidance":
         raise UserError(
             f"--negative-scale {scale:g} has no effect with --steps above 1. Give a scale above 1."
         )
-    return Guidance(method, scale)
+    return method
 
 
 def own_names(folder: Path) -> set[str]:

@@ -163,12 +163,12 @@ class PictureDataModule(L.LightningDataModule):
     """
 
     def __init__(
-        self, data_dir: str = "data/emoji", split: str = "all", batch_size: int = 64, seed: int = 0
+        self, data_dir: str = "data/emoji", split: str = "all", batch_size: int = 64, seed: int | None = None
     ) -> None:
         super().__init__()
         if split not in ("all", "a", "b"):
             raise UserError(f"data.split is {split!r}: choose all, a or b")
-        self.data_dir, self.split, self.batch_size, self.seed = data_dir, split, batch_size, seed
+        self.data_dir, self.split, self.batch_size, self.seed = data_dir, split, batch_size, seed or 0
 
     def setup(self, stage: str | None = None) -> None:
         self.source = EmojiPictures(self.data_dir)

@@ -127,7 +127,7 @@ class PromptDataModule(LightningDataModule):
         eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
         eval_size: How many of them validation and predict use, from the first on; test uses all. None: all.
         eval_batch_size: Prompts per process and pass in evaluations.
-        seed: Seed of the order of the training prompts.
+        seed: Seed of the order of the training prompts. None: the command line's ``seed_everything``, else 0.
         num_workers: Worker processes of the loaders; lines of text need none.
         column: Column of the training prompts in tables. None: the only one called prompt, caption or text.
         epoch_size: Draws in an epoch, where sources have weights. Otherwise an epoch shows each prompt once.
@@ -151,7 +151,7 @@ class PromptDataModule(LightningDataModule):
         eval_captions: str | list[str] | None = None,
         eval_size: int | None = 256,
         eval_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         column: str | None = None,
         epoch_size: int | None = None,
@@ -168,7 +168,7 @@ class PromptDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         self.batch_size = batch_size
-        self.seed, self.real = seed, real
+        self.seed, self.real = seed or 0, real
         self.batches_per_step = 1  # an objective may ask for more
         cleaning = Cleaning(min_length, max_length, deduplicate)
         given = str(CAPTIONS) if prompts is None else prompts

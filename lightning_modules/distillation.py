@@ -79,7 +79,8 @@ class OneStepDistillation(L.LightningModule):
         prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
             text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
         compile: compile the networks of a training step: true, or a mode of torch.compile.
-        seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout).
+        seed: of all random numbers of the training (noises, timesteps, guidance scales, dropout). None: the
+            command line's ``seed_everything``, else 0.
         max_skipped_updates: a run stops with an error after so many non-finite updates of a role in a row.
     """
 
@@ -110,7 +111,7 @@ class OneStepDistillation(L.LightningModule):
         decode_slice: int = 16,
         prompt_cache: str | None = None,
         compile: bool | str = False,
-        seed: int = 0,
+        seed: int | None = None,
         max_skipped_updates: int = 20,
     ) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class OneStepDistillation(L.LightningModule):
         self.start_timestep = start_timestep
         self.image_losses, self.regression = image_losses, pair_regression
         self.ema_decay, self.compile_mode = ema_decay, compile
-        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed
+        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed or 0
         self.updates = dict.fromkeys(self.optimization, 0)
         self._prompts: list[str] = []  # of the step in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()

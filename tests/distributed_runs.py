@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 
-def run_processes(number: int, work: Callable[[], None], log: Path) -> None:
-    """Call `work` in this many processes that see themselves as started by torchrun.
+def run_processes(number: int, work: Callable[[], None], log: Path, launched: bool = True) -> None:
+    """Call `work` in this many processes that see themselves as started by torchrun (`launched`).
 
     Raises:
         AssertionError: one of them failed; the message holds what it wrote.
@@ -22,11 +22,12 @@ def run_processes(number: int, work: Callable[[], None], log: Path) -> None:
     children = []
     for rank in range(number):
         if (pid := os.fork()) == 0:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "GROUP_RANK": "0",
-                "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                "TORCHELASTIC_RUN_ID": "test",
-            }  # fmt: skip
+            if launched:
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "GROUP_RANK": "0",
+                    "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                    "TORCHELASTIC_RUN_ID": "test",
+                }  # fmt: skip
             _work_and_exit(work, log.with_suffix(f".{rank}"))
         children.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
@@ -53,5 +54,5 @@ def _as_rank() -> Iterator[None]:
     """Lightning has taken the rank of the test's process when it was imported."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    with patch.object(rank_zero_only, "rank", int(os.environ["RANK"])):
+    with patch.object(rank_zero_only, "rank", int(os.environ.get("RANK", 0))):
         yield

@@ -98,9 +98,7 @@ TRAINERS = [name for name in NAMES if name.startswith("configs/trainer/")]
 EXPERIMENTS = [name for name in NAMES if name.startswith("configs/experiment/")]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "part"), [(name, TRAINERS[i % len(TRAINERS)]) for i, name in enumerate(EXPERIMENTS)]
-)
+@pytest.mark.parametrize(("experiment", "part"), list(zip(EXPERIMENTS, TRAINERS, strict=False)))
 def test_trainer_parts_go_with_any_experiment(
     experiment: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,41 +232,43 @@ def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> 
     assert_same_numbers(one, ranks[0], 1e-4)
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> None:
-    """Resuming, consolidating, exporting; a folder of shards or one file.
+@pytest.fixture(scope="module")
+def shards(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two steps whose checkpoints are a folder of shards or one file, and the same resumed after one.
 
-    The objective trains a network of its own, whole on each process, and its first gradient isn't zero: so
-    there are optimizer states of all kinds after one step.
+    All in one pair of processes, as each takes long to learn how its operations act on shards. The objective
+    trains a network of its own, whole on each process, and its first gradient isn't zero: so there are
+    optimizer states of all kinds after one step.
     """
-    settings = adam_roles() | {"objective": Pull(3.0)}
+    root = tmp_path_factory.mktemp("shards")
 
-    def sharded(name: str, steps: int, ckpt: Path | None = None) -> None:
-        strategy = FullySharded(save_distributed_checkpoint=folder)
-        work = lambda: train(  # noqa: E731
-            tiny_sd,
-            tmp_path / name,
-            strategy=strategy,
-            devices=2,
-            steps=steps,
-            ckpt=ckpt,
-            save=True,
-            every=1,
-            **settings,
-        )
-        run_processes(2, work, tmp_path / "log")
+    def work() -> None:
+        for folder in (True, False):
+            for name in ("whole", "resumed"):
+                step_1 = root / str(folder) / "whole" / "checkpoints" / "step_1.ckpt"
+                train(
+                    tiny_sd, root / str(folder) / name, devices=2, save=True, every=1,
+                    strategy=FullySharded(save_distributed_checkpoint=folder),
+                    ckpt=None if name == "whole" else step_1, objective=Pull(3.0), **adam_roles(),
+                )  # fmt: skip
 
-    sharded("whole", 2)
-    last = tmp_path / "whole" / "checkpoints" / "step_1.ckpt"
+    run_processes(2, work, root / "log")
+    return root
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_checkpoints_of_shards(folder: bool, shards: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    """Resuming, consolidating, exporting."""
+    root = shards / str(folder)
+    last = root / "whole" / "checkpoints" / "step_1.ckpt"
     assert last.is_dir() is folder
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step_1.ckpt", "step_2.ckpt"]
     assert read_checkpoint(last)["global_step"] == 1
-    sharded("resumed", 2, last)
-    whole_run, resumed = notes(tmp_path / "whole"), notes(tmp_path / "resumed")
+    whole_run, resumed = notes(root / "whole"), notes(root / "resumed")
     assert relative_distance(whole_run["weights"], resumed["weights"]) == 0
     assert relative_distance(whole_run["ema"], resumed["ema"]) == 0
 
-    final = tmp_path / "resumed" / "checkpoints" / "last.ckpt"
+    final = root / "resumed" / "checkpoints" / "last.ckpt"
     student = load_student(final).parts.denoiser.state_dict()
     assert relative_distance(resumed["ema"], {n: student[n] for n in resumed["ema"]}) == 0
     online = load_student(final, "online").parts.denoiser.state_dict()
@@ -277,7 +279,7 @@ def test_checkpoints_of_shards(folder: bool, tiny_sd: Path, tmp_path: Path) -> N
         one_file = tmp_path / "one.ckpt"
         cli.main(["consolidate", "--checkpoint", str(last), "--output", str(one_file)])
         last = one_file
-    train(tiny_sd, tmp_path / "alone", steps=2, ckpt=last, **settings)
+    train(tiny_sd, tmp_path / "alone", ckpt=last, objective=Pull(3.0), **adam_roles())
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4

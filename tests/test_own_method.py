@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import cli
+
+from tests.distributed_runs import run_processes
 from tests.tiny_distillation import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +38,14 @@ def elsewhere(tmp_path: Path, tiny_sd: Path) -> Path:
 
 
 def run(folder: Path, *args: str) -> None:
-    """A command line in a folder, where Python finds modules, too."""
-    environment = os.environ | {"PYTHONPATH": "."}
-    command = [sys.executable, str(ROOT / "cli.py"), *args]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    """`PYTHONPATH=. python cli.py ARGS` in a folder; forked, as importing takes longer than all the rest."""
+
+    def work() -> None:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        cli.main(list(args))
+
+    run_processes(1, work, folder / "log", launched=False)
 
 
 def checkpoint(folder: Path) -> dict[str, object]:

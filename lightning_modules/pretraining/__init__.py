@@ -67,7 +67,7 @@ class AutoencoderPretraining(Pretraining):
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
         self.save_hyperparameters()
@@ -133,14 +133,14 @@ class CLIPPretraining(Pretraining):
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(output, learning_rate, warmup_steps, weight_decay, seed)
         self.save_hyperparameters()
         self.tokenizer = train_tokenizer(
             training_captions(), vocabulary_size, text["max_position_embeddings"]
         )
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed)
         config = CLIPConfig(
             text_config=text_config(text, self.tokenizer), vision_config=vision, projection_dim=projection_dim
         )
@@ -280,7 +280,7 @@ class DiffusionPretraining(LatentDiffusionPretraining):
         learning_rate: float = 1e-3,
         warmup_steps: int = 200,
         weight_decay: float = 0.01,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -302,7 +302,7 @@ class DiffusionPretraining(LatentDiffusionPretraining):
             self.tokenizer = train_tokenizer(
                 training_captions(), vocabulary_size, text["max_position_embeddings"]
             )
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed)
             self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(text, self.tokenizer)))
             self.unet = UNet2DConditionModel(**unet)
         else:

@@ -32,12 +32,12 @@ class Pretraining(L.LightningModule):
     """
 
     def __init__(
-        self, output: str, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int
+        self, output: str, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int | None
     ) -> None:
         super().__init__()
         self.output = Path(output)
         self.learning_rate, self.warmup_steps, self.weight_decay, self.seed = (
-            learning_rate, warmup_steps, weight_decay, seed,
+            learning_rate, warmup_steps, weight_decay, seed or 0,
         )  # fmt: skip
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class PixArtPretraining(LatentDiffusionPretraining):
         learning_rate: float = 1e-3,
         warmup_steps: int = 200,
         weight_decay: float = 0.01,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         scheduler = DDIMScheduler(
             beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False,
@@ -56,7 +56,7 @@ class PixArtPretraining(LatentDiffusionPretraining):
         self.save_hyperparameters()
         self.max_length = max_length
         self.tokenizer = word_tokenizer(training_captions())
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed)
         self.text_encoder = T5EncoderModel(T5Config(vocab_size=len(self.tokenizer), dropout_rate=0.0, **text))
         self.transformer = PixArtTransformer2DModel(**transformer)
 

@@ -38,7 +38,7 @@ def test_grid_holds_every_picture_beside_its_prompt() -> None:
     sheet = labelled_grid(views, prompts, columns=2)
     for images in views.values():
         assert all(holds(sheet, enlarged(image)) for image in images)
-    assert not holds(sheet, enlarged(torch.rand(3, 16, 16)))
+    assert not holds(sheet, enlarged(torch.rand(3, 16, 16, generator=generator)))
     assert sheet.width == 2 * (2 * 128 + 4) + 3 * 14
     with pytest.raises(ValueError, match="for 4 prompts"):
         labelled_grid(views, prompts[:4])
