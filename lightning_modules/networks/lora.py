@@ -7,7 +7,7 @@ with a hash of its weights: a base that has changed since is refused rather than
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,22 @@ class StudentLoraSettings(LoraSettings):
     """Low-rank adapter of the student, in the size of SwiftBrush v2.
 
     The paper doesn't name the layers; these are all projections of the attentions.
+
+    Attributes:
+        share_base: the frozen weights under the adapter are the teacher's own tensors, so that teacher, LoRA
+            fake score and student hold them once; null: where the teacher is one of rectified flow. In shards
+            each network has its own.
     """
 
     rank: int = 256
     alpha: float = 512.0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    share_base: bool | None = None
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The adapter's own settings, as plain data."""
+        return {name: value for name, value in asdict(self).items() if name != "share_base"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], 
 def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:
     """Write the adapter by itself, its own A and B; readers scale their product by alpha / rank.
 
-    Diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata, where the pipeline reads it.
+    Diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata, if the pipeline reads it.
     The pipeline of PixArt reads no such file; its transformer takes a folder of PEFT's.
     """
     settings = adapter.settings

@@ -22,13 +22,21 @@ from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
     TextToImageParts,
     asset_path,
+    is_flow,
     load_parts,
     noise_schedule,
     pipeline_folder,
     read_json,
     read_weights,
 )
-from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, add_adapter, fold
+from lightning_modules.networks.lora import (
+    LoraSettings,
+    StudentAdapter,
+    StudentBase,
+    StudentLoraSettings,
+    add_adapter,
+    fold,
+)
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
 from lightning_modules.networks.weights import content_hash, difference, other_value
 
@@ -257,7 +265,7 @@ def make_student(
     teacher: str,
     start_timestep: int,
     init: str | None = None,
-    lora: LoraSettings | None = None,
+    lora: StudentLoraSettings | None = None,
 ) -> tuple[nn.Module, StudentBase | None]:
     """The network to train, in float32, and for a LoRA student the frozen weights under it.
 
@@ -265,13 +273,22 @@ def make_student(
         parts: the teacher's, without adapters; not changed. `teacher`: the name they were read by.
         start_timestep: T of the run.
         init: one-step model to start from (a .ckpt, an export, a diffusers folder); None: the teacher.
-        lora: train an adapter of this kind on frozen weights; None: train all weights.
+        lora: train an adapter of this kind on frozen weights, which may be the teacher's own tensors; None:
+            train all weights.
 
     Raises:
         UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
     """
+    if init is not None and lora is not None and lora.share_base:
+        raise UserError("student_lora.share_base is true, but the student starts from student_init, which has "
+                        "weights of its own: set one of them to null")  # fmt: skip
     if init is None:
-        student: nn.Module = copy.deepcopy(parts.denoiser)
+        share = lora is not None and (
+            is_flow(parts.scheduler) if lora.share_base is None else lora.share_base
+        )
+        # what is copied already is not copied again
+        kept = [*parts.denoiser.parameters(), *parts.denoiser.buffers()] if share else []
+        student: nn.Module = copy.deepcopy(parts.denoiser, {id(tensor): tensor for tensor in kept})
     else:
         loaded = load_student(init)
         # students of this project start at one timestep; any other model is taken to know its whole schedule

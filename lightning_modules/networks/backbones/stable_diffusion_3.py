@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer with joint attention on rectified
-flow; two CLIP text encoders and T5, which may be left out."""
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer with joint attention on
+rectified flow; two CLIP text encoders and T5, which may be left out."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
