@@ -9,9 +9,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerM
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from lightning_modules.networks.backbones import is_own_class
+from lightning_modules.networks.backbones import call_options, is_own_class
 from lightning_modules.networks.backbones.calling import embedded_guidance
-from lightning_modules.networks.backbones.pixart import call_options
 from lightning_modules.networks.loading import (
     TextToImageParts,
     find_model,

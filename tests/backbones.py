@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from lightning_modules.networks.loading import load_parts
-from tests.conftest import TOKENS, make_tokenizer, make_vae
+from tests.conftest import PICTURE, TOKENS, make_tokenizer, make_vae
 
 SD_BETAS = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -61,7 +62,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 SCHEDULERS["sd3"] = ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0})
 SCHEDULERS["pixart_1024"] = SCHEDULERS["pixart"]
-FLOWS = ("sd3",)
+SCHEDULERS["flux"] = ("FlowMatchEulerDiscreteScheduler", {
+    "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256,
+    "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15})  # fmt: skip
+FLOWS = ("sd3", "flux")
 TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024", *FLOWS)
 """Models that teach."""
 
@@ -76,6 +80,8 @@ def write_backbone(name: str, folder: Path) -> Path:
             _pixart(folder, name)
         elif name == "sd3":
             _sd3(folder)
+        elif name == "flux":
+            _flux(folder)
         else:
             _sd(folder, name)
     kind, settings = SCHEDULERS[name]
@@ -93,7 +99,9 @@ def stock_pipeline_of(folder: Path, **parts: Any) -> DiffusionPipeline:
 
 
 def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a miniature PixArt's call needs: its size is not one of those that PixArt knows."""
+    """What calls of miniatures need that are not of the size their pipeline takes or knows by itself."""
+    if type(pipeline).__name__ == "FluxPipeline":
+        return {"height": PICTURE, "width": PICTURE}
     pixart = type(pipeline).__name__.startswith("PixArt")
     return {"use_resolution_binning": False, "clean_caption": False} if pixart else {}
 
@@ -200,6 +208,26 @@ def _sd3(folder: Path) -> None:
         text_encoder=CLIPTextModelWithProjection, text_encoder_2=CLIPTextModelWithProjection,
         text_encoder_3=T5EncoderModel, tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer",
         tokenizer_3="T5Tokenizer",
+    )  # fmt: skip
+
+
+def _flux(folder: Path) -> None:
+    """FLUX.1-dev: guidance distilled into it; latents packed 2 x 2."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    vae = make_vae()
+    vae.register_to_config(shift_factor=0.1)
+    _save(folder, transformer=transformer, vae=vae)
+    _clip(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu")
+    _tokenizer(folder / "tokenizer", "<|endoftext|>")
+    _t5(folder, "_2", 24)
+    _index(
+        folder, "FluxPipeline", "flux", transformer=FluxTransformer2DModel, vae="AutoencoderKL",
+        text_encoder=CLIPTextModel, text_encoder_2=T5EncoderModel, tokenizer="CLIPTokenizer",
+        tokenizer_2="T5Tokenizer",
     )  # fmt: skip
 
 

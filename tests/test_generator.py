@@ -10,7 +10,7 @@ from common.errors import UserError
 from lightning_modules.generator import OneStepGenerator, load_generator, make_generator
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.pipelines import multistep_scheduler, multistep_images
+from lightning_modules.pipelines import multistep_images, multistep_scheduler
 
 PROMPTS = ["a red cat", "a dog", "", "a cat on a dog", "red"]
 SEEDS = [7, 3, 2**40 + 1, 0, 11]

@@ -280,8 +280,10 @@ def make_student(
         UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
     """
     if init is not None and lora is not None and lora.share_base:
-        raise UserError("student_lora.share_base is true, but the student starts from student_init, which has "
-                        "weights of its own: set one of them to null")  # fmt: skip
+        raise UserError(
+            "student_lora.share_base is true, but the student starts from student_init, which has weights of "
+            "its own: set one of them to null."
+        )
     if init is None:
         share = lora is not None and (
             is_flow(parts.scheduler) if lora.share_base is None else lora.share_base

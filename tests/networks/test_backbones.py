@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FluxPipeline
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.prompting import pipeline_network
 from lightning_modules.networks import loading
-from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.backbones.calling import GUIDANCE, run_network
+from lightning_modules.networks.backbones.flux import pack, unpack
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
@@ -33,7 +34,7 @@ def encode(folder: Path, prompts: list[str] = PROMPTS) -> Condition:
     return parts.backbone.prompt_encoder(parts).encode(prompts)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024", *FLOWS])
 def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> None:
     pipe: Any = stock_pipeline_of(backbone_folder(name))
     with torch.no_grad():
@@ -42,6 +43,10 @@ def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> Non
             expected = {"encoder_hidden_states": (text, null), "text_embeds": (pooled, null_pooled)}
         elif name == "sd3":
             text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
+            expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
+        elif name == "flux":
+            (text, pooled, _), (null, null_pooled, _) = (pipe.encode_prompt(x, None) for x in (PROMPTS, [""]))
+            null, null_pooled = null.expand_as(text), null_pooled.expand_as(pooled)
             expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
         elif name.startswith("pixart"):
             text, mask, null, null_mask = pipe.encode_prompt(PROMPTS, device="cpu", clean_caption=False)
@@ -87,7 +92,11 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_fold
     torch.manual_seed(0)
     pipe(PROMPTS, num_inference_steps=3, guidance_scale=8.5, output_type="latent", **call_options(pipe))
     condition = encode(backbone_folder(name))
-    if name != "lcm":
+    if name == "flux":  # the scale is an input; packed tokens, and times from 0 to 1
+        scale = torch.full((len(PROMPTS),), 8.5)
+        condition = Condition({**condition.tensors, GUIDANCE: scale}, {**condition.null, GUIDANCE: scale[:1]})
+        calls = [(unpack(x_t, 8, 8), t * 1000, unpack(output, 8, 8)) for x_t, t, output in calls]
+    elif name != "lcm":
         condition = condition.without_text().concat(condition)
     parts = load_parts(backbone_folder(name))
     for x_t, t, expected in calls:
@@ -216,3 +225,10 @@ def test_zero_snr_is_zero_whatever_the_scheduler_stores() -> None:
     assert schedule.alphas_cumprod[-1] == 0 and schedule.alpha[-1] == 0 and schedule.sigma[-1] == 1
     with pytest.raises(UserError, match="alpha 0 at its last timestep .*predicts epsilon"):
         noise_schedule(EulerDiscreteScheduler(**settings | {"prediction_type": "epsilon"}))
+
+
+def test_packing_is_flux_own() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    tokens = pack(x)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 3, 4, 6))
+    assert torch.equal(unpack(tokens, 4, 6), x)

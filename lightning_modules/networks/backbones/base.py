@@ -38,16 +38,21 @@ class TextToImageParts:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of one latent, from the network's configuration."""
-        size = self.denoiser.config.sample_size
+        """Shape (C, h, w) of one latent, from the network's configuration, or else the autoencoder's."""
+        size = self.denoiser.config.get("sample_size") or self.vae.config.sample_size // self.vae_factor
         height, width = (size, size) if isinstance(size, int) else size
-        return int(self.denoiser.config.in_channels), int(height), int(width)
+        channels = self.denoiser.config.in_channels // self.backbone.packing**2
+        return int(channels), int(height), int(width)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per place of a latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of a picture in pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        return self.latent_shape[1] * self.vae_factor, self.latent_shape[2] * self.vae_factor
 
     @property
     def left_out(self) -> list[str]:
@@ -59,7 +64,8 @@ class TextToImageParts:
     @property
     def image_tokens(self) -> int:
         """How many patches of a latent a transformer sees (a resolution-dependent shift follows them)."""
-        return self.latent_shape[1] * self.latent_shape[2] // self.denoiser.config.get("patch_size", 1) ** 2
+        side = self.denoiser.config.get("patch_size", 1) * self.backbone.packing
+        return self.latent_shape[1] * self.latent_shape[2] // side**2
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -75,6 +81,7 @@ class Backbone(ABC):
         denoiser: name and class of the denoising network.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
         optional: those of them that a folder may leave out (null in model_index.json).
+        packing: places of a latent, along a side, that the pipeline puts into one token of the network.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -82,6 +89,7 @@ class Backbone(ABC):
     text_encoders: ClassVar[dict[str, Any]]
     tokenizers: ClassVar[dict[str, Any]]
     optional: ClassVar[tuple[str, ...]] = ()
+    packing: ClassVar[int] = 1
 
     def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
         """Those of `text_encoders` or `tokenizers` that a model has."""
@@ -134,7 +142,7 @@ class Backbone(ABC):
                     f"but the text encoder takes {longest} tokens. "
                     f"Set model_max_length in {name}/tokenizer_config.json."
                 )
-        latents = parts.vae.config.latent_channels, parts.denoiser.config.in_channels
+        latents = parts.vae.config.latent_channels, parts.latent_shape[0]
         widths = {" and ".join(self.text_encoders): self.text_width(parts), "vae": latents}
         for name, (given, expected) in widths.items():
             if expected is not None and given != expected:

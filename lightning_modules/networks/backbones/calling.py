@@ -11,6 +11,9 @@ from lightning_modules.diffusion.condition import Condition
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Parts of a condition that SDXL's UNet and PixArt's transformer take in one dictionary."""
 
+GUIDANCE = "guidance"
+"""Part of a condition: the guidance scale of networks into which guidance was distilled."""
+
 EMBEDDED_GUIDANCE = 8.5
 """For networks that take the guidance scale as an input: the default of diffusers' LCM pipeline."""
 
@@ -46,6 +49,11 @@ def embedded_guidance(network: nn.Module | None) -> float | None:
     """The guidance scale of a network that takes it as an input, as LCMs do; None for all others."""
     takes_it = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
     return EMBEDDED_GUIDANCE if takes_it else None
+
+
+def takes_guidance(network: nn.Module) -> bool:
+    """Whether guidance was distilled into the network, so that kappa is an input of one pass (FLUX.1-dev)."""
+    return bool(getattr(network, "config", {}).get("guidance_embeds", False))
 
 
 def _guidance_embedding(network: nn.Module, scale: float, like: Tensor) -> Tensor:

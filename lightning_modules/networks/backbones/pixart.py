@@ -60,8 +60,8 @@ class T5PromptEncoder(PromptEncoder):
         return {"resolution": size.expand(count, -1), "aspect_ratio": ratio.expand(count, -1)}
 
 
-def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Arguments that make a stock PixArt draw at its own size and take prompts as they are; {} for others."""
+def plain_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments that make any PixArt draw at its own size and take prompts as they are; {} for others."""
     if not type(pipeline).__name__.startswith("PixArt"):
         return {}
     return {"use_resolution_binning": False, "clean_caption": False}
