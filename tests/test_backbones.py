@@ -176,14 +176,22 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
         assert 'pipe.load_lora_weights("lora_student/lora")' in card
         pipe.load_lora_weights(str(run.lora_folder / "lora"))
         with safe_open(run.lora_folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
-            settings = json.loads(file.metadata()["lora_adapter_metadata"])
+            told = file.metadata()
+        settings = json.loads(told["lora_adapter_metadata"])
         part = "transformer" if run.name in FLOWS else "unet"
-        assert (settings[f"{part}.r"], settings[f"{part}.lora_alpha"]) == (2, 6.0)
-    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card and "scale\n3," in card
+        assert (settings[f"{part}.r"], settings[f"{part}.lora_alpha"]) == (2, 2)  # the scale is folded in
+        assert told["trained_timesteps"] == f"[{STARTS.get(run.name, 625)}]"
+    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card
+    assert "right at scale 1" in card and "(alpha 6 is folded in)" in card
     loaded = one_step(run.lora_folder, ours, pipe)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
     assert (without - expected).abs().max() > 1e-3
     assert not (run.folder / "lora").exists()
+    if run.name in ("sd15", "sdxl"):  # ComfyUI's names, read by diffusers' converter
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), without)
+        pipe.load_lora_weights(str(run.lora_folder / "lora"), weight_name="comfyui.safetensors")
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=1e-4)
 
 
 # --- commands, on the families that are not Stable Diffusion ----------------------------------------------

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -171,26 +172,56 @@ def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], 
 # --- files -------------------------------------------------------------------------------------------
 
 
-def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter by itself, its own A and B; readers scale their product by alpha / rank.
+def write_lora(
+    adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype, told: Mapping[str, Any]
+) -> None:
+    """Write the adapter by itself; alpha / rank is folded into B, so that it is right at scale 1.
 
-    Diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata, if the pipeline reads it.
-    The pipeline of PixArt reads no such file; its transformer takes a folder of PEFT's.
+    Diffusers' `pytorch_lora_weights.safetensors`, if the pipeline reads it, else (PixArt) a folder of PEFT's for
+    the transformer. ComfyUI reads both (`comfy/lora.py`: keys that begin with "transformer." or
+    "base_model.model."), but of UNets the names of kohya's scripts alone: `comfyui.safetensors`.
+
+    Args:
+        adapter: with its settings.
+        backbone: the family of its base.
+        folder: to be written.
+        dtype: of the written weights.
+        told: how the student is drawn with, for the files' metadata.
     """
     settings = adapter.settings
-    config = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": list(settings.targets)}
+    config = {"r": settings.rank, "lora_alpha": settings.rank, "target_modules": list(settings.targets)}
     weights = {
-        name.replace(f".{ADAPTER}.", "."): tensor.detach().to("cpu", dtype).contiguous()
+        name.replace(f".{ADAPTER}.", "."): (
+            tensor * (settings.alpha / settings.rank) if ".lora_B." in name else tensor
+        ).detach().to("cpu", dtype).contiguous()
         for name, tensor in adapter.weights.items()
-    }
-    if hasattr(backbone.pipeline_class, "save_lora_weights"):
-        part = backbone.denoiser[0]
-        named: dict[str, Any] = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
-        backbone.pipeline_class.save_lora_weights(folder, **named)
+    }  # fmt: skip
+    facts = {"format": "pt", **{name: str(value) for name, value in told.items()}}
+    if not hasattr(backbone.pipeline_class, "save_lora_weights"):
+        LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        save_file(prefixed, folder / "adapter_model.safetensors", metadata=facts)
         return
-    LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
-    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    part = backbone.denoiser[0]
+    named: dict[str, Any] = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+    backbone.pipeline_class.save_lora_weights(folder, **named)
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as written:
+        facts = {**written.metadata(), **facts}
+    save_file(load_file(file), file, metadata=facts)
+    if part == "unet":
+        save_file(_kohya(weights, settings.rank), folder / "comfyui.safetensors", metadata=facts)
+
+
+def _kohya(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The adapter of a UNet by the names of kohya's scripts, whose alpha is the rank."""
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, side = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name).groups()  # type: ignore[union-attr]
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{stem}.alpha"] = torch.tensor(float(rank))
+    return renamed
 
 
 def lora_card(
@@ -210,6 +241,7 @@ def lora_card(
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
     # published text encoders often name another type than their networks, which do not work together
     pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}{load}, torch_dtype=torch.float32)'
+    comfy = "; for ComfyUI take `comfyui.safetensors`" if backbone.denoiser[0] == "unet" else ""
     note = ""
     if base.name.endswith(".ckpt"):
         note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"
@@ -221,8 +253,8 @@ def lora_card(
     return f"""
 ## The LoRA by itself
 
-The folder `lora/` has the adapter alone (rank {settings.rank}, alpha {settings.alpha:g}: scale
-{settings.alpha / settings.rank:g}, which it says itself). It belongs on the weights it was trained on:
+The folder `lora/` has the adapter alone (rank {settings.rank}), right at scale 1 in diffusers and in ComfyUI
+(alpha {settings.alpha:g} is folded in){comfy}. It belongs on the weights it was trained on:
 
 ```python
 import torch

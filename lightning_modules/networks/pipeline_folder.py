@@ -122,7 +122,8 @@ def export_student(
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
         load, call, notes = load_words(parts), one_step_call(parts), notes or RunNotes()
         if adapter is not None:
-            write_lora(adapter, parts.backbone, folder / LORA, dtype)
+            told = {"num_inference_steps": 1, "call": call, "trained_timesteps": [start_timestep]}
+            write_lora(adapter, parts.backbone, folder / LORA, dtype, told)
             kind = type(scheduler).__name__
             own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call, kind, load)
             notes = notes._replace(markdown=own + notes.markdown)

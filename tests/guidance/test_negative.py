@@ -322,11 +322,6 @@ def test_bad_input(pipelines: dict[str, Any]) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="no cross-attention or joint"), negative_prompting(other, "x"):
         pass
-    with (
-        pytest.raises(UserError, match="joint attention: use negative_prompting"),
-        negative_attention(pipelines["flux"].transformer, condition(5, 2), Nasa(0.5)),
-    ):
-        pass
     sliced = copy.copy(pipe)
     sliced.unet = copy.deepcopy(pipe.unet)
     sliced.unet.set_attention_slice(1)
