@@ -177,8 +177,8 @@ def write_lora(
 ) -> None:
     """Write the adapter by itself; alpha / rank is folded into B, so that it is right at scale 1.
 
-    Diffusers' `pytorch_lora_weights.safetensors`, if the pipeline reads it, else (PixArt) a folder of PEFT's for
-    the transformer. ComfyUI reads both (`comfy/lora.py`: keys that begin with "transformer." or
+    Diffusers' `pytorch_lora_weights.safetensors`, if the pipeline reads it, else (PixArt) a folder of PEFT's
+    for the transformer. ComfyUI reads both (`comfy/lora.py`: keys that begin with "transformer." or
     "base_model.model."), but of UNets the names of kohya's scripts alone: `comfyui.safetensors`.
 
     Args:
@@ -207,8 +207,8 @@ def write_lora(
     backbone.pipeline_class.save_lora_weights(folder, **named)
     file = folder / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as written:
-        facts = {**written.metadata(), **facts}
-    save_file(load_file(file), file, metadata=facts)
+        own = written.metadata()
+    save_file(load_file(file), file, metadata=own | facts)
     if part == "unet":
         save_file(_kohya(weights, settings.rank), folder / "comfyui.safetensors", metadata=facts)
 
