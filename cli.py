@@ -23,6 +23,7 @@ COMMANDS = {
         "commands.encode_prompts",
         "a cache of text embeddings, for training without text encoders",
     ),
+    "draw-teacher": ("commands.draw_teacher", "the teacher's own samples, as real pictures of a training"),
     "consolidate": ("commands.consolidate", "one .ckpt file from a checkpoint in shards"),
     "merge": ("commands.merge", "interpolate the weights of two students, and measure a grid of mixtures"),
     "sweep": ("commands.sweep", "a search over any config keys, resumable and parallel"),

@@ -6,7 +6,7 @@ stored number, the position in the stream, with any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
 from datamodules.sources import Cleaning, PromptPools, listed_prompts
 from datamodules.tables import read_texts
+from datamodules.teacher_samples import TeacherSamples
 
 CAPTIONS = ROOT / "assets" / "captions.txt"
 EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
@@ -136,7 +137,8 @@ class PromptDataModule(LightningDataModule):
         min_length: Training prompts with fewer characters are dropped.
         max_length: Training prompts with more characters are dropped.
         deduplicate: Training prompts that have come before are dropped.
-        real: Given pictures with captions, for methods that need them; the training is not image-free then.
+        real: Given pictures with captions (the training is not image-free then) or samples of the teacher,
+            for methods that need some.
 
     Raises:
         UserError: a source cannot be used (see `read_texts`), there are fewer prompts than one batch, or the
@@ -256,9 +258,16 @@ class PromptDataModule(LightningDataModule):
             if self.real is not None:
                 self.real.places(*self._process)
 
-    def real_pictures(self, side: int) -> RealPictureSource | None:
-        """The source of real pictures, squares of ``side`` pixels; None where `real` isn't set."""
-        return None if self.real is None else RealPictureSource(self.real, side)
+    def real_pictures(self, side: int, codec: Callable[[], str]) -> RealPictureSource | TeacherSamples | None:
+        """The source of pictures, squares of ``side`` pixels, or of latents; None where `real` isn't set.
+
+        Args:
+            codec: tells the hash of the autoencoder whose latents are wanted.
+        """
+        if self.real is None:
+            return None
+        is_samples = self.real.captions is None
+        return TeacherSamples(self.real, codec()) if is_samples else RealPictureSource(self.real, side)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The endless training stream, from the position reached so far."""

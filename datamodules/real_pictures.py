@@ -1,4 +1,4 @@
-"""Real pictures with captions, for methods that learn from them beside the prompts.
+"""Real pictures with captions, or a teacher's samples, for methods that learn from them beside the prompts.
 
 Which pictures a student update sees is a function of random numbers that the caller draws for the places in
 the global batch, so it doesn't depend on the number of processes and nothing has to be stored for a resume.
@@ -18,18 +18,18 @@ from datamodules.tables import read_column
 
 @dataclass
 class RealPictures:
-    """Pictures with captions. A training that uses them is no longer image-free.
+    """Pictures with captions, with which a training is no longer image-free; or samples of the teacher.
 
     Attributes:
-        folder: of the pictures.
+        folder: of the pictures, or one that draw-teacher wrote.
         captions: file of captions: a table (JSON Lines, CSV …) with a column caption, prompt or text, or one
-            caption a line.
+            caption a line; null: the folder holds samples of the teacher, which have their captions.
         file_column: the table's column of file names; null: the pictures in the order of their names.
         batch_size: pictures per student update, over all processes.
     """
 
     folder: str
-    captions: str
+    captions: str | None = None
     file_column: str | None = None
     batch_size: int = 4
 
@@ -65,6 +65,7 @@ class RealPictureSource:
     """
 
     def __init__(self, settings: RealPictures, side: int) -> None:
+        assert settings.captions is not None
         self.settings, self.frame = settings, Frame(side)
         self.captions = read_column(settings.captions)
         column = settings.file_column
@@ -84,16 +85,16 @@ class RealPictureSource:
         """What checkpoint and model card say."""
         return f"prompts and {len(self.files)} captioned pictures, so not image-free"
 
-    def take(self, uniform: Tensor) -> tuple[Tensor, list[str]]:
+    def take(self, uniform: Tensor) -> tuple[Tensor, list[str], None]:
         """Draw a picture for each random number.
 
         Args:
             uniform: numbers in [0, 1), float [b], those of the `RealPictures.places` of a process.
 
         Returns:
-            Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, and their captions.
+            Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, their captions, and no seeds.
 
         """
         chosen = (uniform.double() * len(self.files)).long().tolist()
         pictures = read_pictures([self.files[i] for i in chosen], self.frame)
-        return torch.stack(pictures), [self.captions[i] for i in chosen]
+        return torch.stack(pictures), [self.captions[i] for i in chosen], None

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.hashing import hash_tensors
 from common.processes import from_every_rank
 from datamodules.real_pictures import RealPictureSource
+from datamodules.teacher_samples import TeacherSamples
 from lightning_modules.batch import Part, cut
 from lightning_modules.build import NetworkSettings, build_networks, check_turns
 from lightning_modules.compiling import CompiledNetworks
@@ -138,7 +140,7 @@ class OneStepDistillation(L.LightningModule):
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
         self.image_terms: ImageTerms | None = None
-        self.real_pictures: RealPictureSource | None = None
+        self.real_pictures: RealPictureSource | TeacherSamples | None = None
         self.ema: StudentEMA | None = None
 
     @property
@@ -208,8 +210,8 @@ class OneStepDistillation(L.LightningModule):
             self.student, self.networks.student, self.start_timestep, self.parts.latent_shape
         )
 
-    def _real_pictures(self) -> RealPictureSource | None:
-        """The stream of given pictures; None where nothing needs them, or outside a training.
+    def _real_pictures(self) -> RealPictureSource | TeacherSamples | None:
+        """The stream of real pictures; None where nothing needs them, or outside a training.
 
         Raises:
             UserError: something needs them and there are none, or the other way round.
@@ -220,9 +222,13 @@ class OneStepDistillation(L.LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return None
         if needed == (settings is not None):
-            return data.real_pictures(self.parts.picture_size[1]) if needed else None
+            codec = partial(hash_tensors, self.parts.vae.state_dict())
+            return data.real_pictures(self.parts.picture_size[1], codec) if needed else None
         if needed:
-            raise UserError("real pictures are needed (by the objective or pair_regression): set data.real")
+            raise UserError(
+                "real pictures are needed (by the objective or pair_regression): set data.real, to captioned "
+                "pictures or to the teacher's own samples, which python cli.py draw-teacher makes"
+            )
         raise UserError(
             f"data.real is set, and neither {type(self.objective).__name__} nor pair_regression uses it"
         )
@@ -255,7 +261,7 @@ class OneStepDistillation(L.LightningModule):
         return groups
 
     def on_fit_start(self) -> None:
-        """Say so if the training is not image-free; processes begin with the same weights."""
+        """Say what real pictures the training sees; processes begin with the same weights."""
         if self.device.type == "cpu":
             keep_freed_memory()
         if isinstance(self.trainer.strategy, FullySharded):
@@ -423,17 +429,22 @@ class OneStepDistillation(L.LightningModule):
 
     @torch.no_grad()
     def _with_real(self, sample: StudentSample, part: Part) -> StudentSample:
-        """The sample with the part's given pictures as latents, if the run has some."""
+        """The sample with the part's real pictures as latents, if the run has some."""
         if self.real_pictures is None:
             return sample
         places = self.real_pictures.settings.places(
             self.global_rank, self.trainer.world_size, part.place, part.passes
         )
-        random = StepRandom(self.seed, self.student_steps, places, self.device, part.number)
-        images, captions = self.real_pictures.take(random.uniform("image_pair").cpu())
-        latents = self.generator.decoder.encode(images.to(self.device))
+        assert part.random is not None
+        random = StepRandom(self.seed, part.random.step, places, self.device, part.number)
+        images, captions, seeds = self.real_pictures.take(random.uniform("image_pair").cpu())
+        latents, noise = images.to(self.device), None
+        if seeds is None:
+            latents = self.generator.decoder.encode(latents)
+        else:
+            noise = seeded_noise(seeds, latents.shape[1:], self.device)
         condition = self.generator.prompt_encoder.encode(captions)
-        return replace(sample, real=Real(latents, condition, random))
+        return replace(sample, real=Real(latents, condition, random, noise))
 
     def _not_finite(self, role: str) -> str:
         """Which terms of the update in progress are not finite, and its first prompts. Collective.

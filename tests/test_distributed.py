@@ -21,6 +21,7 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.run_folder import RunFolder, read_checkpoint
 from common.errors import UserError
 from datamodules.prompts import PromptDataModule
+from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.student import load_student
@@ -88,7 +89,7 @@ def train(
     teacher: Path, folder: Path, *more: L.Callback, strategy: Any = "auto", devices: int = 1,
     micro: int | None = None, every: int = STEPS,
     double: bool = False, steps: int = STEPS, ckpt: Path | None = None, save: bool = False,
-    watch: Callable[[L.Trainer], None] | None = None, **settings: Any,
+    watch: Callable[[L.Trainer], None] | None = None, real: RealPictures | None = None, **settings: Any,
 ) -> None:  # fmt: skip
     """Train the tiny model; each process writes its notes, checkpoints come to `folder`."""
     L.seed_everything(0, verbose=False)
@@ -96,7 +97,7 @@ def train(
     module = distillation(teacher, **(roles | settings))
     notes = Notes(module)
     data = PromptDataModule(
-        PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2
+        PROMPTS, batch_size=BATCH, micro_batch_size=micro, eval_captions=PROMPTS, eval_size=2, real=real
     )
     saving = [RunCheckpoint(every, keep_step_checkpoints=2)] if save else []
     callbacks = [notes, *more, RunFolder(folder), *saving]

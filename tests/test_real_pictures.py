@@ -153,7 +153,7 @@ def test_an_objective_sees_them_as_latents(tiny_sd: Path, pictures: RealPictures
     run = train(module, tmp_path, 1, pictures)
     source = RealPictureSource(pictures, 16)
     uniform = StepRandom(0, 0, torch.arange(4)).uniform("image_pair")
-    images, captions = source.take(uniform)
+    images, captions, _ = source.take(uniform)
     assert images.shape == (4, 3, 16, 16) and captions[0].startswith("a blue cup")
     with torch.no_grad():
         torch.testing.assert_close(module.objective.seen, module.generator.decoder.encode(images))

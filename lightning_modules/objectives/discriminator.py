@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.timesteps import UniformTimesteps
@@ -82,9 +83,11 @@ class Discriminator(nn.Module):
         network = networks.teacher if self.role == "teacher" else networks.fake_score
         features = network(x_t, t, condition, features=self.layers).features
         if not self.count:
-            return torch.cat([_as_map(features[name]).mean(1).flatten(1) for name in self.layers], 1).float()
+            maps = [_as_map(features[name]).mean(1).flatten(1) for name in self.layers]
+            return at_least_float32(torch.cat(maps, 1))
         names = [name for name in self.layers for _ in range(self.count)]
-        return torch.stack([head(features[name]) for name, head in zip(names, self.heads)], 1).float()
+        logits = [head(features[name]) for name, head in zip(names, self.heads)]
+        return at_least_float32(torch.stack(logits, 1))
 
     def student_term(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Tensor:
         """What the student minimises: its gradient goes through the network into ``sample.x0``."""

@@ -1,8 +1,9 @@
 """Regression of the student on given pictures: SwiftBrush v2's optional image regularization ("Ours*").
 
 The paper (arXiv 2408.14176) regularizes on captioned pictures in the manner of DMD (arXiv 2311.18828), whose
-pairs are (noise, the teacher's picture of it). A given picture has no noise; here it is the one that the
-teacher's ODE leads back to, so that picture and noise belong together and the mean over noises is not blur.
+pairs are (noise, the teacher's picture of it), which samples of the teacher (`draw-teacher`) are. A given
+picture has no noise; here it is the one that the teacher's ODE leads back to, so that picture and noise
+belong together and the mean over noises is not blur.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from lightning_modules.objectives.base import Networks, Real
 
 @dataclass(frozen=True)
 class PairRegression:
-    """The term weight * MSE(f(z, y), x0), z from the teacher's ODE; goes with any objective.
+    """The term weight * MSE(f(z, y), x0), z at the beginning of the teacher's ODE; goes with any objective.
 
     Attributes:
         weight: of the term, 0.25 in DMD.
-        inversion_steps: teacher evaluations that find a picture's noise.
+        inversion_steps: teacher evaluations that find a given picture's noise.
 
     Raises:
         UserError: a number out of range.
@@ -46,7 +47,9 @@ class PairRegression:
 
     def loss(self, real: Real, networks: Networks, start_timestep: int) -> Tensor:
         """The term over the given pictures, scalar; its gradient reaches the student's weights."""
-        noise = ddim_inversion(real.x0, networks, real.condition, self.inversion_steps)
+        noise = real.noise
+        if noise is None:
+            noise = ddim_inversion(real.x0, networks, real.condition, self.inversion_steps)
         t = torch.full((len(noise),), start_timestep, dtype=torch.long, device=noise.device)
         return self.weight * F.mse_loss(networks.student(noise, t, real.condition).x0, real.x0)
 

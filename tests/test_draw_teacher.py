@@ -1,0 +1,188 @@
+"""Samples of the teacher: drawing them, and training with them as real pictures."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import cli
+from common.errors import UserError
+from datamodules import teacher_samples
+from datamodules.real_pictures import RealPictures
+from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
+from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.networks.decoder import LatentDecoder
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.student import load_student
+from lightning_modules.objectives.base import Objective
+from lightning_modules.objectives.discriminator import Discriminator
+from lightning_modules.objectives.dmd2 import DMD2
+from lightning_modules.objectives.f_distill import FDistill
+from lightning_modules.objectives.pair_regression import PairRegression
+from lightning_modules.objectives.uni_instruct import UniInstruct
+from lightning_modules.pipelines import multistep_images
+from tests.test_distributed import sgd
+from tests.test_real_pictures import train
+from tests.test_turns import check_processes, check_resume
+from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation
+from tests.tiny_judges import NoDistillation
+
+COUNT = 11
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_samples, "SHARD", 4)
+    monkeypatch.setattr("commands.draw_teacher.SHARD", 4)
+
+
+def draw(teacher: Path, folder: Path, **more: Any) -> Path:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    options = {"count": COUNT, "steps": 3, "seed": 5, "batch-size": 3, **more}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    cli.main(["draw-teacher", f"--model={teacher}", f"--prompts={prompts}", f"--output={folder}", *words])
+    return folder
+
+
+@pytest.fixture
+def samples(tiny_sd: Path, tmp_path: Path) -> RealPictures:
+    return RealPictures(str(draw(tiny_sd, tmp_path / "samples")), batch_size=6)
+
+
+def files(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        path.name: safe_open(path, "pt").get_tensor("latents")
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def test_they_are_the_teachers_pictures(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for each prompt and seed, from the start again after the last prompt; the same by two processes."""
+    folder = draw(tiny_sd, tmp_path / "one")
+    told = capsys.readouterr().out
+    assert "11 samples in 3 files, 3 of them to be drawn here: about 0.0 MiB" in told
+    latents = files(folder)
+    assert [len(part) for part in latents.values()] == [4, 4, 3]
+    parts = load_parts(tiny_sd)
+    texts = [PROMPTS[i % len(PROMPTS)] for i in range(COUNT)]
+    expected = multistep_images(parts, texts, range(5, 5 + COUNT), steps=3, guidance_scale=4.5)
+    with torch.no_grad():
+        pictures = LatentDecoder(parts.vae).decode(torch.cat([*latents.values()]).float())
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=5e-3)
+    for rank in ("0", "1"):
+        with patch.dict(os.environ, {"RANK": rank, "WORLD_SIZE": "2"}):
+            draw(tiny_sd, tmp_path / "two")
+    other = files(tmp_path / "two")
+    assert all(torch.equal(latents[name], other[name]) for name in latents)
+
+
+def test_it_goes_on_where_it_ended(tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = draw(tiny_sd, tmp_path / "samples")
+    before, lost = files(folder), folder / "samples-00001.safetensors"
+    lost.unlink()
+    with pytest.raises(UserError, match="lacks 1 of its 3 files of samples: give the same draw-teacher"):
+        teacher_samples.TeacherSamples(RealPictures(str(folder)), "")
+    capsys.readouterr()
+    draw(tiny_sd, folder)
+    assert "1 of them to be drawn here" in capsys.readouterr().out
+    assert all(torch.equal(part, files(folder)[name]) for name, part in before.items())
+    with pytest.raises(UserError, match="another guidance_scale .4.5, not 2.0.: give another --output"):
+        draw(tiny_sd, folder, **{"guidance-scale": 2.0})
+    with pytest.raises(UserError, match="latents of another autoencoder than this teacher's"):
+        teacher_samples.TeacherSamples(RealPictures(str(folder)), "another")
+    lost.write_bytes(b"damaged")
+    facts = teacher_samples.read_facts(folder)
+    with pytest.raises(UserError, match="samples-00001.safetensors is damaged"):
+        teacher_samples.TeacherSamples(RealPictures(str(folder)), facts["codec"]).take(torch.tensor([0.5]))
+    with pytest.raises(UserError, match="holds no samples of a teacher"):
+        teacher_samples.TeacherSamples(RealPictures(str(tmp_path)), "")
+
+
+class Watching(DMD2):
+    """Keeps what it was given."""
+
+    def fake_score_loss(self, sample: Any, networks: Any, random: Any) -> Any:
+        self.seen = sample.real
+        return super().fake_score_loss(sample, networks, random)
+
+
+def test_training_sees_latents_with_their_noise(
+    tiny_sd: Path, tmp_path: Path, samples: RealPictures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step's random numbers choose them; heads and features learn by their own terms."""
+    module = distillation(tiny_sd, Watching(fake_updates=1, discriminator=Discriminator(["mid_block"])))
+    run = train(module, tmp_path, 1, samples)
+    places = (StepRandom(0, 0, torch.arange(6)).uniform("image_pair") * COUNT).long().tolist()
+    whole = torch.cat([*files(Path(samples.folder)).values()]).float()
+    assert torch.equal(module.objective.seen.x0, whole[places])
+    noise = seeded_noise([5 + place for place in places], whole.shape[1:])
+    assert torch.equal(module.objective.seen.noise, noise)
+    logged = run.callback_metrics
+    assert {"train/student_adversarial", "train/fake_score_detection"} <= logged.keys()
+    assert "sees 11 samples of" in (out := capsys.readouterr().out) and "no given pictures" in out
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert load_student(tmp_path / "a.ckpt").facts["trained_on"].endswith("so image-free")
+
+
+def test_pairs_of_noise_and_sample(tiny_sd: Path, tmp_path: Path, samples: RealPictures) -> None:
+    """DMD's regression: the student's answer to a sample's own noise comes near the sample."""
+    fresh = distillation(tiny_sd)
+    fresh.configure_model()
+    module = distillation(tiny_sd, NoDistillation(), pair_regression=PairRegression(2.0), student=adam(1e-2))
+    losses: list[float] = []
+
+    def note(module: OneStepDistillation) -> None:
+        losses.append(float(module.trainer.callback_metrics["train/student_pairs"]))
+
+    uniform = StepRandom(0, 0, torch.arange(6)).uniform("image_pair")
+    codec = teacher_samples.read_facts(Path(samples.folder))["codec"]
+    latents, captions, seeds = teacher_samples.TeacherSamples(samples, codec).take(uniform)
+    with torch.no_grad():
+        noise = seeded_noise(seeds, latents.shape[1:])
+        answer = fresh.generator.latents(noise, fresh.generator.prompt_encoder.encode(captions))
+    train(module, tmp_path, 8, samples, callbacks=[Hooks(after_step=note)])
+    assert losses[0] == pytest.approx(float(2.0 * (answer - latents).square().mean()), rel=1e-4)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+
+
+HEADS = functools.partial(Discriminator, ["mid_block", "down_blocks.0"], weight=1.0, student_weight=0.1)
+METHODS: dict[str, Callable[[], Objective]] = {
+    "dmd2": lambda: DMD2(4.0, 2, student_share=0.1, discriminator=HEADS(heads=2, refresh=0.3, r1=1.0)),
+    "f_distill": lambda: FDistill(HEADS(role="teacher", loss="hinge"), guidance_scale=4.0, fake_updates=1),
+    "uni_instruct": lambda: UniInstruct(HEADS(), "jensen_shannon", teacher_guidance=4.0),
+}
+
+
+def test_resume_is_the_uninterrupted_run(tiny_sd: Path, tmp_path: Path, samples: RealPictures) -> None:
+    """Heads, those that begin anew, their optimizer, and the samples that are seen."""
+    names = check_resume(tiny_sd, tmp_path, METHODS["dmd2"], real=samples, lora=None)
+    assert "objective.discriminator.heads.0.layers.0.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "double"),
+    [("dmd2", "ddp", True), ("dmd2", "shards", False), ("f_distill", "ddp", False),
+     ("uni_instruct", "shards", False)],
+)  # fmt: skip
+def test_two_processes_are_one(
+    name: str, strategy: str, double: bool, tiny_sd: Path, tmp_path: Path, samples: RealPictures,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In float64 to 1e-6 of each loss; in float32 as far as its rounding goes."""
+    monkeypatch.setattr("lightning_modules.distillation.check_trainer", lambda trainer: None)
+    slow = {role: sgd(1e-3) for role in ("student", "fake_score")}
+    more = slow | ({"lora": None} if name == "dmd2" else {}) | ({"double": True} if double else {})
+    check_processes(
+        tiny_sd, tmp_path, strategy, METHODS[name], 1e-6 if double else 1e-3, real=samples, **more
+    )
