@@ -16,15 +16,26 @@ import diffusers
 import sentencepiece
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lightning_modules.networks.loading import load_parts
 from tests.conftest import PICTURE, TOKENS, make_tokenizer, make_vae
@@ -65,7 +76,11 @@ SCHEDULERS["pixart_1024"] = SCHEDULERS["pixart"]
 SCHEDULERS["flux"] = ("FlowMatchEulerDiscreteScheduler", {
     "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256,
     "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15})  # fmt: skip
-FLOWS = ("sd3", "flux")
+SCHEDULERS["sana"] = ("DPMSolverMultistepScheduler", {
+    "algorithm_type": "dpmsolver++", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+    "solver_order": 2, "solver_type": "midpoint", "use_flow_sigmas": True, "flow_shift": 3.0,
+    "final_sigmas_type": "zero", "timestep_spacing": "linspace"})  # fmt: skip
+FLOWS = ("sd3", "flux", "sana")
 TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024", *FLOWS)
 """Models that teach."""
 
@@ -82,6 +97,8 @@ def write_backbone(name: str, folder: Path) -> Path:
             _sd3(folder)
         elif name == "flux":
             _flux(folder)
+        elif name == "sana":
+            _sana(folder)
         else:
             _sd(folder, name)
     kind, settings = SCHEDULERS[name]
@@ -102,6 +119,8 @@ def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """What calls of miniatures need that are not of the size their pipeline takes or knows by itself."""
     if type(pipeline).__name__ == "FluxPipeline":
         return {"height": PICTURE, "width": PICTURE}
+    if type(pipeline).__name__ == "SanaPipeline":  # it draws nothing smaller
+        return {"height": 32, "width": 32, "use_resolution_binning": False}
     pixart = type(pipeline).__name__.startswith("PixArt")
     return {"use_resolution_binning": False, "clean_caption": False} if pixart else {}
 
@@ -228,6 +247,35 @@ def _flux(folder: Path) -> None:
         folder, "FluxPipeline", "flux", transformer=FluxTransformer2DModel, vae="AutoencoderKL",
         text_encoder=CLIPTextModel, text_encoder_2=T5EncoderModel, tokenizer="CLIPTokenizer",
         tokenizer_2="T5Tokenizer",
+    )  # fmt: skip
+
+
+def _sana(folder: Path) -> None:
+    """SANA 1.5, whose queries and keys are normed over all heads."""
+    transformer = SanaTransformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=24, qk_norm="rms_norm_across_heads", timestep_scale=0.5,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, scaling_factor=0.41, encoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock", decoder_layers_per_block=(1, 1),
+        encoder_block_out_channels=(4, 8), decoder_block_out_channels=(4, 8),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    _save(folder, transformer=transformer, vae=vae)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\u2581", *(chr(code) for code in range(33, 127)), "\n"]
+    words = {word: place for place, word in enumerate(special + letters)}
+    GemmaTokenizer(vocab=words).save_pretrained(folder / "tokenizer")
+    text = Gemma2Config(
+        vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
+    )  # fmt: skip
+    Gemma2Model(text).save_pretrained(folder / "text_encoder")
+    _index(
+        folder, "SanaPipeline", "sana", transformer=SanaTransformer2DModel, vae="AutoencoderDC",
+        text_encoder=Gemma2Model, tokenizer="GemmaTokenizer",
     )  # fmt: skip
 
 

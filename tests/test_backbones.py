@@ -42,7 +42,9 @@ PIPELINES = {
     "pixart": "PixArtAlphaPipeline",
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
+    "sana": "SanaPipeline",
 }
+SIDES = {"sana": 32}  # in pixels; the others' pictures have PICTURE
 LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -145,7 +147,9 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
     # stock PixArt rewrites prompts where bs4 is installed
     of_pixart = {"use_resolution_binning": False, "clean_caption": False}
     given = of_pixart if run.name.startswith("pixart") else {}
-    given |= {"height": PICTURE, "width": PICTURE} if run.name == "flux" else {}
+    side = SIDES.get(run.name, PICTURE)
+    given |= {"height": side, "width": side} if run.name in ("flux", "sana") else {}
+    given |= {"use_resolution_binning": False} if run.name == "sana" else {}
     assert card_call(run.folder) == {"num_inference_steps": 1, "guidance_scale": 1.0, **given}
     assert "| method | SwiftBrush |" in (run.folder / "README.md").read_text()
     ours = load_generator(run.checkpoint)
@@ -223,7 +227,8 @@ def test_evaluate_draws_the_same(run: Run) -> None:
         pictures = model_drawer(Recipe(str(path)), *place).draw([0, 1])
         torch.testing.assert_close(pictures, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
     drawer = model_drawer(Recipe(str(run.teacher), steps=2, guidance_scale=3.0), *place)
-    assert drawer.draw([1]).shape == (1, 3, PICTURE, PICTURE)
+    side = SIDES.get(run.name, PICTURE)
+    assert drawer.draw([1]).shape == (1, 3, side, side)
 
 
 @others

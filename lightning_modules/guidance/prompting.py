@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -220,18 +221,18 @@ def attention_layers(network: nn.Module) -> tuple[Processor, list[Any]]:
             "prompt could act. Use a Stable Diffusion, PixArt or FLUX model."
         )
     kind, layers = next(iter(found.items()))
-    wanted: dict[Any, type] = {
-        NegativeCrossAttention: AttnProcessor2_0,
-        NegativeJointSD3: JointAttnProcessor2_0,
-        NegativeJointFlux: FluxAttnProcessor,
+    wanted: dict[Any, tuple[type, ...]] = {
+        NegativeCrossAttention: (AttnProcessor2_0, SanaAttnProcessor2_0),
+        NegativeJointSD3: (JointAttnProcessor2_0,),
+        NegativeJointFlux: (FluxAttnProcessor,),
     }
     for layer in layers:
         if isinstance(layer.processor, kind):
             raise UserError("A negative prompt acts on this network already: leave that context first.")
-        if type(layer.processor) is not wanted[kind] or getattr(layer, "fused_projections", False):
+        if type(layer.processor) not in wanted[kind] or getattr(layer, "fused_projections", False):
             raise UserError(
                 f"{type(network).__name__} attends with {type(layer.processor).__name__}, but negative "
-                f"prompts need {wanted[kind].__name__} without fused projections: undo attention slicing, "
+                f"prompts need {wanted[kind][0].__name__} without fused projections: undo attention slicing, "
                 "xformers, fusing or image adapters."
             )
     return kind, layers
@@ -253,7 +254,8 @@ def _installed(kind: Processor, layers: list[Any], text: NegativeText) -> Iterat
 def _text_projection(network: nn.Module) -> Any:
     """What the network does to text before its cross-attention layers; joint ones do it to all text alike."""
     if (projection := getattr(network, "caption_projection", None)) is not None:
-        return projection
+        norm = getattr(network, "caption_norm", nn.Identity())  # SANA's
+        return lambda text: norm(projection(text))
     if getattr(network, "encoder_hid_proj", None) is None:
         return None
     if (kind := network.config.encoder_hid_dim_type) != "text_proj":  # type: ignore[union-attr]

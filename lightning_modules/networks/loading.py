@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
@@ -123,7 +123,7 @@ def load_parts(
     parts = TextToImageParts(
         backbone=backbone,
         denoiser=load["denoiser"](model, *backbone.denoiser) if denoiser is None else denoiser,
-        vae=load["vae"](model, "vae", AutoencoderKL),
+        vae=load["vae"](model, "vae", backbone.vae),
         text_encoders=[load["text_encoders"](model, *named) for named in encoders.items()],
         tokenizers=[_tokenizer(folder, name, kind) for name, kind in tokenizers.items()],
         scheduler=load_scheduler(folder),

@@ -9,6 +9,7 @@ from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.flux import Flux
 from lightning_modules.networks.backbones.pixart import PixArtAlpha, plain_call
+from lightning_modules.networks.backbones.sana import Sana
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_modules.networks.backbones.stable_diffusion_3 import StableDiffusion3
 
@@ -19,6 +20,7 @@ BACKBONES: tuple[Backbone, ...] = (
     PixArtAlpha(),
     StableDiffusion3(),
     Flux(),
+    Sana(),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
+from transformers import CLIPTokenizer
 
 from common.errors import UserError
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
@@ -29,7 +30,7 @@ class TextToImageParts:
 
     backbone: Backbone
     denoiser: Any
-    vae: AutoencoderKL
+    vae: Any
     text_encoders: list[Any]
     tokenizers: list[Any]
     scheduler: SchedulerMixin
@@ -47,7 +48,8 @@ class TextToImageParts:
     @property
     def vae_factor(self) -> int:
         """Pixels per place of a latent, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        config = self.vae.config
+        return 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -79,6 +81,7 @@ class Backbone(ABC):
     Attributes:
         pipeline_class: the stock pipeline of its models.
         denoiser: name and class of the denoising network.
+        vae: class of the autoencoder.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
         optional: those of them that a folder may leave out (null in model_index.json).
         packing: places of a latent, along a side, that the pipeline puts into one token of the network.
@@ -86,6 +89,7 @@ class Backbone(ABC):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[tuple[str, Any]]
+    vae: ClassVar[Any] = AutoencoderKL
     text_encoders: ClassVar[dict[str, Any]]
     tokenizers: ClassVar[dict[str, Any]]
     optional: ClassVar[tuple[str, ...]] = ()
@@ -136,7 +140,8 @@ class Backbone(ABC):
         names = self.present(parts.index, self.tokenizers)
         for name, tokenizer, encoder in zip(names, parts.tokenizers, parts.text_encoders, strict=True):
             longest = getattr(encoder.config, "max_position_embeddings", None)
-            if longest is not None and tokenizer.model_max_length > longest:
+            clip = names[name] is CLIPTokenizer  # others have lengths of their own
+            if clip and longest is not None and tokenizer.model_max_length > longest:
                 raise UserError(
                     f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}, "
                     f"but the text encoder takes {longest} tokens. "
