@@ -291,7 +291,15 @@ def checkpoints() -> Iterator[tuple[str, list[str]]]:
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
         yield f"export {name}", ["export", "--checkpoint", str(file), "--output", "out"]
         yield f"generate {name}", ["generate", "--model", str(file), "--prompt", "x", "--output", "out"]
-        if name not in ("no teacher", "teacher 3", "architecture", "start -1", "start text", "no weights", "one_step list"):
+        if name not in (
+            "no teacher",
+            "teacher 3",
+            "architecture",
+            "start -1",
+            "start text",
+            "no weights",
+            "one_step list",
+        ):
             yield f"fit {name}", fit("--ckpt_path", str(file), "--trainer.max_steps=3")
     for name, changes in {
         "step text": {"global_step": "x"},
