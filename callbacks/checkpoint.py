@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ from callbacks.run_folder import REPLACED, numbered, run_dir
 from callbacks.time_limit import StopRequests
 from common.errors import UserError, first_line
 from common.processes import from_every_rank
-from lightning_modules.checkpoints import FORMAT, KEY
+from lightning_modules.checkpoints import FORMAT, KEY, read
 
 
 class RunCheckpoint(Checkpoint):
@@ -223,15 +224,17 @@ class RunCheckpoint(Checkpoint):
                     for path in steps[: len(steps) - self.keep_step_checkpoints]:
                         remove(path)
         except (OSError, RuntimeError, CheckpointException) as error:  # torch wraps what the file raises
-            failure = first_line(root_cause(error))
+            if "DataLoader worker" in str(error):  # it is raised wherever the run happens to be
+                raise
+            failure = why_not_written(root_cause(error))
         # raised by one process alone it would leave the others waiting
         if failure := next(filter(None, from_every_rank(failure)), None):
             if trainer.is_global_zero:
                 remove(folder / "saving.tmp")
             kept = f"that of step {before} is as it was" if before > 0 else "earlier ones are untouched"
             raise UserError(
-                f"the checkpoint of step {step} cannot be written into {folder}: {failure}; {kept}. Make "
-                "room and continue with --ckpt_path last"
+                f"the checkpoint of step {step} cannot be written into {folder}: {failure}; {kept}. Then "
+                "continue with --ckpt_path last"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,6 +288,11 @@ class PlainFile(TorchCheckpointIO):
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
 
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read the file, or the folder of shards that another run wrote, whole."""
+        content: dict[str, Any] = read(Path(path))
+        return content
+
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the file system's error behind another one, or that itself."""
@@ -294,6 +302,17 @@ def root_cause(error: BaseException) -> BaseException:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     return cause or error
+
+
+def why_not_written(error: BaseException) -> str:
+    """What the file system said, and what to do about it."""
+    advice = {
+        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions"),
+        **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "the folder has gone: bring it back"),
+        errno.EIO: "the disk reports a fault: have it checked before going on",
+    }.get(getattr(error, "errno", 0))
+    return first_line(error) + (f"; {advice}" if advice else "")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -328,7 +347,7 @@ def give_name(source: Path, target: Path) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():  # a folder (sharded checkpoint) cannot be replaced in one call
+    if target.is_dir() or (source.is_dir() and target.exists()):  # folders can't be replaced in one call
         aside = target.with_suffix(REPLACED)
         remove(aside)
         os.replace(target, aside)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 
@@ -102,10 +103,19 @@ class MetricsCSV(Logger):
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = [{name: value for name, value in row.items() if name} for row in reader]
-            self._columns = list(dict.fromkeys([*self._columns, *(reader.fieldnames or [])]))
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, restval="")
+                rows = [{name: value for name, value in row.items() if name} for row in reader]
+                columns = list(reader.fieldnames or [])
+            if columns and columns[0] != "step":
+                raise ValueError(f"its first column is {columns[0]!r}")
+        except (OSError, ValueError, csv.Error) as error:
+            aside = self.path.with_suffix(f".damaged-{int(time.time())}")
+            os.replace(self.path, aside)
+            rank_zero_warn(f"{self.path} can't be continued ({error}): it is kept as {aside.name}")
+            return []
+        self._columns = list(dict.fromkeys([*self._columns, *columns]))
         return rows
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

@@ -90,9 +90,18 @@ class ConfigWins(Callback):
     def __init__(self) -> None:
         self._now: dict[str, list[Any]] = {}
         self._stored: dict[str, list[Any]] | None = None
+        self._checkpoint: dict[str, Any] = {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the checkpoint at hand until there are optimizers."""
+        self._checkpoint = checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the fresh settings, before Lightning restores the state."""
+        replace_foreign_states(self._checkpoint.get("optimizer_states", []), trainer.optimizers)
+        self._checkpoint = {}
         self._now = {
             "optimizers": [[_plain(group) for group in one.param_groups] for one in trainer.optimizers],
             "schedules": [_plain(vars(config.scheduler)) for config in trainer.lr_scheduler_configs],
@@ -123,6 +132,29 @@ class ConfigWins(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the settings of the checkpoint for `on_train_start`."""
         self._stored = state_dict or None
+
+
+def replace_foreign_states(states: list[dict[str, Any]], optimizers: list[Optimizer]) -> None:
+    """Put the fresh state of an optimizer in the place of a stored one that is of another kind, and say so.
+
+    Kinds are told apart by the names of their settings. Learning rates stay where their schedule was.
+    """
+    for place, (stored, optimizer) in enumerate(zip(states, optimizers)):
+        fresh = optimizer.state_dict()
+        pairs = list(zip(stored["param_groups"], fresh["param_groups"]))
+        if all(_settings_of(old) == _settings_of(new) for old, new in pairs):
+            continue
+        for old, new in pairs:
+            new |= {name: old[name] for name in ("lr", "initial_lr") if name in old and name in new}
+        states[place] = fresh
+        rank_zero_warn(
+            f"the checkpoint's optimizer {place + 1} is of another kind than {type(optimizer).__name__}, "
+            "which starts anew; weights, steps and schedules go on"
+        )
+
+
+def _settings_of(group: dict[str, Any]) -> set[str]:
+    return set(group) - {"params", "param_names", "initial_lr"}
 
 
 def apply_groups(optimizer: Optimizer, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:

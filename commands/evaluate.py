@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,10 +31,11 @@ from callbacks.metrics.measure import Results, Seconds, measure_pictures
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.unfinished import Unfinished
 from commands.kept_pictures import KeptPictures
+from commands.options import Count, Guidance, Scale
 from commands.quiet import quieten
 from common.environment import peak_memory_gib
-from common.errors import UserError
-from common.files import ROOT, asset_path, check_output_folder, write_text_atomically
+from common.errors import UserError, first_line
+from common.files import LOCK, ROOT, asset_path, check_output_folder, claimed, write_text_atomically
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.picture_files import match_files
@@ -49,7 +50,7 @@ CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfi
 KIND = "evaluation"
 """Marks the manifests of this command."""
 _FILES = {"manifest.json", "report.json", "report.md", "report.html", "metrics.csv"}
-_FILES |= {CONFIG, GRID, IMAGES, UNFINISHED}
+_FILES |= {CONFIG, GRID, IMAGES, UNFINISHED, LOCK}
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class Options:
     """The options of `evaluate`; every one may stand in a configuration file, too.
 
     Args:
-        model: a .ckpt file, run or pipeline folder, or hub name
+        model: a run folder, best or last (of the newest finished run), .ckpt, pipeline folder or hub name
         images: a folder of existing pictures, instead of a model
         captions: file (or folder) of captions, read as the set says
         reference: folder of real pictures, or a file of statistics
@@ -71,6 +72,7 @@ class Options:
         negative_scale: its strength
         guidance_scale: 1 is off
         weights: of a checkpoint (ema if there is one)
+        teacher: of a checkpoint, where its teacher lies now (where it was in training)
         dtype: the model runs in
         device: cuda where there is a GPU, else cpu
         count: only the first N captions: a few-sample variant
@@ -97,16 +99,17 @@ class Options:
     steps: PositiveInt = 1
     negative_prompt: str | None = None
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
-    negative_scale: float | None = None
-    guidance_scale: float = 1.0
+    negative_scale: Scale | None = None
+    guidance_scale: Guidance = 1.0
     weights: Literal["ema", "online"] | None = None
+    teacher: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
-    count: int | None = None
+    count: Count | None = None
     batch_size: PositiveInt = 64
     save_images: bool = False
     save_every: NonNegativeInt = 1000
-    min_reference: int | None = None
+    min_reference: Count | None = None
     skip_corrupt: bool = False
     data: EvaluationSource | None = None
     metrics: list[ImageMetric] = field(default_factory=list)
@@ -139,14 +142,16 @@ def run(options: Options) -> None:
         chosen = whole.first(options.count)
         reference = _bind(options, whole, device)
         drawer = _drawer(options, chosen, device)
-        _evaluate(options, whole, chosen, drawer, reference, output, device)
+        with claimed(output) if rank_and_world_size()[0] == 0 else nullcontext():
+            _evaluate(options, whole, chosen, drawer, reference, output, device)
 
 
 def own_names(folder: Path) -> set[str]:
     """Names in a folder that a former or interrupted `evaluate` wrote; none if it holds anything else."""
     names = {path.name for path in folder.iterdir()}
     manifest = folder / "manifest.json"
-    ours = UNFINISHED in names or (manifest.is_file() and read_json(manifest).get("kind") == KIND)
+    ours = names == {LOCK} or UNFINISHED in names
+    ours = ours or (manifest.is_file() and read_json(manifest).get("kind") == KIND)
     return _FILES | {name for name in names if name.startswith("events.out.")} if ours else set()
 
 
@@ -154,6 +159,10 @@ def own_names(folder: Path) -> set[str]:
 def process_group(device: str | None) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this process's device."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such kind, no such number, or not in this PyTorch
+        raise UserError(f"--device {name} can't be used: {first_line(error)}") from error
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         yield torch.device(name)
         return
@@ -302,5 +311,5 @@ def _discard(unfinished: Unfinished, kept: KeptPictures) -> None:
     for folder in (unfinished.folder, kept.folder):
         shutil.rmtree(folder, ignore_errors=True)
     output = unfinished.folder.parent
-    if not any(output.iterdir()):
-        output.rmdir()
+    if not any(path.name != LOCK for path in output.iterdir()):
+        shutil.rmtree(output)

@@ -6,30 +6,43 @@ import argparse
 import importlib
 import os
 import pkgutil
+import re
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
 
-from callbacks.checkpoint import RunCheckpoint
+from callbacks.checkpoint import RunCheckpoint, why_not_written
 from callbacks.loggers import StepAxis, run_loggers
 from callbacks.predictions import PredictionFiles
 from callbacks.progress import StepProgressBar
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_checkpoint
 from commands.config_errors import explain
-from commands.config_files import expand, experiment_name
+from commands.config_files import (
+    DATA,
+    MODEL,
+    expand,
+    experiment_name,
+    keep_references,
+    with_callback_settings,
+)
 from commands.quiet import quieten
-from common.errors import UserError
+from common.errors import UserError, check_range, first_line
+from common.files import claimed
 from common.processes import say
+from lightning_modules.networks.student import student_path
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -53,6 +66,53 @@ def import_components() -> None:
             importlib.import_module(module.name)
 
 
+def spelled(args: list[str]) -> list[str]:
+    """A command line in jsonargparse's spelling.
+
+    Hyphens in an option's name are underscores, `--help-all` is its help, and `--model.help` and
+    `--data.help` without a class mean the usual one.
+    """
+    words = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args]
+    words = ["--help" if word == "--help_all" else word for word in words]
+    usual = {"--model.help": MODEL, "--data.help": DATA}
+    return [
+        text
+        for word, after in zip(words, [*words[1:], "--"])
+        for text in ([word, usual[word]] if word in usual and after.startswith("--") else [word])
+    ]
+
+
+def _refuse_epochs(trainer: Any) -> None:
+    """The stream of prompts has no end, so that what is counted in epochs would never come."""
+    counted = {"max_epochs": (None, -1), "min_epochs": (None, 0), "check_val_every_n_epoch": (None,),
+               "reload_dataloaders_every_n_epochs": (None, 0)}  # fmt: skip
+    for name, unused in counted.items():
+        if (value := trainer.get(name)) not in unused:
+            raise UserError(
+                f"trainer.{name} is {value}, but the stream of prompts has no epochs: count in student "
+                "updates, by trainer.max_steps and trainer.val_check_interval"
+            )
+    every = trainer.val_check_interval
+    if isinstance(every, bool) or not isinstance(every, int | None) or every == 0:
+        raise UserError(f"trainer.val_check_interval is {every!r}: give a number of steps, 1 or more")
+
+
+def _of_the_machine(error: BaseException, folder: Path | None) -> str | None:
+    """What to do about an error that is the machine's: no memory, a killed worker, a folder that has gone."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return f"a process that prepares prompts has ended ({first_line(error)}): set data.num_workers to 0"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return (
+            f"memory ran out ({first_line(error)}): lower data.micro_batch_size or eval_batch_size, or see "
+            "docs/performance.md for what needs less"
+        )
+    name = getattr(error, "filename", None)
+    if isinstance(error, OSError) and folder is not None and name and folder in Path(name).parents:
+        return f"the run folder can't be used: {why_not_written(error)}"
+    return None
+
+
 class TrainerCLI(LightningCLI):
     """LightningCLI whose runs live in numbered folders and resume there.
 
@@ -66,10 +126,12 @@ class TrainerCLI(LightningCLI):
         quieten()
         import_components()
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        args = spelled(args)
         self.name = experiment_name(args)
-        self.args = expand(args)
+        self.args = with_callback_settings(expand(args))
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
+        self._claims = ExitStack()
         command = self.args[0]
         kinds = super().subcommands()
         # the parser of a command takes a quarter of a second to build
@@ -86,6 +148,8 @@ class TrainerCLI(LightningCLI):
         except BaseException:
             self._discard_folder()
             raise
+        finally:
+            self._claims.close()
         if self.settings.trainer.fast_dev_run:
             self._discard_folder(even_if_used=True)  # a trial of the code is not a run
 
@@ -106,8 +170,10 @@ class TrainerCLI(LightningCLI):
         """Parse; a mistake becomes a UserError with the nearest known name."""
         try:
             super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, OmegaConfBaseException) as error:
             raise UserError(explain(error, parser, self.args)) from error
+        if not isinstance(self.settings.seed_everything, bool):  # false: nothing is seeded
+            check_range("--seed_everything", self.settings.seed_everything, 0, 2**32 - 1)
 
     @property
     def settings(self) -> Any:
@@ -134,7 +200,11 @@ class TrainerCLI(LightningCLI):
         bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
         """
         self._share_seed()
+        start = (self.settings.get("model") or {}).get("init_args") or {}
+        if start.get("student_init"):
+            start["student_init"] = student_path(start["student_init"])  # `best` will be another one later
         trainer = self.settings.trainer
+        _refuse_epochs(trainer)
         limits = (trainer.max_steps, trainer.max_epochs)
         endless = all(limit is None or limit < 0 for limit in limits) and trainer.max_time is None
         if self.subcommand == "fit" and endless and not trainer.fast_dev_run:
@@ -193,9 +263,17 @@ class TrainerCLI(LightningCLI):
         given["callbacks"] = self._callbacks(given)
         try:
             return super().instantiate_trainer(**kwargs)
-        # values out of range, of a wrong type, and accelerators whose package is not installed
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise UserError(f"the Trainer refuses its settings: {error}") from error
+        except UserError:
+            raise
+        # values out of range or of a wrong type, missing packages, clusters' variables: any kind of error
+        except Exception as error:
+            advice = ""
+            if "SLURM" in str(error):
+                advice = (
+                    "; on SLURM: sbatch --ntasks-per-node, and srun before the command (docs/launching.md), "
+                    "or SLURM_JOB_NAME=interactive for one process without srun"
+                )
+            raise UserError(f"the Trainer refuses its settings: {first_line(error)}{advice}") from error
 
     def _claim_folder(self, checkpoint: dict[str, Any] | None) -> tuple[Path | None, int | None]:
         """Return the folder (None off rank zero, where RunFolder learns it) and the step continued in it."""
@@ -213,6 +291,8 @@ class TrainerCLI(LightningCLI):
                 folder = own
             else:
                 raise UserError(f"the run folder {own} cannot be written; change its permissions")
+            if is_fit:
+                self._claims.enter_context(claimed(folder))
         self.run_folder = RunFolder(folder, config if is_fit else None, is_new=not continues)
         return folder, int(checkpoint["global_step"]) if checkpoint and continues and is_fit else None
 
@@ -221,7 +301,8 @@ class TrainerCLI(LightningCLI):
         settings = self.settings.clone()
         if settings.get("ckpt_path") == "last":
             settings.ckpt_path = None
-        return self._parser(self.subcommand).dump(settings, skip_none=False)
+        text = self._parser(self.config.subcommand).dump(settings, skip_none=False)
+        return keep_references(text, self.args)
 
     def _loggers(self, configured: Any, folder: Path, resume_step: int | None) -> list[Logger] | bool:
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""
@@ -264,7 +345,15 @@ class TrainerCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SIGTERMException as error:
             raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:
+            if message := _of_the_machine(error, self.run_folder.path if self.run_folder else None):
+                raise UserError(f"{message}; then continue with --ckpt_path last") from error
+            if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
+                raise UserError(message) from error
+            if "conditioned on metric" in str(error):  # EarlyStopping's, of one that is not logged
+                raise UserError(first_line(error)) from error
+            raise
+        except (KeyError, ValueError) as error:
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
             raise

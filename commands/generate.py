@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
-from commands.options import Scale
+from commands.options import Count, Scale, Seed
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Options:
     """The options of `generate`.
 
     Args:
-        model: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, a diffusers pipeline folder or a
-            hub name; the last two may end in @REVISION and #VARIANT
+        model: a run folder (its best.ckpt, else last.ckpt), best or last (of the newest finished run), a
+            .ckpt file, a diffusers pipeline folder or a hub name (these two: also @REVISION, #VARIANT)
         prompt: what to draw; may be given several times
         prompts_file: text file with one prompt a line (UTF-8)
         negative_prompt: what not to draw
@@ -38,6 +38,7 @@ class Options:
         seed: of the first picture; picture i has seed + i
         num_images: pictures per prompt
         steps: network steps; above 1 the stock pipeline draws
+        teacher: of a checkpoint, where its teacher lies now (where it was in training)
         output: folder to write
     """
 
@@ -47,9 +48,10 @@ class Options:
     negative_prompt: str | None = None
     negative_guidance: NegativeGuidance | None = None
     negative_scale: Scale | None = None
-    seed: NonNegativeInt = 0
-    num_images: PositiveInt = 1
+    seed: Seed = 0
+    num_images: Count = 1
     steps: PositiveInt = 1
+    teacher: str | None = None
     output: Path = Path("outputs/generate")
 
 
@@ -72,7 +74,7 @@ def run(options: Options) -> None:
 
     guidance = Guidance(method, options.negative_scale)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = open_model(student_path(options.model), options.steps, device)
+    model = open_model(student_path(options.model), options.steps, device, teacher=options.teacher)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
         write_pictures(model, jobs, options.seed, guidance, options.negative_prompt, folder)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics
 from callbacks.metrics.clip_features import ClipExtractor
@@ -19,6 +18,7 @@ from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
+from commands.options import Count, Guidance, Seed
 from common.environment import environment
 from common.errors import UserError
 from common.files import check_output_folder, filled_at_once
@@ -41,13 +41,14 @@ class Options:
     """The options of `merge`.
 
     Args:
-        first: model A: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, or a diffusers pipeline
-            folder
+        first: model A: a run folder (its best.ckpt, else last.ckpt), best or last (of the newest finished
+            run), a .ckpt file, or a diffusers pipeline folder
         second: model B, of the same architecture: the same choice
         weight: lambda of lambda * first + (1 - lambda) * second: 1 is the first, 0 the second; others than 0
             to 1 extrapolate
         output: pipeline folder to write, in the dtype the first is stored in; a former export is replaced
         weights: averaged or last weights of checkpoints (ema if the run had it)
+        teacher: of checkpoints, where their teacher lies now (where it was in training)
         evaluate: START:STOP:STEP; also draw and measure for these lambdas (and that of --weight), e.g.
             0:1:0.25; writes merge.json, merge.md, merge.html and merge_samples.png into the output folder
         captions: with --evaluate, file with one caption a line
@@ -59,15 +60,16 @@ class Options:
 
     first: str
     second: str
-    weight: float = 0.5
+    weight: Guidance = 0.5
     output: Path
     weights: Literal["ema", "online"] | None = None
+    teacher: str | None = None
     evaluate: str | None = None
     captions: str = str(EVAL_CAPTIONS)
     scoring_clip: str = "assets/emoji-clip"
     reference: str = "assets/cache/emoji-reference.safetensors"
-    num_images: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    num_images: Count | None = None
+    seed: Seed = 0
 
 
 def run(options: Options) -> None:
@@ -80,13 +82,13 @@ def run(options: Options) -> None:
     target = check_output_folder(options.output, own_names)
     if target in [asset_path(path).resolve() for path in paths]:
         raise UserError(f"--output {options.output} is one of the two models and would be replaced.")
-    if options.weights is not None and not any(map(is_checkpoint, paths)):
-        raise UserError("--weights chooses weights of a checkpoint, but both models are folders.")
+    if (options.weights or options.teacher) and not any(map(is_checkpoint, paths)):
+        raise UserError("--weights and --teacher are for checkpoints, but both models are folders.")
     with _told_in_one_line():
         grid = parse_grid(options.evaluate, options.weight) if options.evaluate is not None else []
         judge = Judge(options) if grid else None
-        chosen = [options.weights if is_checkpoint(path) else None for path in paths]
-        first, second = map(load_student, paths, chosen)
+        chosen = [(options.weights, options.teacher) if is_checkpoint(path) else () for path in paths]
+        first, second = (load_student(path, *given) for path, given in zip(paths, chosen))
         dtype, other = map(stored_dtype, paths)
         merged = merge_students(first, second, options.weight, dtype)
     words = [str(kind).removeprefix("torch.") for kind in (dtype, other)]

@@ -9,6 +9,12 @@ class UserError(ValueError):
     """
 
 
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise a UserError unless low <= value <= high; NaN is in no range, and None is no value."""
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{name} is {value}: it must be {low:,} to {high:,}")
+
+
 def first_line(error: BaseException) -> str:
     """First line of an exception's message, for a message of one line; its type's name if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,15 +3,23 @@
 A result is made beside its place and renamed.
 """
 
+import difflib
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
+LOCK = ".lock"
+"""Name of the file by which a process holds a folder."""
 ROOT = Path(__file__).resolve().parents[1]
 """Where configs/ and assets/ lie: the checkout, or the folder into which pip has installed the packages."""
 
@@ -28,12 +36,35 @@ def asset_path(path: str | Path) -> Path:
     return bundled if bundled.exists() else given
 
 
+def at_home(value: Any) -> Any:
+    """The value, and what is in it, with ~ at the beginning of a path as the home folder, as in shells."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, dict):
+        return {name: at_home(item) for name, item in value.items()}
+    return [at_home(item) for item in value] if isinstance(value, list) else value
+
+
 def missing_advice(path: str | Path) -> str:
     """What to do about a model that is not there; an installation has the texts of `assets/` only."""
     is_installed = not (ROOT / "pyproject.toml").is_file()
     if is_installed and Path(path).parts[:1] == ("assets",):
         return "It is not part of the installed package: clone the repository or name a model."
-    return "Check the path."
+    return nearest_path(path) or "Check the path."
+
+
+def nearest_path(path: str | Path) -> str:
+    """ "Did you mean X?" about a path that is not there, by the first part of it that is missing; or ""."""
+    given = Path(path).expanduser()
+    for root in (Path(), *(() if given.is_absolute() else (ROOT,))):
+        for part in (given, *given.parents):
+            parent = root / part.parent
+            if not (root / part).exists() and parent.is_dir():
+                names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+                for name in difflib.get_close_matches(part.name, names, n=1):
+                    whole = part.with_name(name) / given.relative_to(part)
+                    return f"Did you mean {whole if (root / whole).exists() else part.with_name(name)}?"
+    return ""
 
 
 def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:
@@ -78,6 +109,31 @@ def check_writable_folder(output: Path, option: str = "--output") -> Path:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder; the lock goes with its holder, however that ends.
+
+    Raises:
+        UserError: another process is.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing into {folder}: wait for it to end, or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """Yield a new name beside `file` to write to; on success it takes the place of `file`, else it goes.
 
@@ -106,6 +162,39 @@ def write_text_atomically(file: Path, text: str) -> None:
 
 
 @contextmanager
+def _held_new(fresh: Path, target: Path) -> Iterator[None]:
+    """Make a folder and hold it, after removing those for the same target that killed processes have left.
+
+    A process holds its folder by a lock that goes with it; one that nobody holds is a leftover.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.new-????????"):
+        with suppress(OSError):  # held by another process, or the file system has no locks
+            descriptor = _locked(leftover)
+            shutil.rmtree(leftover)
+            os.close(descriptor)
+    fresh.mkdir(parents=True)
+    held = []
+    with suppress(OSError):
+        held.append(_locked(fresh))
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """Lock a folder, until the returned descriptor is closed; a BlockingIOError if another process has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
 def filled_at_once(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; on success its files are moved into `target`, one rename for each.
 
@@ -117,8 +206,8 @@ def filled_at_once(target: Path) -> Iterator[Path]:
     """
     fresh = target.with_name(f".{target.name}.new-{uuid4().hex[:8]}")
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
+        with _held_new(fresh, target):
+            yield fresh
         for file in sorted(path for path in fresh.rglob("*") if path.is_file()):
             place = target / file.relative_to(fresh)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +229,8 @@ def written_at_once(target: Path) -> Iterator[Path]:
     token = uuid4().hex[:8]
     fresh, old = (target.with_name(f".{target.name}.{word}-{token}") for word in ("new", "old"))
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
+        with _held_new(fresh, target):
+            yield fresh
         if target.exists():
             target.rename(old)
         fresh.rename(target)

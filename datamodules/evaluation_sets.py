@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from common.errors import UserError
 from datamodules.picture_files import Frame
 from datamodules.prompts import EVAL_CAPTIONS
-from datamodules.tables import is_table, read_column
+from datamodules.tables import FILE_COLUMNS, choose_column, columns, read_column, read_files
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class CaptionFile(EvaluationSource):
         column: of the captions; None: the only one, or the only one of caption, prompt and text.
         negative_column: of negative prompts; None: there are none.
         group_column: e.g. a category; None: there is none.
-        file_column: of the names of existing pictures, read only where a folder of pictures is evaluated.
+        file_column: of the names of existing pictures, read only where a folder of pictures is evaluated;
+            None: the only one called file, file_name or image; of COCO's annotations what they say.
         sample: draw this many of the captions at random; None: all, in order.
         sample_seed: of that draw.
         seed: of the first picture; caption i has ``seed + i``.
@@ -129,7 +130,7 @@ class CaptionFile(EvaluationSource):
     column: str | None = None
     negative_column: str | None = None
     group_column: str | None = None
-    file_column: str = "file"
+    file_column: str | None = None
     sample: int | None = None
     sample_seed: int = 0
     seed: int = 0
@@ -152,11 +153,11 @@ class CaptionFile(EvaluationSource):
         return EvaluationSet(name, [captions[i] for i in chosen], seeds, negatives, groups, self.frame, facts)
 
     def file_names(self) -> list[str] | None:
-        """Those of the table's ``file_column``; a text file has none."""
-        if not is_table(self.path()):
-            return None
-        names = read_column(self.path(), self.file_column)
-        return [names[i] for i in self._chosen(len(names))]
+        """Those of the table's ``file_column`` or of COCO's annotations; lines of text have none."""
+        names = read_files(self.path(), self.file_column)
+        if names is None and (present := columns(self.path())):  # its order is not that of the pictures
+            choose_column(self.path(), FILE_COLUMNS[0], present)
+        return names and [names[i] for i in self._chosen(len(names))]
 
     def _captions(self, path: str) -> list[str]:
         return read_column(path, self.column)

@@ -99,11 +99,25 @@ def read_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
             f"the picture {path} can't be read: {first_line(error)}; repair or remove it"
         ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel; Pillow's own conversion cuts larger values off.
+
+    Raises:
+        ValueError: its values have no known largest one.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"it has values of 32 bits (mode {image.mode}) whose white is not known; save 8")
+    return image
 
 
 def match_files(folder: str | Path, count: int, names: list[str] | None = None) -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from common.errors import UserError
+from common.errors import UserError, check_range
 from common.files import ROOT
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.real_pictures import RealPictures, RealPictureSource
@@ -27,9 +27,9 @@ CAPTIONS = ROOT / "assets" / "captions.txt"
 EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     """All prompts of a file (see `read_texts`), but for empty ones; a file without any is a UserError."""
-    prompts = [text for text in read_texts(path) if text]
+    prompts = [text for text in read_texts(path, column) if text]
     if not prompts:
         raise UserError(f"prompts file {path} is empty; write one prompt a line into it")
     return prompts
@@ -126,6 +126,7 @@ class PromptDataModule(LightningDataModule):
         batch_size: Prompts per student update, over all processes and accumulation.
         micro_batch_size: Prompts per process and pass. None: a process's whole share at once.
         eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
+        eval_column: Column of them in a table. None: the only one called prompt, caption or text.
         eval_size: How many of them validation and predict use, from the first on; test uses all. None: all.
         eval_batch_size: Prompts per process and pass in evaluations.
         seed: Seed of the order of the training prompts. None: the command line's ``seed_everything``, else 0.
@@ -147,31 +148,33 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        prompts: str | list[str] | list[dict[str, Any]] | None = None,
+        prompts: str | list[str] | list[dict[str, Any]] | list[Any] | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
-        eval_captions: str | list[str] | None = None,
+        eval_captions: str | list[str] | list[Any] | None = None,
         eval_size: int | None = 256,
         eval_batch_size: int = 64,
         seed: int | None = None,
         num_workers: int = 0,
         column: str | None = None,
         epoch_size: int | None = None,
-        negative_prompts: str | list[str] | None = None,
+        negative_prompts: str | list[str] | list[Any] | None = None,
         min_length: int | None = None,
         max_length: int | None = None,
         deduplicate: bool = False,
         real: RealPictures | None = None,
+        eval_column: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_size": eval_size,
                  "eval_batch_size": eval_batch_size, "epoch_size": epoch_size}  # fmt: skip
         for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
+            check_range(f"data.{name}", value, 1, 2**31)
+        check_range("data.num_workers", num_workers, 0, 256)
         self.batch_size = batch_size
         self.seed, self.real = seed or 0, real
         self.batches_per_step = 1  # an objective may ask for more
+        self.has_own_prompts, self.has_own_captions = prompts is not None, eval_captions is not None
         cleaning = Cleaning(min_length, max_length, deduplicate)
         given = str(CAPTIONS) if prompts is None else prompts
         self._prompts, self._negatives = PromptPools(given, column, cleaning, epoch_size), None
@@ -182,7 +185,7 @@ class PromptDataModule(LightningDataModule):
         if isinstance(eval_captions, list):
             captions = listed_prompts(eval_captions, "data.eval_captions")
         else:
-            captions = read_prompts(eval_captions or EVAL_CAPTIONS)
+            captions = read_prompts(eval_captions or EVAL_CAPTIONS, eval_column)
         if eval_size is not None and eval_size > len(captions):
             raise UserError(
                 f"data.eval_size is {eval_size} but data.eval_captions has {len(captions)} captions; "
@@ -244,6 +247,12 @@ class PromptDataModule(LightningDataModule):
         if self._negatives is None:
             return draws, None
         return draws, self._negatives.draws(derived_seed(self.seed, "negative prompts"))
+
+    def describe(self) -> dict[str, str]:
+        """What a run trains on and is measured on, in words."""
+        bundled = "" if self.has_own_captions else ", the bundled ones, which describe emoji"
+        captions = f"{len(self.eval_prompts):,} of {len(self.eval_captions):,}{bundled}"
+        return {"Prompts": self._prompts.describe(), "Evaluation captions": captions}
 
     def prepare_data(self) -> None:
         """Make the stores on one process of each machine, while the others wait without a time limit."""

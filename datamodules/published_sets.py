@@ -14,7 +14,7 @@ from typing import ClassVar
 from common.errors import UserError
 from datamodules.evaluation_sets import CaptionFile, EvaluationSet, EvaluationSource, facts_of
 from datamodules.picture_files import Frame
-from datamodules.tables import is_table, read_column, read_json, read_texts
+from datamodules.tables import is_table, read_column, read_files, read_json, read_texts
 
 DMD2_MD5 = "20ed79e6a73d7b8fdbfb6ebc8c5c7e99"
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -106,6 +106,11 @@ class Coco30kSwiftBrush(EvaluationSource):
     needs: ClassVar[str] = "COCO's captions; give --captions captions_val2014.json"
     count: int = 30_000
     seed: int = 0
+
+    def file_names(self) -> list[str] | None:
+        """Those of the annotations; lines of captions have none."""
+        names = read_files(self.path())
+        return names and names[: self.count]
 
     def load(self) -> EvaluationSet:
         """Read the first captions."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from datamodules.picture_files import Frame, match_files, read_pictures
-from datamodules.tables import read_column
+from datamodules.tables import read_column, read_files
 
 
 @dataclass
@@ -24,7 +24,8 @@ class RealPictures:
         folder: of the pictures, or one that draw-teacher wrote.
         captions: file of captions: a table (JSON Lines, CSV …) with a column caption, prompt or text, or one
             caption a line; null: the folder holds samples of the teacher, which have their captions.
-        file_column: the table's column of file names; null: the pictures in the order of their names.
+        file_column: the table's column of file names; null: its only one called file, file_name or image, or
+            what COCO's annotations say; without any the pictures in the order of their names.
         batch_size: pictures per student update, over all processes.
     """
 
@@ -68,8 +69,7 @@ class RealPictureSource:
         assert settings.captions is not None
         self.settings, self.frame = settings, Frame(side)
         self.captions = read_column(settings.captions)
-        column = settings.file_column
-        names = read_column(settings.captions, column) if column else None
+        names = read_files(settings.captions, settings.file_column)
         self.files = match_files(settings.folder, len(self.captions), names)
 
     @property

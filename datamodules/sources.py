@@ -8,9 +8,12 @@ cleaning, so that the same prompts are prepared once. A file appears when it is 
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,17 +30,19 @@ from tqdm import tqdm
 from common.errors import UserError, first_line
 from common.files import user_cache_dir, written_whole
 from datamodules.order import PromptDraws, Texts, epoch_shares
-from datamodules.tables import is_packed, read_texts
+from datamodules.tables import describe, is_packed, read_texts
 
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
+_MOST_IN_MEMORY = 8 * IN_MEMORY_BYTES  # characters; packed sources may unpack to more than they promise
+_SPARE_BYTES = 2**30  # of the disk that a store must leave free
 _PACKED = 4  # text is packed to about a quarter in .gz, .zst and Parquet
 _FORMAT = 3  # raised when stores of an older version of this file must not be used
 _CHUNK = 65536  # texts handled at a time
 
 Part = tuple[Path, str | None]
 """A source file (or dataset folder) and the column to read."""
-Given = str | list[str] | list[dict[str, Any]]
+Given = str | list[str] | list[dict[str, Any]] | list[Any]
 """A path or pattern, a list of prompts, or a list of sources, each a mapping of the fields of `PromptSource`.
 
 Mappings, not `PromptSource` itself: the command line would read the file that a path names for a list of
@@ -181,8 +186,10 @@ class PromptPools:
         self.pools: list[list[Part]] = []
         self._texts: list[Texts] | None = None
         weights: list[float] = []
-        if isinstance(given, list) and all(isinstance(item, str) for item in given):
-            texts, counts = self._cleaned([listed_prompts(given, key)], key)  # type: ignore[arg-type]
+        if isinstance(given, list) and not any(isinstance(item, dict | PromptSource) for item in given):
+            found = self._cleaned([listed_prompts(given, key)], key)
+            assert found is not None
+            (texts, counts) = found
             self._texts = [texts]
             if counts["kept"] < counts["read"]:
                 _print(f"{key}: {self.cleaning.describe(counts)}")
@@ -205,6 +212,17 @@ class PromptPools:
             )
         self.shares = None if epoch_size is None else epoch_shares(weights, epoch_size)
 
+    def describe(self) -> str:
+        """How many prompts of which files and columns; opens them."""
+        parts = sum(self.pools, [])
+        columns = dict.fromkeys(column for _, column in parts if column)
+        where = (
+            f"{names_of(parts)}{f', column {chr(44).join(columns)}' if columns else ''}"
+            if parts
+            else "a list"
+        )
+        return f"{sum(map(len, self.open())):,} from {where}"
+
     @property
     def is_small(self) -> bool:
         """Whether opening takes no store."""
@@ -221,20 +239,28 @@ class PromptPools:
         return PromptDraws(self.open(), seed, self.shares)
 
     def _open(self, parts: list[Part]) -> Texts:
-        if _is_small(parts):
-            texts, counts = self._cleaned(chunks(parts), names_of(parts))
-            place = ""
-        else:
+        found = self._cleaned(chunks(parts), names_of(parts), _MOST_IN_MEMORY) if _is_small(parts) else None
+        if found is not None:
+            (texts, counts), place = found, ""
+        else:  # large, or unpacked to more than its size promised
             texts, counts, file = open_store(parts, self.cleaning)
             place = f", in {file}"
         first = texts.take(np.zeros(1, np.int64))[0]
         kept = self.cleaning.describe(counts)
-        _print(f"{names_of(parts)}: {kept}{place}. The first: {first[:80]!r}")
+        read = describe(*parts[0])
+        _print(f"{names_of(parts)}{read}: {kept}{place}. The first: {first[:80]!r}")
         return texts
 
-    def _cleaned(self, texts: Iterable[list[str]], name: str) -> tuple[Texts, Counter[str]]:
-        counts = Counter[str]()
-        kept = [text for chunk in self.cleaning.kept(texts, counts) for text in chunk]
+    def _cleaned(
+        self, texts: Iterable[list[str]], name: str, most: float = float("inf")
+    ) -> tuple[Texts, Counter[str]] | None:
+        """Texts and counts; None if there are more characters than `most`."""
+        counts, kept = Counter[str](), list[str]()
+        for chunk in self.cleaning.kept(texts, counts):
+            kept += chunk
+            most -= sum(map(len, chunk))
+            if most < 0:
+                return None
         self.cleaning.check(counts, name)
         return Texts(kept), counts
 
@@ -251,12 +277,18 @@ def _sources(given: list[Any], key: str) -> list[PromptSource]:
     return sources
 
 
-def listed_prompts(given: list[str], key: str) -> list[str]:
+def listed_prompts(given: list[Any], key: str) -> list[str]:
     """Return the prompts of a list without blanks at their ends.
 
     Raises:
         UserError: the list is empty, holds an empty prompt, or holds the name of a file.
     """
+    for place, prompt in enumerate(given, 1):
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"{key}: entry {place} is {prompt!r}, no text: YAML reads yes, no, 1980 and the like as "
+                "other things unless they stand in quotation marks"
+            )
     prompts = [prompt.strip() for prompt in given]
     if not prompts or not all(prompts):
         raise UserError(
@@ -352,6 +384,8 @@ def _make(parts: list[Part], cleaning: Cleaning, file: Path, key: str) -> None:
             tqdm(desc=f"Prompt store {file}", unit=" prompts", unit_scale=True) as bar,
         ):
             for texts in cleaning.kept(chunks(parts), counts):
+                if shutil.disk_usage(file.parent).free < _SPARE_BYTES + sum(map(len, texts)):
+                    raise OSError(errno.ENOSPC, "less than 1 GiB of the disk would be left")
                 writer.write_batch(pyarrow.record_batch([texts], schema=schema))
                 bar.update(counts["read"] - bar.n)
         cleaning.check(counts, names_of(parts))
@@ -376,4 +410,4 @@ def chunks(parts: Iterable[Part]) -> Iterator[list[str]]:
 
 @rank_zero_only
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(text, file=sys.stderr, flush=True)

@@ -147,7 +147,11 @@ class Model:
 
 
 def open_model(
-    name: str, steps: int = 1, device: torch.device | str = "cpu", weights: Weights | None = None
+    name: str,
+    steps: int = 1,
+    device: torch.device | str = "cpu",
+    weights: Weights | None = None,
+    teacher: str | None = None,
 ) -> Model:
     """Load a checkpoint, an exported folder, or any stock pipeline, to draw in that many steps.
 
@@ -156,14 +160,15 @@ def open_model(
         steps: network steps.
         device: where it draws.
         weights: which of a checkpoint's; None: the average if there is one.
+        teacher: where a checkpoint's teacher lies now; None: where it was in training.
 
     Raises:
         UserError: the model can't be loaded, or has no such weights.
     """
     if is_checkpoint(name) or is_own_family(name):
-        return Model(load_student(name, weights), steps, device)
-    if weights is not None:
-        raise UserError(f"{name} is a folder, which has one set of weights; leave --weights out")
+        return Model(load_student(name, weights, teacher), steps, device)
+    if weights is not None or teacher is not None:
+        raise UserError(f"{name} is a folder, which is complete; leave --weights and --teacher out")
     return Model(load_any_pipeline(name), steps, device)
 
 
@@ -175,6 +180,7 @@ class Recipe:
         model: a .ckpt file, a folder or a hub name.
         steps: network steps; guidance_scale: kappa form, 1 is off.
         weights: which of a checkpoint's; None: the average if there is one.
+        teacher: where a checkpoint's teacher lies now; None: where it was in training.
         dtype: "float32", or "bfloat16": the networks run under autocast.
         negative_guidance, negative_scale: what the negative prompts act by, see `Guidance`.
     """
@@ -183,6 +189,7 @@ class Recipe:
     steps: int = 1
     guidance_scale: float = 1.0
     weights: Weights | None = None
+    teacher: str | None = None
     dtype: str = "float32"
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
     negative_scale: float | None = None
@@ -281,7 +288,7 @@ def model_drawer(
         UserError: the model can't be loaded, or an option does not fit it.
     """
     recipe.check(negatives is not None)
-    model = open_model(recipe.model, recipe.steps, device, recipe.weights)
+    model = open_model(recipe.model, recipe.steps, device, recipe.weights, recipe.teacher)
     # a guidance scale by itself is against the empty prompt, whatever the set's negative prompts
     unwanted = None if recipe.negative_guidance == "none" else negatives
 
@@ -294,7 +301,7 @@ def model_drawer(
             return model.draw(prompts, numbers, recipe.guidance, away).float()
 
     facts = dict(model.facts)
-    settings = {k: v for k, v in asdict(recipe).items() if k not in ("model", "weights")}
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("model", "weights", "teacher")}
     return Drawer(
         draw=draw,
         title=recipe.title,

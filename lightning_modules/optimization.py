@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from common.errors import UserError
+from common.errors import UserError, check_range, first_line
 from lightning_modules.diffusion.transfer import to_device
+from lightning_modules.networks.lora import LoraSettings
 from lightning_modules.parallel import average_gradients, clip_gradients
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -42,7 +43,7 @@ class RoleOptimization:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if self.warmup_steps < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+        if self.warmup_steps < 0 or (self.clip_norm is not None and not self.clip_norm > 0):
             raise UserError(
                 f"warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: the first must not be "
                 "negative, the second must be positive or null"
@@ -53,7 +54,12 @@ class RoleOptimization:
         if self.schedule != "constant" and max_steps <= 0:
             raise UserError(f"the {self.schedule} schedule needs trainer.max_steps: it falls to zero there")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        optimizer = self.optimizer(groups)
+        try:
+            optimizer = self.optimizer(groups)
+            for group in optimizer.param_groups:
+                check_range("the learning rate", float(group["lr"]), 0, 1e6)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"an optimizer refuses its settings: {first_line(error)}") from error
         _use_fused_kernel(optimizer)
         settings = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
         return optimizer, get_scheduler(name, optimizer, **settings)
@@ -79,6 +85,17 @@ class RoleOptimization:
     def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         """Clip the gradients in place; returns their norm before, a scalar tensor."""
         return clip_gradients(parameters, self.clip_norm or float("inf"))
+
+
+@dataclass
+class FakeScoreSettings(RoleOptimization):
+    """What the fake score is, and how it is optimized.
+
+    Attributes:
+        lora: its adapter on the teacher's weights; null makes it a full copy.
+    """
+
+    lora: LoraSettings | None = field(default_factory=LoraSettings)
 
 
 def _use_fused_kernel(optimizer: Optimizer) -> None:

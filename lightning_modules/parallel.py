@@ -17,12 +17,15 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch._utils import _take_tensors
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_modules.checkpoints import read
+from common.errors import UserError
+from common.processes import from_every_rank, rank_and_world_size
+from lightning_modules.checkpoints import check_shards, is_sharded, plain_shards, read, reason
 from lightning_modules.networks.weights import check_fit
 
 _BUCKET_BYTES = 64 * 2**20
@@ -55,9 +58,24 @@ class FullySharded(ModelParallelStrategy):
             check_fit(read(Path(checkpoint_path))["state_dict"], module.state_dict())
         strict, module.strict_loading = module.strict_loading, False
         try:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            if is_sharded(Path(checkpoint_path)):
+                self._check(Path(checkpoint_path))
+            with plain_shards():
+                return super().load_checkpoint(checkpoint_path, weights_only)
+        except CheckpointException as error:  # raised on all processes
+            raise UserError(f"{checkpoint_path} can't be read: {reason(error)}") from error
         finally:
             module.strict_loading = strict
+
+    def _check(self, path: Path) -> None:
+        """Check the sums of shards, each process a share; all of them raise where one is damaged."""
+        failure = None
+        try:
+            check_shards(path, *rank_and_world_size())
+        except Exception as error:
+            failure = reason(error)
+        if failure := next(filter(None, from_every_rank(failure)), None):
+            raise UserError(f"{path} can't be read: {failure}")
 
 
 def without_sync(model: Any) -> AbstractContextManager[None]:

@@ -46,7 +46,9 @@ def load_any_pipeline(model: str) -> DiffusionPipeline:
     try:
         # cast here: transformers keeps the dtype of the files, diffusers does not
         found = find_model(model)
-        pipeline = DiffusionPipeline.from_pretrained(found.name, variant=found.variant).to(torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(
+            found.name, variant=found.variant, trust_remote_code=False
+        ).to(torch.float32)
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; the cause stays attached
@@ -118,14 +120,17 @@ def pipeline_images(
             options["negative_prompt"] = [negative_prompt] * len(prompts[part])
         elif negative_prompt is not None:
             options["negative_prompt"] = [text or "" for text in negative_prompt[part]]
-        output = pipeline(
-            prompt=prompts[part],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[part]],
-            output_type="pt",
-            **options,
-        )
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
+        try:
+            output = pipeline(
+                prompt=prompts[part], num_inference_steps=steps, guidance_scale=guidance_scale,
+                generator=generators, output_type="pt", **options,
+            )  # fmt: skip
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # too many steps, other inputs …
+            raise UserError(
+                f"{type(pipeline).__name__} can't draw from prompts alone in {steps} steps: "
+                f"{first_line(error)}"
+            ) from error
         pictures.append(output.images.float().clamp(0.0, 1.0))
     return torch.cat(pictures)
 

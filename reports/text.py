@@ -19,13 +19,18 @@ def said(value: Any) -> str:
     if isinstance(value, float):
         return format_value(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(said, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def plain_markdown(text: str) -> str:
+    """A text with the signs of HTML and tables made harmless: hubs render what stands in Markdown."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
 
 
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, all but the first column to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *cells]]
+    rows = [[plain_markdown(cell) for cell in row] for row in [header, *cells]]
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return [head, "|---" + "|---:" * (len(header) - 1) + "|", *body]
 
@@ -45,7 +50,7 @@ def bullets(values: Mapping[str, Any], depth: int = 0) -> list[str]:
     lines = []
     for name, value in values.items():
         inner = isinstance(value, Mapping)
-        lines.append(f"{'  ' * depth}- {name}:" + ("" if inner else f" {said(value)}"))
+        lines.append(f"{'  ' * depth}- {name}:" + ("" if inner else f" {plain_markdown(said(value))}"))
         lines += bullets(value, depth + 1) if inner else []
     return lines
 

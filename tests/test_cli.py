@@ -1,6 +1,7 @@
 """The command line as a user meets it: commands, run folders, resuming, and one message for each mistake."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from diffusers.optimization import get_scheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
+from commands.config_files import keep_references
 from common.errors import UserError
+from common.files import claimed
 from tests.tiny_run import TinyModule
 
 ROOT = Path(cli.__file__).parent
@@ -79,7 +82,9 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["generate"], ["export"], ["consolidate"], ["app"]])
+@pytest.mark.parametrize(
+    "words", [[], ["fit"], ["generate"], ["export"], ["consolidate"], ["app"], ["sweep"], ["compare"]]
+)
 def test_help_comes_without_torch(words: list[str]) -> None:
     """It takes seconds to import; in a process of its own, as this one has it."""
     code = (
@@ -91,10 +96,18 @@ def test_help_comes_without_torch(words: list[str]) -> None:
     assert done.stdout.endswith("\nFalse\n")
 
 
-def test_help_says_what_the_seed_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_options_are_listed_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+        cli.main(["fit", "--help-all"])
     assert "Also the seed of model and data, unless" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_the_trainer_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", "anything.yaml", "-h"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 20 < len(lines) < 45 and all(len(line) <= 110 for line in lines)
+    assert "--trainer.max_steps" in str(lines) and "emoji_swiftbrush" in str(lines)
 
 
 # Runs
@@ -260,9 +273,9 @@ class TinyLinear(TinyModule):
     """A rate that falls to zero at the last step; notes the rate of each step, and its seed."""
 
     rates: list[float] = []
-    seeds: list[int] = []
+    seeds: list[int | None] = []
 
-    def __init__(self, learning_rate: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, learning_rate: float = 0.1, seed: int | None = None) -> None:
         super().__init__(3, learning_rate)
         self.seeds.append(seed)
 
@@ -424,6 +437,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]] | list[str], list[str]]] =
         ["/proc/nowhere", "cannot be written"],
     ),
     "endless": (["--trainer.max_steps", "-1"], ["max_steps"]),
+    "option of another class": (["--learning_rate=1"], ["did you mean 'model.learning_rate'"]),
+    "misspelt callback name": (
+        ["--trainer.callbacks.RunCheckpoin.every_n_steps=3"],
+        ["no RunCheckpoin;", "did you mean 'RunCheckpoint'"],
+    ),
     "missing prompts": (missing_prompts, ["none.txt", "does not exist"]),
     "devices that are not there": (["--trainer.accelerator=cuda", "--trainer.devices=64"], ["the Trainer"]),
     "no device": (["--trainer.devices=0"], ["the Trainer", "devices"]),
@@ -469,6 +487,11 @@ def test_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         cli.main()
     assert exit_.value.code == 2
     assert "did you mean 'fit'?" in capsys.readouterr().err
+    for word, meant in {"train": "fit", "trainn": "fit", "eval": "evaluate", "serve": "app"}.items():
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            cli.main([word])
+    with pytest.raises(UserError, match="the commands are fit, "):
+        cli.main(["xyzzy"])
 
 
 def test_debug_shows_the_traceback(
@@ -492,3 +515,75 @@ def test_a_bug_is_not_hidden_as_a_mistake(fit: Callable[..., Path], monkeypatch:
     monkeypatch.setattr(TinyModule, "loss", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         fit("--trainer.max_steps", "2")
+
+
+def test_home_is_home_in_every_path(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.yaml").write_text("trainer: {default_root_dir: ~/runs, max_steps: 2}")
+    for option in ("--config=more.yaml", "--trainer.default_root_dir=~/again"):
+        cli.main(["fit", "--config", "tiny.yaml", option, "--trainer.max_steps=2", "--experiment=e"])
+    for root in ("runs", "again"):
+        assert (tmp_path / "home" / root / "e/version_0/checkpoints/last.ckpt").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.max_epochs=1", "max_epochs is 1, but the stream of prompts has no epochs"),
+        ("--trainer.min_epochs=2", "min_epochs is 2"),
+        ("--trainer.check_val_every_n_epoch=1", "check_val_every_n_epoch is 1"),
+        ("--trainer.val_check_interval=0", "val_check_interval is 0"),
+        ("--trainer.val_check_interval=0.5", "val_check_interval is 0.5"),
+        ("--seed_everything=-1", "seed_everything is -1"),
+        ("--trainer.devices=0", "the Trainer refuses its settings"),
+    ],
+)
+def test_limits_in_epochs_and_numbers_out_of_range_are_refused(
+    option: str, message: str, fit: Callable[..., Path]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(option, "--trainer.max_steps=2")
+
+
+def test_a_cluster_that_lightning_refuses_is_one_message(
+    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"JOB_ID": "7", "JOB_NAME": "train", "PROCID": "0", "NTASKS": "4"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match="refuses its settings.*--ntasks-per-node"):
+        fit("--trainer.max_steps=2")
+
+
+def test_the_second_process_in_a_run_folder_is_refused(fit: Callable[..., Path]) -> None:
+    folder = fit("--trainer.max_steps=2")
+    with claimed(folder), pytest.raises(UserError, match="another process is writing into"):
+        fit("--trainer.max_steps=4", "--ckpt_path=last")
+    assert fit("--trainer.max_steps=4", "--ckpt_path=last") == folder and rows(folder)[-1]["step"] == "4"
+
+
+def test_another_optimizer_starts_anew(fit: Callable[..., Path]) -> None:
+    first = fit("--trainer.max_steps=2")
+    with pytest.warns(UserWarning, match="of another kind than SGD"):
+        fit("--model=tests.tiny_run.TinySGD", "--trainer.max_steps=4", "--ckpt_path",
+            str(first / "checkpoints/last.ckpt"))  # fmt: skip
+
+
+def test_secrets_of_the_environment_are_written_as_references(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    logger = {
+        "class_path": "CSVLogger",
+        "init_args": {"save_dir": str(tmp_path), "name": "x-${oc.env:A_SECRET}"},
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    folder = fit("--trainer.max_steps=2", f"--config={tmp_path / 'more.yaml'}", "--experiment=tiny")
+    assert (tmp_path / "x-hunter2").is_dir(), "the run itself has the value"
+    assert "hunter2" not in keep_references("a: {b: [x-hunter2]}", ["--a=${oc.env:A_SECRET}"])
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert "hunter2" not in json.dumps(state["callbacks"], default=str)
+    assert "hunter2" not in (folder / "config.yaml").read_text()

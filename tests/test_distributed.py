@@ -335,3 +335,28 @@ def test_a_signal_to_one_process_stops_all_after_a_saved_step(tiny_sd: Path, tmp
 
     run_processes(2, stopped, tmp_path / "log")
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_a_bucket_that_is_exactly_full_is_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_BUCKET_BYTES", 32)  # of two weights, then of one, then of what is left
+
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        weights = [torch.nn.Parameter(torch.zeros(size)) for size in (4, 4, 8, 3)]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 1.0 + 2 * rank)
+        parallel.average_gradients(weights)
+        assert all(torch.equal(weight.grad, torch.full_like(weight, 2.0)) for weight in weights)  # type: ignore[arg-type]
+
+    run_processes(2, work, tmp_path / "log")
+
+
+def test_weights_beside_shards_begin_as_the_first_process_has_them(tmp_path: Path) -> None:
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        weights = [torch.nn.Parameter(torch.full((3,), float(torch.distributed.get_rank() + 1)))]
+        parallel.same_on_all_processes(weights)
+        assert torch.equal(weights[0].data, torch.ones(3))
+
+    run_processes(2, work, tmp_path / "log")

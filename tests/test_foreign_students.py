@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import EulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +19,7 @@ from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import load_student
+from lightning_modules.networks.weights import own_weights
 from tests.backbones import moved, private_copy, stock_pipeline_of
 
 PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
@@ -140,3 +141,62 @@ def test_a_network_alone_needs_a_base_that_fits(backbone_folder: Folder, tmp_pat
     with pytest.raises(UserError, match="is a network alone. Make a model folder of it first: export"):
         load_student(file)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by", ["option", "file"])
+def test_a_network_that_predicts_something_else_than_its_base(
+    by: str, backbone_folder: Folder, tmp_path: Path
+) -> None:
+    """SDXL-Lightning's one-step UNet predicts x0, its base the noise."""
+    base = backbone_folder("sdxl")
+    unet = moved(base, 2)
+    save_file(unet.state_dict(), tmp_path / "x0.safetensors")
+    config = json.loads((base / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    how = ("--prediction-type", "sample") if by == "option" else ("--schedule", tmp_path / "own.json")
+    place = ("--base", base, "--start-timestep", 999, *how)
+    call("export", "--checkpoint", tmp_path / "x0.safetensors", *place, "--output", tmp_path / "out")
+    pipe: Any = stock_pipeline_of(base, unet=unet)
+    config = pipe.scheduler.config
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        config, timestep_spacing="trailing", prediction_type="sample"
+    )
+    expected = stock_images(pipe, num_inference_steps=1, guidance_scale=0)
+    drawn = load_generator(tmp_path / "out").images(PROMPTS, SEEDS)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=5e-3)
+
+
+def test_a_network_in_wrappings_is_found(backbone_folder: Folder, tmp_path: Path) -> None:
+    expected = load_parts(backbone_folder("sd15")).denoiser.state_dict()
+    cases: list[Any] = [
+        {"module." + name: value for name, value in expected.items()},
+        {"_orig_mod.module." + name: value for name, value in expected.items()},
+        {"state_dict": {"unet." + name: value for name, value in expected.items()}, "step": torch.ones(())},
+        {"model": expected, "step": 3},
+        {**{"unet." + n: v for n, v in expected.items()}, "vae.encoder.conv_in.weight": torch.ones(1)},
+    ]
+    for content in cases:
+        found = own_weights(content, expected, tmp_path)
+        assert found.keys() == expected.keys() and all(found[n] is v for n, v in expected.items())
+    for name, message in {
+        "lora_unet_down.lora_down.weight": "is a LoRA", "unet.to_q.lora_A.weight": "is a LoRA",
+        "model.diffusion_model.input_blocks.0.0.weight": "single-file checkpoint",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            own_weights({name: torch.ones(1)}, expected, tmp_path)
+
+
+def test_inputs_that_the_family_does_not_give_are_named(backbone_folder: Folder, tmp_path: Path) -> None:
+    folder = private_copy(backbone_folder("sd15"), tmp_path / "own")
+    file = folder / "unet/config.json"
+    config = json.loads(file.read_text())
+    for changes, message in (
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'.*takes inputs beside the prompt"),
+        ({"num_class_embeds": 10}, "num_class_embeds 10"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+          "projection_class_embeddings_input_dim": 64}, "addition_embed_type 'text_time'"),
+        ({"sample_size": None}, "names no picture size"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            load_parts(folder, without=("denoiser", "vae", "text_encoders"))

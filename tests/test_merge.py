@@ -176,7 +176,7 @@ def test_mistakes_are_told_before_any_work(
     for words, message in [
         (["--first", a, "--second", run, "--output", foreign], "holds other files"),
         (["--first", a, "--second", run, "--output", a], "would be replaced"),
-        ([*both, "--weight", "nan"], "--weight: Expected a"),
+        ([*both, "--weight", "nan"], "--weight nan: must be"),
         (["--first", a, "--second", tmp_path / "none", "--output", out], "does not exist"),
         (["--first", a, "--second", inputs / "runs/b", "--output", out], "holds the runs version_0"),
         (["--first", a, "--second", tiny_clip, "--output", out], "model_index.json is missing"),

@@ -1,14 +1,17 @@
 """One role's optimizer, schedule and clipping."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from common.errors import UserError
 from lightning_modules.optimization import RoleOptimization
+from tests.tiny_distillation import Pull, distillation, fit, snapshot
 
 
 def role(optimizer: Any = torch.optim.SGD, learning_rate: float = 1.0, **settings: Any) -> RoleOptimization:
@@ -142,3 +145,28 @@ def test_optimizers_without_such_a_kernel() -> None:
 def test_kernels_that_need_their_step_counts_elsewhere_are_not_chosen() -> None:
     optimizer, _ = role(torch.optim.Adagrad).build([{"params": [nn.Parameter(torch.zeros(1))]}], -1)
     assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_each_role_has_its_own_optimizer_and_norm(tiny_sd: Path, tmp_path: Path) -> None:
+    """The student's rate and norm are a million times the fake score's: nothing of it may move the other."""
+    roles = {
+        "student": RoleOptimization(lambda groups: torch.optim.SGD(groups, lr=1.0), clip_norm=1.0),
+        "fake_score": RoleOptimization(lambda groups: torch.optim.SGD(groups, lr=1e-3), clip_norm=1e-3),
+    }
+    module = distillation(tiny_sd, Pull(3.0), **roles)
+    before: dict[str, torch.Tensor] = {}
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            before.update(snapshot(module))
+
+    run = fit(module, tmp_path, 1, Start())
+    assert [one.param_groups[0]["lr"] for one in run.optimizers] == [1.0, 1e-3]
+
+    def moved(prefix: str) -> float:
+        parts = [(p - before[n]).square().sum() for n, p in module.named_parameters() if n.startswith(prefix)]
+        return float(torch.stack(parts).sum().sqrt())
+
+    assert moved("student.") == pytest.approx(1.0, rel=1e-3)  # rate x norm
+    own = {"scores.", "objective."}  # whose own rate is 0.25, see Pull
+    assert 0 < sum(map(moved, own)) <= 1.01 * (1e-3 * 1e-3 + 0.25 * 1e-3)

@@ -11,7 +11,6 @@ import yaml
 from safetensors.torch import load_file
 
 import cli
-
 from tests.distributed_runs import run_processes
 from tests.tiny_distillation import write_config
 

@@ -118,3 +118,10 @@ class TinyData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = state_dict["position"]
+
+
+class TinySGD(TinyModule):
+    """The same with an optimizer of another kind."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)

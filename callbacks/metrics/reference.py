@@ -35,6 +35,8 @@ VERSION = 1
 """Raised when the statistics of the same pictures change, so that cached ones are made again."""
 UNFRAMED = "as they are"
 """The name of no crop and resize before the network's own."""
+_OTHERS = {".npz", ".npy", ".pkl", ".pickle", ".pt", ".pth", ".mat"}
+_PICTURES = "give the folder of real pictures, whose statistics are then made and kept"
 _TENSORS = ("mean", "covariance", "features")
 
 
@@ -119,8 +121,11 @@ class ReferenceStatistics:
             UserError: no such file, another kind of file, or contents that do not match the stored hash.
         """
         if not Path(path).is_file():
+            raise UserError(f"no reference statistics at {str(path)!r}: {_PICTURES}")
+        if Path(path).suffix in _OTHERS:
             raise UserError(
-                f"no reference statistics at {str(path)!r}: make them with scripts/make_reference.py"
+                f"{str(path)!r} holds statistics of another tool, whose network and resizing may differ, so "
+                f"that a distance to them would mean nothing: {_PICTURES}"
             )
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -130,7 +135,7 @@ class ReferenceStatistics:
             statistics = cls(**tensors, **(words | {"num_images": int(words["num_images"])}))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{str(path)!r} holds no reference statistics: make them with scripts/make_reference.py"
+                f"{str(path)!r} holds no reference statistics of this project: {_PICTURES}"
             ) from error
         if statistics.content_hash != stored:
             raise UserError(

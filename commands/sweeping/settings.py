@@ -20,6 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from commands.config_errors import explain
+from commands.config_files import check_size
 from common.errors import UserError, first_line
 from common.files import asset_path
 
@@ -155,8 +156,9 @@ def _mapping(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the sweep {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"the sweep {path} is no YAML: {' '.join(str(error).split())}") from error
+    check_size(given, path)
     if not isinstance(given, dict):
         raise UserError(f"{path} is no sweep: it must map base, space, metric, direction and trials")
     return given

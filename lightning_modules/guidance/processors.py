@@ -136,7 +136,7 @@ class NegativeCrossAttention:
         return self.text.cache[self.index]
 
     def _projected(self, attn: Any, x: Tensor, norm: Any) -> Tensor:
-        """Heads [B, H, L, d] of a projection [B, L, H d], normed in each head, or in SANA over all of them."""
+        """Heads [B, H, L, d] of a projection [B, L, H d], normed in each head, or (SANA) over all of them."""
         if isinstance(self.stock, SanaAttnProcessor2_0):
             return _split_heads(_normed(norm, x), attn.heads)
         return _normed(norm, _split_heads(x, attn.heads))

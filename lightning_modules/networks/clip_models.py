@@ -98,7 +98,7 @@ class TransformersClip(Clip):
     def __init__(self, path: str) -> None:
         wanted = model_name(path)
         folder = asset_path(wanted.name)
-        source, version = str(folder), {"revision": wanted.revision or "main"}
+        source, version = str(folder), {"revision": wanted.revision or "main", "trust_remote_code": False}
         if folder.is_dir():
             _check_towers(path, read_json(folder / "config.json"))
         elif not may_be_hub_name(wanted.name):

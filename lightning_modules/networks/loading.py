@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
@@ -92,7 +92,7 @@ def _hub_folder(wanted: ModelName) -> Path:
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise UserError(
             f"The model folder {wanted.name} does not exist here, and as a Hugging Face hub name it can't be "
-            f"fetched: {first_line(error)} Check the path or the name. Without a network: "
+            f"fetched: {first_line(error)} {missing_advice(wanted.name)} Without a network: "
             f"{missing.rstrip('.')}. On a machine that has one: hf download {wanted.name}{revision}"
         ) from error
 
@@ -193,6 +193,11 @@ def noise_schedule(scheduler: SchedulerMixin, tokens: int | None = None) -> Nois
             f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas and is none of "
             "rectified flow. Give a model with a DDIM, DDPM, PNDM, Euler, FlowMatchEuler … scheduler."
         )
+    if not len(table) or not bool(torch.as_tensor(table).isfinite().all()):
+        raise UserError(
+            f"The schedule of {name} (scheduler/scheduler_config.json) has no steps, or some that are not "
+            "numbers."
+        )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise UserError(
@@ -240,8 +245,16 @@ def _marked(part: Path, variant: str | None) -> list[Path]:
     return [path for path in sorted(part.glob("*.*.*")) if variant and mark.fullmatch(path.name)]
 
 
+def scheduler_of(file: Path) -> DDIMScheduler:
+    """A scheduler with the constants of a scheduler_config.json."""
+    try:
+        return DDIMScheduler.from_config(read_json(file))
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{file} is no scheduler_config.json: {first_line(error)}") from error
+
+
 def read_weights(file: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors or .bin file by name, on the CPU; runs no code from the file."""
+    """The tensors of a .safetensors, .bin or .pt file by name, on the CPU; runs no code from the file."""
     if file.suffix == ".safetensors":
         return load_file(file)
     content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -304,7 +317,7 @@ def _tokenizer(folder: Path, name: str, kind: Any) -> Any:
             f"{part} has its vocabulary in spiece.model, which takes the library sentencepiece to read. "
             'Install it: pip install -e ".[pixart]"'
         )
-    return _load(folder, name, lambda: kind.from_pretrained(part))
+    return _load(folder, name, lambda: kind.from_pretrained(part, trust_remote_code=False))
 
 
 def _network(model: ModelName, name: str, kind: Any) -> Any:

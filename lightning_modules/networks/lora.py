@@ -5,6 +5,7 @@ Checkpoints hold the adapter alone, a few per cent of the network. The base is n
 with a hash of its weights: a base that has changed since is refused rather than used.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, check_range
 from lightning_modules.networks.backbones import Backbone
 from lightning_modules.networks.model_names import model_name
 from lightning_modules.networks.weights import difference, hide_from_state_dict
@@ -44,10 +45,11 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0 or not self.targets:
+        check_range("the LoRA rank", self.rank, 1, 8192)
+        if not 0 < self.alpha < math.inf or not 0.0 <= self.dropout < 1.0 or not self.targets:
             raise UserError(
                 f"LoRA settings rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, "
-                f"targets={self.targets} can't work: rank must be at least 1, alpha above 0, dropout in "
+                f"targets={self.targets} can't work: alpha must be finite and above 0, dropout in "
                 "[0, 1), targets not empty."
             )
 

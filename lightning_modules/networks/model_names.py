@@ -7,11 +7,11 @@
 NAME is a folder or a model of the Hugging Face hub; a revision (branch, tag or commit) is the hub's only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import asset_path
+from common.files import ROOT, asset_path
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,23 @@ def model_name(given: str | Path) -> ModelName:
     if mark and not variant:
         raise UserError(f"There is no variant behind the # of {text}. Give e.g. owner/model#fp16.")
     return ModelName(name, revision or None, variant if mark else None)
+
+
+def is_bundled(given: str | Path) -> bool:
+    """Whether a model is one of those in assets/."""
+    return asset_path(model_name(given).name).resolve().is_relative_to(ROOT / "assets")
+
+
+def lasting_name(given: str | Path) -> str:
+    """The name by which a model is found from any working folder: of a folder or file its absolute path.
+
+    What the project brings, and names of the hub, stay as they are.
+    """
+    wanted = model_name(given)
+    place = Path(wanted.name).expanduser()
+    if not place.exists() or (ROOT / place).exists() and place.samefile(ROOT / place):
+        return str(given)
+    return str(replace(wanted, name=str(place.resolve())))
 
 
 def may_be_hub_name(name: str) -> bool:

@@ -16,6 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
+from common.files import nearest_path
+from common.processes import say
 from lightning_modules.checkpoints import check_format, is_sharded
 from lightning_modules.checkpoints import read as read_content
 from lightning_modules.networks.backbones import BACKBONES
@@ -28,6 +30,7 @@ from lightning_modules.networks.loading import (
     pipeline_folder,
     read_json,
     read_weights,
+    scheduler_of,
 )
 from lightning_modules.networks.lora import (
     LoraSettings,
@@ -37,13 +40,14 @@ from lightning_modules.networks.lora import (
     add_adapter,
     fold,
 )
+from lightning_modules.networks.model_names import lasting_name
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
-from lightning_modules.networks.weights import content_hash, difference, other_value
+from lightning_modules.networks.weights import content_hash, difference, other_value, own_weights
 
 Weights = Literal["ema", "online"]
 PREFIX = "student."
 CLASS = "_class_name"
-NETWORK_FILES = (".safetensors", ".bin", ".pth")  # what others publish beside whole pipelines
+NETWORK_FILES = (".safetensors", ".bin", ".pth", ".pt")  # what others publish beside whole pipelines
 DENOISERS = {kind.__name__: kind for _, kind in (backbone.denoiser for backbone in BACKBONES)}
 
 
@@ -76,18 +80,24 @@ def is_checkpoint(path: str | Path) -> bool:
     return Path(path).suffix == ".ckpt" or asset_path(path).is_file()
 
 
-def student_path(name: str) -> str:
-    """What `load_student` reads: of a run folder its best.ckpt (or else last.ckpt), of others the name."""
+def student_path(name: str, runs: str | Path = "runs") -> str:
+    """What `load_student` reads: the one way in which all commands name a model.
+
+    Of a run folder it is its best.ckpt (or else last.ckpt), of `best` and `last` that of the newest run under
+    `runs` (see `resolve_checkpoint`), of a .ckpt, a pipeline's folder or a hub name the name itself.
+    """
     folder = asset_path(name)
+    if name in ("best", "last") and not folder.exists():
+        return str(resolve_checkpoint(name, runs))
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return name
     for file in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / file).exists():  # a folder where it is in shards
             return str(folder / "checkpoints" / file)
-    if runs := sorted(folder.glob("version_*")):
+    if versions := sorted(folder.glob("version_*")):
         raise UserError(
-            f"{name} holds the runs {', '.join(run.name for run in runs[:8])}. Give one of them, "
-            f"e.g. {runs[-1]}."
+            f"{name} holds the runs {', '.join(run.name for run in versions[:8])}. Give one of them, "
+            f"e.g. {versions[-1]}."
         )
     if (folder / "config.yaml").is_file():
         raise UserError(
@@ -97,23 +107,28 @@ def student_path(name: str) -> str:
     return name
 
 
-def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStudent:
+def load_student(
+    path: str | Path, weights: Weights | None = None, teacher: str | None = None
+) -> LoadedStudent:
     """Load a student in float32 on the CPU.
 
     Args:
         path: a .ckpt file of a training run, a folder written by `export`, or any model's folder or hub name
             (a teacher, say), which then starts from the last timestep of its own schedule.
         weights: which weights of a checkpoint; None takes the average (EMA) if there is one.
+        teacher: where the teacher of a checkpoint lies now; None: where it was in training.
 
     Raises:
         UserError: the path is missing or not such a thing, or has no such weights.
     """
     if is_checkpoint(path):
-        return _from_checkpoint(asset_path(path), weights)
+        return _from_checkpoint(asset_path(path), weights, teacher)
     if weights is not None:
         raise UserError(
             f"{path} is a folder, which has one set of weights. Choose weights={weights!r} of a .ckpt only."
         )
+    if teacher is not None:
+        raise UserError(f"{path} is a folder with all its parts; leave --teacher out.")
     folder = pipeline_folder(path)
     parts = load_parts(path)
     facts = read_json(folder / MARKER) if is_own_export(folder) else {}
@@ -122,16 +137,34 @@ def load_student(path: str | Path, weights: Weights | None = None) -> LoadedStud
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
 
 
-def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStudent:
+def load_network_file(
+    path: Path,
+    base: str,
+    start_timestep: int,
+    prediction_type: str | None = None,
+    schedule: Path | None = None,
+) -> LoadedStudent:
     """The student whose network is in the file, with all other parts, and the schedule, of `base`.
 
-    The file (.safetensors or .bin) has weights by diffusers' names, `base` is a folder or hub name of a model
-    with the same network.
+    The file has weights by diffusers' names, also in wrappings and under a prefix; `base` is a folder or hub
+    name of a model with the same network.
+
+    Args:
+        prediction_type: what the network predicts, where that is not what `base` does.
+        schedule: a scheduler_config.json, where its schedule is not that of `base`.
     """
     parts = load_parts(base)
+    if schedule is not None:
+        parts.scheduler = scheduler_of(schedule)
+    if prediction_type is not None:
+        parts.scheduler.register_to_config(prediction_type=prediction_type)
+    noise_schedule(parts.scheduler)
     try:
-        weights = read_weights(path)
-        found = difference(weights, parts.denoiser.state_dict(), ("file", "base"))
+        expected = parts.denoiser.state_dict()
+        weights = own_weights(read_weights(path), expected, path)
+        found = difference(weights, expected, ("file", "base"))
+    except UserError:
+        raise
     except Exception as error:  # OSError, SafetensorError, pickle and zip errors; other things than tensors
         raise UserError(f"{path} can't be read: {first_line(error)} Fetch it again.") from error
     if found:
@@ -144,26 +177,33 @@ def load_network_file(path: Path, base: str, start_timestep: int) -> LoadedStude
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
     """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
 
-    Runs of other modules (pretraining) are passed over; a damaged file is not, so that no older one is taken
-    in its place unnoticed.
+    Finished runs go before others. Runs of other modules (pretraining) are passed over; a damaged file is
+    not, so that no older one is taken in its place unnoticed. Says which it is.
     """
     if name not in ("best", "last"):
         path = asset_path(name)
         if not (path.is_file() or is_sharded(path)):
-            raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
+            what = "is neither a checkpoint nor an exported student." if path.exists() else "does not exist."
+            hint = (
+                "" if path.exists() else nearest_path(name)
+            ) or "Give a .ckpt, a run folder, best or last."
+            raise UserError(f"The checkpoint {name} {what} {hint}")
         return path
     # Two files can carry the same time on coarse clocks; the higher version is the later run then.
     files = sorted(
         Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
-        key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
+        key=lambda file: (_is_finished(file), file.stat().st_mtime_ns, _version(file), str(file)),
         reverse=True,
     )
-    newest = next((file for file in files if _is_distillation(read_content(file))), None)
+    newest = next((file for file in files if _is_distillation(read_content(file, whole=False))), None)
     if newest is None:
         raise UserError(
             f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
             "Run `fit` first, or give a .ckpt file."
         )
+    state = "finished" if _is_finished(newest) else "not finished"
+    others = sorted({file.parents[2].name for file in files} - {newest.parents[2].name})
+    say(f"{name}: {newest} ({state}{', beside runs of ' + ', '.join(others) if others else ''})")
     return newest
 
 
@@ -211,10 +251,26 @@ def _is_distillation(content: Any) -> bool:
     return isinstance(content, dict) and {"one_step", "state_dict"} <= content.keys()
 
 
-def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
+def _from_checkpoint(path: Path, weights: Weights | None, teacher: str | None) -> LoadedStudent:
     """Build the student of a checkpoint and put it in its teacher's place."""
     content = read_checkpoint(path)
+    try:
+        return _assembled(content, path, weights, teacher)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds other entries than `fit` writes: {first_line(error)}") from error
+
+
+def _assembled(
+    content: dict[str, Any], path: Path, weights: Weights | None, teacher: str | None
+) -> LoadedStudent:
     facts = dict(content["one_step"])
+    if teacher is not None:
+        base = facts.get("student_base", {})
+        if base.get("path") == facts["teacher"]:
+            facts["student_base"] = base | {"path": teacher}
+        facts["teacher"] = teacher
     state, chosen = student_weights(content, path, weights)
     adapter = None
     if "student_lora" in facts:
@@ -224,7 +280,9 @@ def _from_checkpoint(path: Path, weights: Weights | None) -> LoadedStudent:
     try:
         parts = load_parts(facts["teacher"], denoiser=student.requires_grad_(False).eval())
     except UserError as error:
-        raise UserError(f"The teacher of {path} can't be loaded: {error}") from error
+        raise UserError(
+            f"The teacher of {path} can't be loaded: {error} If it lies elsewhere now, give --teacher FOLDER."
+        ) from error
     start = int(facts["start_timestep"])
     parts.scheduler = one_step_scheduler(parts.scheduler, start)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
@@ -307,7 +365,7 @@ def make_student(
     student.requires_grad_(True).train()
     if lora is None:
         return student, None
-    base = StudentBase(init or teacher, content_hash(student))
+    base = StudentBase(lasting_name(init or teacher), content_hash(student))
     add_adapter(student, lora)
     return student, base
 
@@ -352,6 +410,15 @@ def _settings(network: nn.Module) -> dict[str, Any]:
             value = value[0]
         settings[name] = value or False
     return settings
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint has come to its end: its report says so."""
+    report = checkpoint.parents[1] / "report.json"
+    try:
+        return bool(read_json(report).get("finished", True)) if report.is_file() else False
+    except (UserError, AttributeError):  # damaged: then it doesn't say so
+        return False
 
 
 def _version(checkpoint: Path) -> int:

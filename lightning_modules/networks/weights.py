@@ -1,12 +1,16 @@
 """Whether stored weights are those of a model, said in words."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.hashing import hash_tensors
+
+_WRAPPINGS = ("state_dict", "model", "module", "generator", "unet", "transformer")
+_ORIGINAL = ("input_blocks.", "double_blocks.", "joint_blocks.")
 
 
 def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -29,7 +33,10 @@ def difference(
     (61 of 120 weights differ)"; None if all agree. `words` are what the two are called.
     """
     names = [*expected, *(name for name in given if name not in expected)]
-    shapes = [{name: list(tensor.shape) for name, tensor in side.items()} for side in (given, expected)]
+    shapes = [
+        {name: list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in side.items()}
+        for side in (given, expected)
+    ]
     odd = [name for name in names if shapes[0].get(name) != shapes[1].get(name)]
     if not odd:
         return None
@@ -38,6 +45,34 @@ def difference(
         for side, word in zip(shapes, words, strict=True)
     ]
     return f"{odd[0]} {' and '.join(places)} ({len(odd)} of {len(names)} weights differ)"
+
+
+def own_weights(content: Any, expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a network in what a file holds: out of wrappings, without a common prefix of names.
+
+    Such are {"state_dict": ...}, and "module.", "_orig_mod.", "unet." before all names. `expected` are the
+    network's own.
+
+    Raises:
+        UserError: the file is a LoRA, or a whole model in the original naming.
+    """
+    while inner := [content[name] for name in _WRAPPINGS if isinstance(content.get(name), Mapping)]:
+        content = inner[0]
+    names = [str(name) for name in content]
+    if any("lora" in name.lower() for name in names):
+        raise UserError(
+            f"{path} is a LoRA, an adapter and no network: put it into its model first (diffusers: "
+            "pipe.load_lora_weights, pipe.fuse_lora, pipe.save_pretrained), and name that folder."
+        )
+    if any(part in name for name in names for part in _ORIGINAL):
+        raise UserError(
+            f"{path} is a model in the original naming (a single-file checkpoint, as web UIs use): convert "
+            "it (diffusers: Pipeline.from_single_file(FILE).save_pretrained(FOLDER)), and name the folder."
+        )
+    first = next(iter(expected))
+    prefixes = [name.removesuffix(first) for name in names if name.endswith(first)]
+    prefix = max(prefixes, key=lambda p: sum(p + name in content for name in expected), default="")
+    return {name.removeprefix(prefix): content[name] for name in names if name.startswith(prefix)}
 
 
 def other_value(given: Mapping[str, Any], expected: Mapping[str, Any], words: tuple[str, str]) -> str | None:

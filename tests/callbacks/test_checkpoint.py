@@ -15,6 +15,7 @@ from callbacks.checkpoint import RunCheckpoint
 from callbacks.resume import differences, explain_mismatch
 from callbacks.run_folder import RunFolder, read_checkpoint
 from common.errors import UserError
+from lightning_modules.checkpoints import read
 from tests.tiny_run import TinyData, TinyModule, TinyTwoRoles
 
 
@@ -261,3 +262,41 @@ def test_random_states_are_those_of_the_checkpoint_at_the_first_batch(tmp_path: 
     cut.fails_at = -1
     run(tmp_path / "cut", cut)
     assert torch.equal(torch.cat(alone.seen), torch.cat(cut.seen)) and len(alone.seen) == 4
+
+
+def test_a_file_gives_way_to_a_folder_of_shards_and_back(tmp_path: Path) -> None:
+    for is_folder in (False, True, False):
+        temporary = tmp_path / "saving.tmp"
+        if is_folder:
+            temporary.mkdir()
+            (temporary / "meta.pt").write_text("x")
+        else:
+            temporary.write_text("x")
+        files.publish(temporary, [tmp_path / "last.ckpt"])
+        assert (tmp_path / "last.ckpt").is_dir() == is_folder
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "permissions"),
+        (errno.ENOENT, "bring it back"),
+        (errno.EIO, "disk"),
+    ],
+)
+def test_each_failure_to_write_has_its_advice(number: int, advice: str) -> None:
+    assert advice in files.why_not_written(OSError(number, "told"))
+    assert files.why_not_written(RuntimeError("of another kind")) == "of another kind"
+
+
+def test_a_damaged_checkpoint_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(10_000)}}, path)
+    read(path)
+    data = bytearray(path.read_bytes())
+    data[20_000:20_200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its check sum"):
+        read(path)

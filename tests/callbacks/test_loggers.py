@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 from callbacks.loggers import MetricsCSV
@@ -110,3 +111,16 @@ def test_a_measurement_repeated_in_a_resumed_session_replaces_the_first(tmp_path
     assert read(tmp_path / "metrics.csv") == [
         {"step": "2", "loss": "0.5", "test/fd": "3.5", "test/clip": "0.5"},
     ]
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe", b'step,a\n1,"' + b"x" * 2_000_000, None])
+def test_a_damaged_table_is_kept_aside(content: bytes | None, tmp_path: Path) -> None:
+    table = tmp_path / "metrics.csv"
+    table.mkdir() if content is None else table.write_bytes(content)
+    logger = MetricsCSV(tmp_path, 3)
+    with pytest.warns(UserWarning, match="can't be continued .* it is kept as metrics.damaged-"):
+        logger.log_metrics({"a": 1.0}, 4)
+    logger.finalize("success")
+    assert table.read_text().split() == ["step,a", "4,1"]
+    (aside,) = tmp_path.glob("metrics.damaged-*")
+    assert aside.is_dir() if content is None else aside.read_bytes() == content

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.resume import apply_groups
+from callbacks.resume import apply_groups, replace_foreign_states
 
 
 def optimizer_with_state(device: str) -> tuple[torch.optim.Adam, nn.Parameter]:
@@ -40,3 +40,25 @@ def test_the_count_itself_is_kept() -> None:
     optimizer.step()
     assert optimizer.state[weight]["step"].item() == 4
     assert (weight < 0).all()
+
+
+def test_the_state_of_another_optimizer_is_left_out() -> None:
+    """Its learning rate stays, which a schedule has moved; of the same kind everything does."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    adam = torch.optim.Adam([weight], lr=0.1)
+    adam.step()
+    adam.param_groups[0] |= {"lr": 0.05, "initial_lr": 0.1}
+    for other in (torch.optim.RMSprop([weight], lr=0.3), torch.optim.SGD([weight], lr=0.3)):
+        other.param_groups[0]["initial_lr"] = 0.3
+        states = [adam.state_dict()]
+        with pytest.warns(
+            UserWarning, match=f"of another kind than {type(other).__name__}, which starts anew"
+        ):
+            replace_foreign_states(states, [other])
+        other.load_state_dict(states[0])
+        other.step()
+        assert (other.param_groups[0]["lr"], other.param_groups[0]["initial_lr"]) == (0.05, 0.1)
+    states = [adam.state_dict()]
+    replace_foreign_states(states, [torch.optim.Adam([weight], lr=0.3)])
+    assert states[0]["state"][0]["step"] == 1

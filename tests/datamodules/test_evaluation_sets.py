@@ -235,3 +235,13 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
         PromptPairs(str(write(tmp_path / "pairs.txt"))).load()
     with pytest.raises(UserError, match="sample is 9, but .* has 4 captions"):
         CaptionFile(str(path), sample=9).load()
+
+
+def test_coco_pairs_pictures_by_their_ids(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    annotations = [{"image_id": i, "caption": f"{i}"} for i in (2, 1, 2, 3)]
+    images = [{"id": i, "file_name": f"{i}.png"} for i in (1, 2, 3)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    for found in (CocoCaptions(str(path), one_per_image=True), CocoCaptions(str(path), sample=3),
+                  Coco30kSwiftBrush(str(path), count=3)):  # fmt: skip
+        assert found.file_names() == [f"{caption}.png" for caption in found.load().captions]

@@ -98,3 +98,20 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
         picture_files(tmp_path / "none")
     with pytest.raises(UserError, match="holds no picture"):
         picture_files(tmp_path)
+
+
+def test_more_than_eight_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    expected = np.array(read_picture(tmp_path / "8.png"))
+    for name in ("16.png", "16.tif"):
+        assert np.array_equal(np.array(read_picture(tmp_path / name)), expected)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_without_a_known_white_are_refused(kind: type, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif can't be read: it has values of 32 bits .* save 8"):
+        read_picture(tmp_path / "a.tif")

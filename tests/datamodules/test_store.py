@@ -145,7 +145,7 @@ def test_what_is_dropped_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("a red ship\nhi\n\na ship\na red ship\n" + "long " * 9 + "\na ship\nhi\na house")
     (made,) = PromptPools(str(path), cleaning=Cleaning(3, 20, deduplicate=True)).open()
     assert texts_of(made) == ["a red ship", "a ship", "a house"]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert ("3 of 9 prompts kept (dropped: 1 empty, 1 above 20 characters, 2 repeated, 2 below 3 characters)"
             in said)  # fmt: skip
     assert str(path) in said and "The first: 'a red ship'" in said
@@ -160,7 +160,7 @@ def test_lists_and_small_files_are_cleaned_alike(
     for given, read in ((["a ship", "a house", "a ship"], 3), (str(file), 4)):
         (kept,) = PromptPools(given, cleaning=cleaning).open()
         assert kept.take(np.arange(len(kept))) == ["a ship"]
-        assert f"1 of {read} prompts kept" in capsys.readouterr().out
+        assert f"1 of {read} prompts kept" in capsys.readouterr().err
     with pytest.raises(UserError, match="empty after cleaning: 0 of 4 .*below 8 characters"):
         PromptPools(str(file), cleaning=Cleaning(min_length=8)).open()
 

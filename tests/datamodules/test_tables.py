@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
-from datamodules.tables import is_table, read_texts
+from datamodules.tables import describe, is_table, read_files, read_texts
 
 zstd = partial(pa.compress, codec="zstd", asbytes=True)
 TEXTS = ["a café, at night", "", "日本の山", 'the words "Fly away"', "a ship"]
@@ -159,7 +159,7 @@ def test_reading_holds_one_block_at_a_time(tmp_path: Path) -> None:
         ("objects", b'{"text": "a ship"}\n{"text": "a tree"}\n', ["a ship", "a tree"]),
         ("list.json", b'["a ship", {"text": "a tree"}]', ["a ship", "a tree"]),
         ("lines", b"{a ship}\na tree; text\n", ["{a ship}", "a tree; text"]),
-        ("tabs.txt", b"text\ttwo\n", ["text\ttwo"]),
+        ("tabs.txt", b"a text\ttwo\n", ["a text\ttwo"]),
     ],
 )
 def test_a_table_is_known_by_its_content(name: str, content: bytes, texts: list[str], tmp_path: Path) -> None:
@@ -171,3 +171,68 @@ def test_a_table_is_known_by_its_content(name: str, content: bytes, texts: list[
 def test_a_parquet_file_is_known_without_its_suffix(tmp_path: Path) -> None:
     write_parquet(tmp_path / "shard-0")
     assert list(read_texts(tmp_path / "shard-0")) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "id;prompt\n1;a, ship\n"), ("a.csv", "id\tprompt\n1\ta, ship\n"),
+     ("a.csv", "id|prompt\n1|a, ship\n"), ("a.tsv", 'id,prompt\n1,"a, ship"\n'),
+     ("a.tsv", "id;prompt\n1;a, ship\n"), ("a.tsv", "id\tprompt\n1\ta, ship\n"),
+     ("a.csv", '"id, or none";prompt\n1;a, ship\n'), ("a", "id;prompt\n1;a, ship\n"),
+     ("a.json", '{"prompt": "a, ship"}\n{"prompt": "a, ship"}\n')],
+)  # fmt: skip
+def test_the_separator_is_that_of_the_first_line(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert set(read_texts(tmp_path / name)) == {"a, ship"}
+    assert "prompt" in describe(tmp_path / name)
+
+
+def test_whole_rows_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("id;prompt\n1;a ship\n")
+    with pytest.raises(UserError, match="looks like names of columns, separated by ';'"):
+        list(read_texts(tmp_path / "a.txt"))
+    (tmp_path / "b.csv").write_text("id;name\n1;a ship\n")
+    with pytest.raises(UserError, match=r"\(separated by ';'\) has the columns 'id', 'name'"):
+        list(read_texts(tmp_path / "b.csv"))
+    (tmp_path / "c.txt").write_text("a cat, a text, red\na ship\n")
+    assert len(list(read_texts(tmp_path / "c.txt"))) == 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.csv", "a.jsonl.gz"])
+def test_lines_have_a_limit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {
+        ".txt": b"x" * 2000,
+        ".csv": b'prompt\n"' + b"x\n" * 1000 + b'"\n',
+        ".jso": b'["' + b"x" * 2000 + b'"]',
+    }
+    data = content[name[1:5]]
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    monkeypatch.setenv("ONE_STEP_LONGEST_LINE", "1000")
+    with pytest.raises(UserError, match="longer than 1,000 bytes|field limit"):
+        list(read_texts(tmp_path / name))
+    monkeypatch.setenv("ONE_STEP_LONGEST_LINE", "many")
+    with pytest.raises(UserError, match="ONE_STEP_LONGEST_LINE is 'many'"):
+        list(read_texts(tmp_path / name))
+
+
+def test_captions_name_their_pictures(tmp_path: Path) -> None:
+    """COCO's by the pictures' ids, several captions a picture, in no order; tables by a column."""
+    coco = {
+        "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
+        "annotations": [{"image_id": i, "caption": c} for i, c in ((3, "x"), (7, "y"), (3, "z"))],
+    }
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(coco))
+    assert read_files(path) == ["a.png", "b.png", "a.png"]
+    for missing in ({"annotations": coco["annotations"]}, {**coco, "images": coco["images"][:1]}):
+        path.write_text(json.dumps(missing))
+        with pytest.raises(UserError, match="does not say which picture a caption belongs to"):
+            read_files(path)
+    for name, text in {
+        "t.csv": "file_name;caption\n1.png;a\n",
+        "t.jsonl": '{"image": "1.png", "caption": "a"}',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert read_files(tmp_path / name) == ["1.png"]
+    (tmp_path / "t.csv").write_text("caption\na\n")
+    assert read_files(tmp_path / "t.csv") is None

@@ -335,8 +335,9 @@ def test_sana_equals_the_reference(rule: Method) -> None:
     """Queries and keys normed over all heads, captions projected and normed, masks on both texts."""
     torch.manual_seed(0)
     network = SanaTransformer2DModel(
-        sample_size=4, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
+        sample_size=4, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
         qk_norm="rms_norm_across_heads",
     )  # fmt: skip
     for parameter in network.parameters():

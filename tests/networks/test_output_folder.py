@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from common.errors import UserError
 from common.files import (
     check_output_folder,
     check_writable_folder,
+    claimed,
     filled_at_once,
     unfinished,
     write_text_atomically,
@@ -121,3 +123,26 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"] and file.read_text() == "one"
     write_text_atomically(file, "two")
     assert file.read_text() == "two"
+
+
+@pytest.mark.parametrize("write", [written_at_once, filled_at_once])
+def test_what_a_killed_process_left_is_removed(write: Any, tmp_path: Path) -> None:
+    """But not what a living one still fills."""
+    (tmp_path / ".out.new-01234567").mkdir()
+    (tmp_path / ".out.new-01234567" / "file").write_text("x")
+    with write(tmp_path / "out") as living, write(tmp_path / "out") as folder:
+        assert living.is_dir()
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with (
+        claimed(tmp_path / "run"),
+        pytest.raises(UserError, match="another process is writing into .*run"),
+        claimed(tmp_path / "run"),
+    ):
+        pass
+    with claimed(tmp_path / "run"):
+        pass
+    assert not list((tmp_path / "run").iterdir())

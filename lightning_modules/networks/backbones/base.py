@@ -85,6 +85,8 @@ class Backbone(ABC):
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
         optional: those of them that a folder may leave out (null in model_index.json).
         packing: places of a latent, along a side, that the pipeline puts into one token of the network.
+        conditions: settings by which a denoising network takes further inputs, and the values whose inputs
+            the family gives.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -94,6 +96,7 @@ class Backbone(ABC):
     tokenizers: ClassVar[dict[str, Any]]
     optional: ClassVar[tuple[str, ...]] = ()
     packing: ClassVar[int] = 1
+    conditions: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
         """Those of `text_encoders` or `tokenizers` that a model has."""
@@ -136,10 +139,30 @@ class Backbone(ABC):
         return pipeline
 
     def check_fit(self, parts: TextToImageParts) -> None:
-        """Raise a UserError if a tokenizer's prompts are too long for its text encoder, or widths differ."""
+        """Raise a UserError if prompts are too long for a text encoder, widths differ, or the network takes
+        inputs that the family doesn't give."""
+        part, config = self.denoiser[0], parts.denoiser.config
+        for name, served in self.conditions.items():
+            if (value := config.get(name)) not in served:
+                raise UserError(
+                    f"The part {part!r} in {parts.path} has {name} {value!r} in its config.json: it takes "
+                    f"inputs beside the prompt that a {self.pipeline_class.__name__} doesn't give."
+                )
+        # networks without positions of their own (FLUX) leave it to the autoencoder
+        sizes = config if "sample_size" in config else parts.vae.config
+        if sizes.get("sample_size") is None:
+            raise UserError(
+                f"The part {part!r} in {parts.path} names no picture size: set sample_size in its "
+                "config.json to the side of the latents it was trained on."
+            )
         names = self.present(parts.index, self.tokenizers)
         for name, tokenizer, encoder in zip(names, parts.tokenizers, parts.text_encoders, strict=True):
             longest = getattr(encoder.config, "max_position_embeddings", None)
+            if tokenizer.model_max_length < 2:  # the start and end of a prompt
+                raise UserError(
+                    f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}: "
+                    f"no prompt fits. Set it in {name}/tokenizer_config.json."
+                )
             clip = names[name] is CLIPTokenizer  # others have lengths of their own
             if clip and longest is not None and tokenizer.model_max_length > longest:
                 raise UserError(

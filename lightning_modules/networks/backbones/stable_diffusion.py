@@ -19,6 +19,10 @@ class StableDiffusion(Backbone):
     denoiser = ("unet", UNet2DConditionModel)
     text_encoders = {"text_encoder": CLIPTextModel}
     tokenizers = {"tokenizer": CLIPTokenizer}
+    conditions = {
+        "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None, "text"),
+        "encoder_hid_dim_type": (None, "text_proj"),
+    }  # fmt: skip
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return ClipPromptEncoder(
@@ -52,6 +56,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+    conditions = StableDiffusion.conditions | {"addition_embed_type": (None, "text", "text_time")}
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return SdxlPromptEncoder(
