@@ -67,6 +67,8 @@ def _refuse_epochs(trainer: Any) -> None:
                 f"trainer.{name} is {value}, but the stream of prompts has no epochs: count in student "
                 "updates, by trainer.max_steps and trainer.val_check_interval"
             )
+    check_range("trainer.log_every_n_steps", trainer.log_every_n_steps, 0, 10**12)
+    check_range("trainer.max_steps", trainer.max_steps, -1, 10**12)
     every = trainer.val_check_interval
     if isinstance(every, bool) or not isinstance(every, int | None) or every == 0:
         raise UserError(f"trainer.val_check_interval is {every!r}: give a number of steps, 1 or more")
