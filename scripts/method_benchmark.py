@@ -117,7 +117,8 @@ class Judge:
         results = evaluate_model(lambda _, seeds: pictures[seeds], self.captions, self.metrics, 64)
         values = {metric.name: float(results[metric.name]["value"]) for metric in self.metrics}
         several = [caption for caption in self.captions[:128] for _ in range(4)]
-        features = normalize(self.features(draw(several, list(range(10_000, 10_512)))), dim=1)
+        seeds = [10_000 + place for place in range(len(several))]
+        features = normalize(self.features(draw(several, seeds)), dim=1)
         cosines = (groups := features.unflatten(0, (-1, 4))) @ groups.mT
         values["diversity"] = 1 - float((cosines.sum((1, 2)) - 4).mean() / 12)
         return {"values": values, "features": self.features(pictures), "pictures": pictures[:SHOWN]}
@@ -142,21 +143,19 @@ def in_passes(draw: Callable[[list[str], list[int]], Tensor]) -> Callable[[list[
     )
 
 
-def samples_folder(folder: Path) -> Path:
+def draw_samples(place: Path) -> None:
     """The teacher's samples, drawn once for all budgets."""
-    place = folder.parent / "teacher-samples"
     cli.main([
         "draw-teacher", f"--model={asset_path(TEACHER)}", f"--prompts={CAPTIONS}", f"--output={place}",
         f"--count={SAMPLES}",
     ])  # fmt: skip
-    return place
 
 
-def changes(cell: Cell, updates: int, folder: Path, batch_size: int) -> dict[str, Any]:
+def changes(cell: Cell, updates: int, samples: Path, batch_size: int) -> dict[str, Any]:
     """What the cell's configuration has instead of the method's own one."""
     data: dict[str, Any] = {"batch_size": batch_size, "eval_size": 64}
     if METHODS[cell.method][2]:
-        data["real"] = {"folder": str(folder.parent / "teacher-samples"), "batch_size": batch_size}
+        data["real"] = {"folder": str(samples), "batch_size": batch_size}
     return {
         "seed_everything": cell.seed,
         "model": {"init_args": {"start_timestep": 625, "ema_decay": 0.95, "seed": cell.seed}},
@@ -170,11 +169,11 @@ def changes(cell: Cell, updates: int, folder: Path, batch_size: int) -> dict[str
     }  # fmt: skip
 
 
-def configure(cell: Cell, updates: int, folder: Path, batch_size: int) -> list[str]:
-    """The options of the cell's `fit`; writes its own part of the configuration."""
+def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size: int) -> list[str]:
+    """The options of the cell's `fit` in this folder; writes its own part of the configuration."""
     place = folder / cell.name
     place.mkdir(parents=True, exist_ok=True)
-    own = yaml.safe_dump(changes(cell, updates, folder, batch_size), sort_keys=False)
+    own = yaml.safe_dump(changes(cell, updates, samples, batch_size), sort_keys=False)
     (place / "cell.yaml").write_text(own)
     method = asset_path(f"configs/experiment/{METHODS[cell.method][1]}.yaml")
     return [
@@ -183,7 +182,7 @@ def configure(cell: Cell, updates: int, folder: Path, batch_size: int) -> list[s
     ]  # fmt: skip
 
 
-def operations(method: str, folder: Path, batch_size: int) -> float:
+def operations(method: str, folder: Path, samples: Path, batch_size: int) -> float:
     """Floating-point operations of one student update with all that it plans beside it; counted once."""
     kept = folder / "operations" / f"{method}.json"
     if not kept.is_file():
@@ -195,20 +194,18 @@ def operations(method: str, folder: Path, batch_size: int) -> float:
 
         place = folder / "operations"
         with patch.object(OneStepDistillation, "training_step", counted):
-            words = configure(Cell(method, 0), 1, place, batch_size)
-            words[-2] = f"--trainer.default_root_dir={place}"
-            cli.main(["fit", *words])
+            cli.main(["fit", *configure(Cell(method, 0), 1, place, samples, batch_size)])
         write_text_atomically(kept, json.dumps(counter.get_total_flops()))
         shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
 
 
-def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, batch_size: int) -> bool:
+def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path, batch_size: int) -> bool:
     """Run a cell unless it is finished; False if it failed."""
     place = folder / cell.name
     if (place / "result.pt").is_file():
         return True
-    command = [*fit_command(), *configure(cell, updates, folder, batch_size), "--ckpt_path", "last"]
+    command = [*fit_command(), *configure(cell, updates, folder, samples, batch_size), "--ckpt_path", "last"]
     with (place / "output.log").open("wb") as output:
         env = environment(1, 0)
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
@@ -275,13 +272,15 @@ def main(words: Sequence[str] | None = None) -> None:
     conditions = [one.split("=", 1) for one in options.only]
     cells = [Cell(method, seed) for seed in SEEDS for method in METHODS]
     cells = [cell for cell in cells if all(str(getattr(cell, key)) == value for key, value in conditions)]
-    judge, whole = Judge(folder), True
+    judge, whole, samples = Judge(folder), True, folder.parent / "teacher-samples"
     for cell in () if options.report_only else cells:
         if METHODS[cell.method][2]:
-            samples_folder(folder)
-        budget = options.updates * operations("swiftbrush", folder, options.batch_size)
-        updates = max(1, round(budget / operations(cell.method, folder, options.batch_size)))
-        whole &= run_cell(cell, updates, judge, folder, options.batch_size)
+            draw_samples(samples)
+        costs = [
+            operations(name, folder, samples, options.batch_size) for name in ("swiftbrush", cell.method)
+        ]
+        updates = max(1, round(options.updates * costs[0] / costs[1]))
+        whole &= run_cell(cell, updates, judge, folder, samples, options.batch_size)
         write_report(folder, judge)
     write_report(folder, judge)
     missing = [cell.name for cell in cells if not (folder / cell.name / "result.pt").is_file()]
