@@ -315,6 +315,11 @@ class TrainerCLI(LightningCLI):
         """Run; a checkpoint that does not fit the model is explained in one message."""
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit; a stop in training is ours
+                say("interrupted; the folder of a run that hasn't begun is removed")
+                raise KeyboardInterrupt from error
+            raise
         except SIGTERMException as error:
             raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
         except (MemoryError, OSError, RuntimeError) as error:

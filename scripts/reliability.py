@@ -423,6 +423,7 @@ class Process:
             os.dup2(output, 1)
             os.dup2(output, 2)
             signal.alarm(3 * SECONDS)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
             prepare()
             sys.argv = ["cli.py", *words]
             code = 0
@@ -458,8 +459,6 @@ class Process:
 def resumed(*words: str) -> bool:
     """Whether the run goes on to its end, with each step once in metrics.csv."""
     status, _ = Process(fit("--ckpt_path", "last", f"--trainer.max_steps={STEPS}", *words)).end()
-    if status:
-        print(_)
     rows = Path("runs/tiny/version_0/metrics.csv").read_text().splitlines()[1:]
     steps = [row.split(",")[0] for row in rows]
     return status == 0 and len(set(steps)) == len(steps) and steps[-1:] == [str(STEPS)]
@@ -492,7 +491,6 @@ def faults() -> Iterator[tuple[str, bool]]:
     run = Process(begin)
     time.sleep(0.5)
     status, text = run.end(signal.SIGINT)
-    print(text[-2000:])
     yield "Ctrl-C in set-up", status == 130 and "interrupted" in text and "Traceback" not in text
     run = fresh()
     while Path("runs").exists() and run.runs():
