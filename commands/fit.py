@@ -316,8 +316,9 @@ class TrainerCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit; a stop in training is ours
-                say("interrupted; the folder of a run that hasn't begun is removed")
+            begun = self.run_folder is not None and self.run_folder.started
+            if isinstance(error.__context__, KeyboardInterrupt) and not begun:
+                say("interrupted before the first update; a new run's folder is removed")
                 raise KeyboardInterrupt from error
             raise
         except SIGTERMException as error:
