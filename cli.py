@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import importlib
@@ -33,6 +32,13 @@ COMMANDS = {
     "app": ("commands.app", "a local page to try a student beside its teacher"),
 }
 """Module and help of each command. The module has a dataclass `Options` and `run(options)`."""
+OTHER_WORDS = {
+    "train": "fit", "distill": "fit", "distil": "fit", "resume": "fit", "eval": "evaluate",
+    "measure": "evaluate", "sample": "generate", "infer": "generate", "inference": "generate",
+    "draw": "generate", "convert": "export", "push": "export", "search": "sweep", "tune": "sweep",
+    "report": "compare", "demo": "app", "serve": "app",
+}  # fmt: skip
+"""What others call a command."""
 
 
 def usage() -> str:
@@ -59,8 +65,9 @@ def run_command(args: list[str]) -> None:
         raise SystemExit(0 if args else 2)
     command = args[0]
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        close = difflib.get_close_matches(command, [*COMMANDS, *OTHER_WORDS], n=1)
+        known = OTHER_WORDS.get(close[0], close[0]) if close else None
+        hint = f"did you mean {known!r}?" if known else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}; {hint}")
     try:
         _run(command, args)
@@ -72,21 +79,16 @@ def run_command(args: list[str]) -> None:
 
 def _run(command: str, args: list[str]) -> None:
     path, description = COMMANDS[command]
+    if path == TRAINER and {"-h", "--help"} & {*args}:
+        print(importlib.import_module("commands.trainer_help").text(command, description))
+        raise SystemExit(0)
     # here, as most commands import torch: seconds that the list of commands need not take
     module = importlib.import_module(path)
     if path == TRAINER:
         module.TrainerCLI(args)
         return
-    settings = {"prog": f"cli.py {command}", "description": description}
-    if hasattr(module, "Options"):
-        options = importlib.import_module("commands.options").parse(module.Options, args[1:], **settings)
-    elif hasattr(module, "parse"):
-        options = module.parse(args[1:], **settings)
-    else:
-        parser = argparse.ArgumentParser(prog=settings["prog"], description=description)
-        module.add_arguments(parser)
-        options = parser.parse_args(args[1:])
-    module.run(options)
+    parse = importlib.import_module("commands.options").parse
+    module.run(parse(module.Options, args[1:], prog=f"cli.py {command}", description=description))
 
 
 def _readable(arg: str) -> str:

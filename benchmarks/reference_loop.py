@@ -42,7 +42,7 @@ class ReferenceLoop:
     ) -> None:
         self.settings, self.objective = settings, settings["objective"]["init_args"]
         self.device, self.precision = device, precision
-        parts, lora = load_parts(settings["teacher"]), settings["lora"]
+        parts, lora = load_parts(settings["teacher"]), settings["fake_score"]["lora"]
         self.student = load_parts(settings["teacher"]).denoiser.to(device).train()
         self.scores = parts.denoiser.to(device, precision).requires_grad_(False)
         lora = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"])

@@ -59,7 +59,7 @@ def configuration(options: dict[str, Any]) -> dict[str, Any]:
     config = content_of(CONFIG)
     model = config["model"]["init_args"]
     model |= {"teacher": options["folder"], **options["changes"]}
-    model["lora"]["rank"] = options["rank"]
+    model["fake_score"]["lora"]["rank"] = options["rank"]
     config["data"]["init_args"]["batch_size"] = options["batch"]
     return {"model": config["model"], "data": config["data"]}
 

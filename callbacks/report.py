@@ -4,6 +4,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.evaluated import Student, as_student, weights_of
 from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.loggers import MetricsCSV
 from callbacks.logging_media import log_config, log_report
 from callbacks.metrics.manifest import make_report
 from callbacks.run_folder import CONFIG_NAME, run_dir
@@ -45,10 +47,15 @@ class StepTimer:
 
     def seconds_per_step(self) -> float | None:
         """The median once warm, None before any step."""
-        if not self._marks:
-            return None
+        return statistics.median(seconds) if (seconds := self._warm()) else None
+
+    def quartiles(self) -> list[float] | None:
+        """Between which the middle half of them lies, None before the second step."""
+        return statistics.quantiles(seconds, n=4)[::2] if len(seconds := self._warm()) > 1 else None
+
+    def _warm(self) -> list[float]:
         seconds = [_seconds(*marks) for marks in self._marks]
-        return statistics.median(seconds[min(_WARM_UP, len(seconds) // 2) :])
+        return seconds[min(_WARM_UP, len(seconds) // 2) :]
 
 
 def _mark(device: torch.device) -> Any:
@@ -68,11 +75,12 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 class RunReport(Callback):
-    """report.json, report.md, report.html and manifest.json in the run folder, at the end of ``fit``.
+    """report.json, .md, .html and manifest.json in the run folder, at each validation and at the end.
 
-    Takes its numbers from the run's Evaluation (if there is one), its pictures from ``samples/``, its curves
-    from ``metrics.csv``. Prints the table of results and where report.html lies. The timing goes into
-    checkpoints, so that a finished run whose report is completed later keeps that of its training.
+    At a validation it says what that has measured, and that the run isn't finished. Takes its numbers from
+    the run's Evaluation (if there is one), its pictures from ``samples/``, its curves from ``metrics.csv``.
+    At the end it prints the table of results and where report.html lies. The timing goes into checkpoints, so
+    that a finished run whose report is completed later keeps that of its training.
     """
 
     def __init__(self) -> None:
@@ -96,6 +104,23 @@ class RunReport(Callback):
         """Stop the clock."""
         self.timer.stop(pl_module.device, len(batch["prompts"]) * trainer.world_size)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is known so far."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        student = as_student(pl_module)
+        weights, found = weights_of(student), FinalResults(student.student_steps, "")  # on all processes
+        if not trainer.is_global_zero:
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        evaluation = next((one for one in callbacks if isinstance(one, Evaluation) and one.measured), None)
+        if evaluation is not None:
+            count = max(result["num_images"] for result in evaluation.measured.values())
+            # the validation step draws caption i from seed i, whatever the seed of the final evaluation
+            manifest = evaluation.manifest(trainer, count, 0, {"student": None}, weights)
+            found = FinalResults(student.student_steps, weights, evaluation.measured, manifest=manifest)
+        self._write(trainer, replace(found, weights=weights), student, is_finished=False)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the final evaluation and the last pictures, then write and print."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -107,15 +132,22 @@ class RunReport(Callback):
                 final = callback.finalize(trainer, pl_module)
             elif isinstance(callback, Pictures):
                 callback.draw_once(trainer, pl_module)
-        student, folder = as_student(pl_module), run_dir(trainer)
+        student = as_student(pl_module)
         final = final or FinalResults(student.student_steps, weights_of(student))  # on all processes
         if trainer.is_global_zero:
-            checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
-            model = str(checkpoint if checkpoint.exists() else student.parts.path)
-            publish(
-                trainer, student, final, folder, model, self._timing(), sample_pictures(folder),
-                curves if curves.is_file() else None,
-            )  # fmt: skip
+            self._write(trainer, final, student, is_finished=True)
+
+    def _write(self, trainer: Trainer, found: FinalResults, student: Student, is_finished: bool) -> None:
+        folder = run_dir(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
+        checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
+        model = str(checkpoint if checkpoint.exists() else student.parts.path)
+        publish(
+            trainer, student, found, folder, model, self._timing(), sample_pictures(folder),
+            curves if curves.is_file() else None, is_finished,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return the timing so far."""
@@ -125,13 +157,14 @@ class RunReport(Callback):
         """Keep the timing of an earlier session, for the case that this one trains nothing."""
         self._earlier = state_dict["timing"]
 
-    def _timing(self) -> dict[str, float | None]:
+    def _timing(self) -> dict[str, Any]:
         seconds = self.timer.seconds_per_step()
         if self._earlier and seconds is None:
             peak = max(self._earlier["peak_memory_gib"], peak_memory_gib())
             return self._earlier | {"peak_memory_gib": peak}
         return {
             "seconds_per_step": seconds,
+            "seconds_per_step_quartiles": self.timer.quartiles(),
             "images_per_second": self.timer.images_per_step / seconds if seconds else None,
             "peak_memory_gib": peak_memory_gib(),
         }
@@ -146,8 +179,11 @@ def publish(
     timing: Mapping[str, Any],
     pictures: Mapping[str, Path],
     curves: Path | None = None,
+    is_finished: bool = True,
 ) -> None:
     """Write the report of a run's student to a folder, hand it to the loggers, print its table and its place.
+
+    Of a run that isn't finished it is only written.
 
     Args:
         trainer, student: of the run.
@@ -162,6 +198,7 @@ def publish(
         "weights": found.weights,
         "model": model,
         "config_path": str(run / CONFIG_NAME),
+        "finished": is_finished,
     }
     machine = {
         "accelerator": trainer.strategy.root_device.type,
@@ -173,8 +210,11 @@ def publish(
         subject, found.metrics, facts | manifest, timing, pictures, machine=machine,
         seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
         teacher=found.teacher_metrics, curves=curves,
+        row="Student, 1 step" if is_finished else "Student, 1 step, at its last validation",
     )  # fmt: skip
     path = write_report(report, folder)
+    if not is_finished:
+        return
     log_report(trainer.loggers, report, folder)
     lines = ["", render_text_table(report), "", *findings(report)] if found.metrics else ["", ""]
     print("\n".join([*lines, f"Report: {path}"]), flush=True)

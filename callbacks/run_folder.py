@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from common.errors import UserError
-from common.files import write_text_atomically
+from common.files import nearest_path, write_text_atomically
 from lightning_modules.checkpoints import check_format, read
 
 CONFIG_NAME = "config.yaml"
@@ -49,7 +49,8 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
 
     Args:
         which: "last" (newest version of the experiment that holds a checkpoint), "best" (the `best.ckpt` of
-            the newest version that has one) or the path of a file (or of a sharded checkpoint's folder).
+            the newest version that has one) or the path of a file, of a sharded checkpoint's folder, or of a
+            run's folder, which means its newest.
         root: The root of all runs, `trainer.default_root_dir`.
         experiment: Name of the experiment.
 
@@ -64,9 +65,14 @@ def find_checkpoint(which: str, root: Path, experiment: str) -> Path | None:
             paths = [folder / "checkpoints" / "best.ckpt" for folder in versions(place)[::-1]]
             missing = f"no best.ckpt in any version under {place}; train with a validation metric first"
         else:
-            paths, missing = [Path(which)], f"checkpoint not found: {which}"
+            path = Path(which).expanduser()
+            in_run = newest_checkpoint(path) if (path / "checkpoints").is_dir() else None
+            paths, missing = (
+                [in_run or path],
+                f"checkpoint not found: {which}. {nearest_path(which)}".rstrip(". "),
+            )
         if (found := next((path for path in paths if path.exists()), None)) is None:
-            raise UserError(f"{missing}; --ckpt_path takes an existing file, 'last' or 'best'")
+            raise UserError(f"{missing}; --ckpt_path takes an existing file, a run folder, 'last' or 'best'")
         return found
     except OSError as error:
         raise UserError(

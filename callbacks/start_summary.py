@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.evaluated import as_student, evaluating
+from callbacks.run_folder import run_dir
 from callbacks.samples import Pictures
 from callbacks.throughput import Throughput, matmul_rate
 from common.errors import UserError
@@ -32,8 +33,8 @@ _PAGES_OF_SWAPPING = 100
 
 
 class StartSummary(Callback):
-    """Prints a table of memory by part, the effective batch and the precision when ``fit`` starts, and, after
-    the first few updates, how long the run will take, its evaluations included.
+    """Prints memory by part, run folder, teacher, objective, prompts, device and precision when ``fit``
+    starts, and, after the first few updates, how long the run will take, evaluations included, and its end.
 
     On a processor, where an update takes more than five times as long as its operations would at the speed of
     a matrix product in float32, one line says so with the likely cause. (How much of an accelerator's speed
@@ -62,8 +63,15 @@ class StartSummary(Callback):
                 "leave the callback out"
             )
         self._seconds, self._started = [], None
-        lines = [memory_table(memory_parts()), *effective_batch(trainer), f"Precision: {trainer.precision}"]
-        say("\n".join(lines))
+        facts = {"Run": str(run_dir(trainer))}
+        parts: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]
+        for part in parts:
+            facts |= part.describe() if hasattr(part, "describe") else {}
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        facts |= {"Device": f"{name} x {trainer.world_size}", "Precision": str(trainer.precision)}
+        lines = [f"{title}: {text}" for title, text in facts.items()]
+        say("\n".join([memory_table(memory_parts()), *lines, *effective_batch(trainer)]))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -92,7 +100,7 @@ class StartSummary(Callback):
         pl_module.print(
             f"{seconds:.3g} s per student update: {trainer.max_steps} take about {duration(total)}, "
             f"{duration(left)} to go; validations and the final evaluation are included (but for a teacher "
-            "not measured before)"
+            f"not measured before); end about {end_time(left)}"
         )
         counts = [one.flops for one in trainer.callbacks if isinstance(one, Throughput)]  # type: ignore[attr-defined]
         if device.type != "cpu" or not counts or not counts[0]:
@@ -102,7 +110,7 @@ class StartSummary(Callback):
             pl_module.print(
                 f"SLOW: an update takes {seconds:.3g} s, {seconds / expected:.0f} times its operations at "
                 f"this processor's speed ({expected:.3g} s); the run would end about "
-                f"{datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M}. "
+                f"{end_time(left)}. "
                 f"Likely cause: {likely_cause(str(trainer.precision), trainer.num_devices, swapped)}"
             )
 
@@ -175,6 +183,11 @@ def likely_cause(precision: str, processes: int, swapped: bool) -> str:
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as h:mm:ss; days where there are some."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def end_time(seconds: float) -> str:
+    """When so many seconds will have passed."""
+    return f"{datetime.now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
 
 
 def _pages_from_disk() -> int:

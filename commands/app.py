@@ -17,7 +17,7 @@ class Options:
     """The options of `app`.
 
     Args:
-        model: the student, a .ckpt file or a Stable Diffusion folder
+        model: the student: a run folder, best, last, a .ckpt file or a Stable Diffusion folder
         teacher: a Stable Diffusion folder (the one the student was distilled from if left out)
         port: where the page is on this computer
     """
@@ -36,9 +36,11 @@ def run(options: Options) -> None:
     gradio = import_gradio()
     # here, because they import torch: seconds that --help need not take
     from commands.app_page import LAUNCH, build_page
-    from commands.app_pictures import SideBySide
+    from commands.app_pictures import SideBySide, local_students
 
-    page = build_page(gradio, SideBySide(options.model, options.teacher))
+    models = SideBySide(options.model, options.teacher)
+    choices = dict.fromkeys([options.model, DEFAULT_MODEL, *local_students()])
+    page = build_page(gradio, models, list(choices))
     try:
         page.launch(server_name=HOST, server_port=options.port, **LAUNCH)
     except OSError as error:

@@ -4,14 +4,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from common.errors import UserError
 from lightning_modules.drawing import OFF, Guidance, Model
+from lightning_modules.networks.cards import without_place
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import LoadedStudent, load_student, student_path
 from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
@@ -23,7 +26,7 @@ TEACHER_STEPS, TEACHER_GUIDANCE = 25, 4.5  # as in the reports
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and the wall time it took, texts encoded and latents decoded."""
+    """A picture, or a sheet of several, and the wall time it took, texts encoded and latents decoded."""
 
     image: Image.Image
     milliseconds: float
@@ -33,7 +36,7 @@ class SideBySide:
     """A student and its teacher, loaded once; one picture is drawn at a time, so that times mean something.
 
     Args:
-        model: the student, a .ckpt file or a Stable Diffusion folder.
+        model: the student, as all commands name it.
         teacher: a Stable Diffusion folder; None is the one that the student names.
 
     Raises:
@@ -41,13 +44,20 @@ class SideBySide:
     """
 
     def __init__(self, model: str, teacher: str | None = None) -> None:
+        self._guided, self._lock = Guidance("cfg", TEACHER_GUIDANCE), threading.Lock()
+        self._named_teacher = teacher
+        self.choose(model)
+
+    def choose(self, model: str) -> None:
+        """Take another student, and its teacher; the former stay if they can't be loaded."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        student = load_student(student_path(model))
-        self._teacher = _teacher(model, student, teacher, device)
-        self._student = Model(student, 1, device)
-        self._guided = Guidance("cfg", TEACHER_GUIDANCE)
-        self._lock = threading.Lock()
-        self._last: tuple[tuple[str, str | None, int], Picture] | None = None
+        student = load_student(path := student_path(model))
+        drawing = _teacher(model, student, self._named_teacher, device)
+        with self._lock:
+            names = map(without_place, (path, self._named_teacher or student.facts["teacher"]))
+            self.title = "**{}**, distilled from **{}**".format(*names)
+            self._teacher, self._student = drawing, Model(student, 1, device)
+            self._last: tuple[tuple[Any, ...], Picture] | None = None
         # the first calls also set up kernels and memory
         self.student("", "", "none", 0.0, 0)
         self._teacher.draw([""], [0], self._guided)
@@ -57,17 +67,22 @@ class SideBySide:
         rule = _guidance(method).rule(self._student.network)
         return rule.scale if rule is not None else 0.0
 
-    def student(self, prompt: str, negative: str, method: str, scale: float, seed: int | None) -> Picture:
+    def student(
+        self, prompt: str, negative: str, method: str, scale: float, seed: int | None, count: int = 1
+    ) -> Picture:
         """One step; the negative prompt acts by `method` ("none", "nasa", "nag") with that scale.
+
+        Of `count` above 1 a sheet, from seeds that follow each other.
 
         Raises:
             UserError: the seed or the scale is out of range.
         """
         _check_length(prompt, negative)
         guidance, number = _guidance(method, scale), _checked(seed)
-        return self._timed(lambda: self._student.draw([prompt], [number], guidance, negative))
+        seeds = list(range(number, number + count))
+        return self._timed(lambda: self._student.draw([prompt] * count, seeds, guidance, negative))
 
-    def teacher(self, prompt: str, negative: str, method: str, seed: int | None) -> Picture:
+    def teacher(self, prompt: str, negative: str, method: str, seed: int | None, count: int = 1) -> Picture:
         """The guided teacher; a negative prompt takes the place of the empty one, if there is a method.
 
         The last picture is kept, since the student's scale does not change it.
@@ -77,17 +92,25 @@ class SideBySide:
         """
         _check_length(prompt, negative)
         text = (negative.strip() or None) if _guidance(method) != OFF else None
-        key = (prompt, text, _checked(seed))
+        key = (prompt, text, number := _checked(seed), count)
         if self._last is None or self._last[0] != key:
-            draw = self._teacher.draw
-            self._last = key, self._timed(lambda: draw([prompt], [key[2]], self._guided, text))
+            draw, seeds = self._teacher.draw, list(range(number, number + count))
+            self._last = key, self._timed(lambda: draw([prompt] * count, seeds, self._guided, text))
         return self._last[1]
 
     def _timed(self, draw: Callable[[], Tensor]) -> Picture:
         with self._lock:
             start = time.perf_counter()
             pixels = draw().cpu()  # waits for the GPU
-            return Picture(to_pil(pixels[0]), 1000 * (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+        sheet = pixels[0] if len(pixels) == 1 else make_grid(pixels, 2, padding=1, pad_value=1.0)
+        return Picture(to_pil(sheet), 1000 * seconds)
+
+
+def local_students(runs: str | Path = "runs") -> list[str]:
+    """Run folders that hold a student, the newest first."""
+    found = [path for path in Path(runs).glob("*/version_*/checkpoints") if any(path.glob("*.ckpt"))]
+    return [str(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 
 def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) -> Model:

@@ -1,24 +1,26 @@
 """`compare`: several runs side by side, as one page."""
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `compare`."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a run folder, the folder of an experiment or a sweep (all of its runs), or a pattern in quotes",
-    )
-    parser.add_argument("--output", required=True, type=Path, help="the HTML page to write, e.g. report.html")
+@dataclass(frozen=True)
+class Options:
+    """The options of `compare`.
+
+    Args:
+        runs: run folders, folders of an experiment or a sweep (all of its runs), or patterns in quotes
+        output: the HTML page to write, e.g. report.html
+    """
+
+    runs: list[str]
+    output: Path = field(kw_only=True)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Write the page; runs that have not ended are shown with what there is.
 
     Raises:

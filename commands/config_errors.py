@@ -6,6 +6,8 @@ import argparse
 import difflib
 import pkgutil
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jsonargparse
 
@@ -30,7 +32,8 @@ def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[st
         owner = None if name.startswith("--") else (_CLASS.findall(text) or [None])[-1]
         known = _options(parser, args) if owner is None else _class_options(owner)
         name = name.removeprefix("--")
-        return f"unknown option {name!r}{f' of {owner}' if owner else ''}{_nearest(name, known)}"
+        elsewhere = [*_options(parser, args), *_configured_options(args)]
+        return f"unknown option {name!r}{f' of {owner}' if owner else ''}{_nearest(name, known, elsewhere)}"
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     cause = next((line for line in lines if not line.startswith(_FRAMES)), " ".join(lines))
     key = re.search(r'Parser key "([^"]+)"', text)
@@ -40,14 +43,44 @@ def explain(error: Exception, parser: jsonargparse.ArgumentParser, args: list[st
     return f"the configuration is not valid: {place}{cause}{value}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    """Return "; did you mean ...?", comparing the last part first, as keys share long prefixes."""
+def _nearest(name: str, known: list[str], elsewhere: list[str]) -> str:
+    """Return "; did you mean ...?", comparing the last part first, as keys share long prefixes.
+
+    Args:
+        known: options where the name stands. ``elsewhere``: all others, looked up by their last part.
+    """
     prefix, _, leaf = name.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == prefix}
-    close = [siblings[key] for key in difflib.get_close_matches(leaf, siblings, n=1)]
+    close = [key for key in elsewhere if key.rpartition(".")[2] == leaf][:3]
+    close = close or [siblings[key] for key in difflib.get_close_matches(leaf, siblings, n=1)]
     if close := close or difflib.get_close_matches(name, known, n=1):
-        return f"; did you mean {close[0]!r}?"
+        return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; known options: {', '.join(sorted(siblings) or sorted(known)[:20])}"
+
+
+def _configured_options(args: list[str]) -> list[str]:
+    """Options of the classes that the configuration files of a command line name, by their whole keys."""
+    from commands.config_files import contents  # it imports torch, which --help need not
+
+    keys = {}
+    for place, class_path in (pair for content in contents(args) for pair in _classes(content)):
+        try:
+            keys[place] = _class_options(class_path)
+        except (ImportError, AttributeError, ValueError):  # a short name, or one that is wrong
+            continue
+    return [f"{place}.{option}" for place, options in keys.items() for option in options]
+
+
+def _classes(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Places and class paths in a configuration; those in a list go by the name of their class."""
+    if isinstance(value, dict):
+        if isinstance(value.get("class_path"), str):
+            yield place, value["class_path"]
+        for key, inner in value.items():
+            yield from _classes(inner, place if key == "init_args" else f"{place}.{key}".lstrip("."))
+    for one in value if isinstance(value, list) else ():
+        name = str(one.get("class_path")).rpartition(".")[2] if isinstance(one, dict) else ""
+        yield from _classes(one, f"{place}.{name}")
 
 
 def _options(parser: argparse.ArgumentParser, args: list[str]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from common.files import ROOT, asset_path, at_home
+from common.files import ROOT, asset_path, at_home, nearest_path
 from common.processes import say
 
 PARTS = ("trainer", "data")
@@ -23,6 +25,8 @@ MOVED = {
         "lightning_modules.pretraining.transformer.PixArtPretraining",
 }  # fmt: skip
 """Class paths of earlier versions, as they stand in saved configurations, and what they are now."""
+MODEL, DATA = "lightning_modules.distillation.OneStepDistillation", "datamodules.prompts.PromptDataModule"
+"""What a model and data are as a rule."""
 
 
 def given_configs(args: list[str]) -> list[str]:
@@ -62,7 +66,9 @@ def expand(args: list[str]) -> list[str]:
                 expanded += ["--config", config]
         else:
             expanded.append(_renamed(arg, "the command line"))
-    return expanded
+    # so deep, jsonargparse takes null for a text
+    nested = r"\0--model(?:\.init_args)?\.(student|fake_score)\.(\w+)[=\0](?:null|None)(?=\0)"
+    return re.sub(nested, r'\0--model.\1={"\2": null}', "\0".join(["", *expanded, ""])).split("\0")[1:-1]
 
 
 def content_of(path: str | Path) -> dict[str, Any]:
@@ -71,10 +77,60 @@ def content_of(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: as `expand`.
     """
-    parts = expand(["--config", str(path)])[1::2]
-    texts = (part if "\n" in part else Path(part).read_text(encoding="utf-8") for part in parts)
-    merged = OmegaConf.merge(*map(OmegaConf.create, texts))
-    return OmegaConf.to_container(merged)
+    parts = contents(expand(["--config", str(path)]))
+    return OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, parts)))
+
+
+def contents(args: list[str]) -> list[dict[str, Any]]:
+    """What each configuration file of an expanded command line says."""
+    named = [value for option, value in zip(args, args[1:], strict=False) if option == "--config"]
+    texts = (value if "\n" in value else Path(value).read_text(encoding="utf-8") for value in named)
+    return [yaml.safe_load(text) or {} for text in texts]
+
+
+def with_callback_settings(args: list[str]) -> list[str]:
+    """An expanded command line with `--trainer.callbacks.NAME.KEY VALUE` written into the files' callbacks.
+
+    jsonargparse knows no names in lists: the whole list stands behind the last file then. A callback that is
+    not in it is added.
+
+    Raises:
+        UserError: there is none of that name, but one of nearly the same.
+    """
+    rest, named, words = [], [], iter(args)
+    for word in words:
+        if found := re.fullmatch(r"--trainer\.callbacks\.([A-Z]\w*)\.([^=]+)(=?)(.*)", word, re.DOTALL):
+            name, keys, joined, value = found.groups()
+            named.append((name, keys.split("."), value if joined else next(words, "")))
+        else:
+            rest.append(word)
+    if not named:
+        return rest
+    callbacks = _callbacks(rest)
+    for name, keys, value in named:
+        own = {one["class_path"].rpartition(".")[2]: one for one in callbacks}
+        if name not in own:
+            if close := difflib.get_close_matches(name, own, n=1):
+                raise UserError(f"trainer.callbacks has no {name}; did you mean {close[0]!r}?")
+            own[name] = {"class_path": name}
+            callbacks.append(own[name])
+        place = own[name].setdefault("init_args", {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = yaml.safe_load(value)
+    behind = max((i + 2 for i, word in enumerate(rest) if word == "--config"), default=1)
+    return [*rest[:behind], f"--trainer.callbacks={json.dumps(callbacks, default=str)}", *rest[behind:]]
+
+
+def _callbacks(args: list[str]) -> list[dict[str, Any]]:
+    """The callbacks that the configuration files of an expanded command line come to."""
+    listed: list[Any] = []
+    for trainer in (content.get("trainer") or {} for content in contents(args)):
+        listed = trainer["callbacks"] or [] if "callbacks" in trainer else listed
+        listed = listed if isinstance(listed, list) else [listed]
+        more = trainer.get("callbacks+") or []
+        listed = [*listed, *(more if isinstance(more, list) else [more])]
+    return [{"class_path": one} if isinstance(one, str) else one for one in listed]
 
 
 def keep_references(config: str, args: list[str]) -> str:
@@ -130,12 +186,14 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
         content = yaml.safe_load(text) or {}
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"configuration file {path} cannot be read: {reason}") from error
+        hint = nearest_path(path)
+        raise UserError(f"configuration file {path} cannot be read: {reason}. {hint}".rstrip()) from error
     check_size(content, path)
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} holds no keys such as `model:` and `trainer:`")
+    moved = _moved_keys(content, path)
     if "base" not in content and at_home(content) == content:
-        renamed = _renamed(text, str(path))
+        renamed = _renamed(yaml.safe_dump(content, sort_keys=False) if moved else text, str(path))
         return [str(path) if renamed == text else renamed]
     bases, content = content.pop("base", []), at_home(content)
     configs: list[str] = []
@@ -154,4 +212,22 @@ def _renamed(text: str, where: str) -> str:
         if old in text:
             say(f"{where}: {old} is now {new}")
             text = text.replace(old, new)
-    return text
+    option = re.sub(r"\A--model(\.init_args)?\.lora(?=[.=]|\Z)", "--model.fake_score.lora", text)
+    if option != text:
+        say(f"{where}: --model.lora is now --model.fake_score.lora")
+    return option
+
+
+def _moved_keys(content: dict[str, Any], path: Path) -> bool:
+    """Move the fake score's adapter, which was `model.lora`, in a file's content; whether it was there."""
+    model = content.get("model")
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    if not isinstance(settings, dict) or "lora" not in settings:
+        return False
+    if not MODEL.endswith(str(model.get("class_path", MODEL))):  # type: ignore[union-attr]
+        return False
+    say(f"{path}: model.lora is now model.fake_score.lora")
+    lora = settings.pop("lora")
+    if settings.get("fake_score", {}) is not None:  # null: there is no fake score to have one
+        settings.setdefault("fake_score", {})["lora"] = lora
+    return True

@@ -58,7 +58,7 @@ class Options:
     """The options of `evaluate`; every one may stand in a configuration file, too.
 
     Args:
-        model: a .ckpt file, run or pipeline folder, or hub name
+        model: a run folder, best or last (of the newest finished run), .ckpt, pipeline folder or hub name
         images: a folder of existing pictures, instead of a model
         captions: file (or folder) of captions, read as the set says
         reference: folder of real pictures, or a file of statistics

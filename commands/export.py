@@ -1,12 +1,14 @@
 """`export`: a training checkpoint, or a network that others trained, becomes a complete diffusers folder."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import NonNegativeInt
 
-from common.errors import UserError
+from common.errors import UserError, first_line
+from common.files import asset_path
 
 if TYPE_CHECKING:
     from lightning_modules.networks.cards import RunNotes
@@ -18,8 +20,9 @@ class Options:
     """The options of `export`.
 
     Args:
-        checkpoint: a .ckpt file, or best or last, that of the newest distillation under runs/; or a network
-            alone (.safetensors, .bin), as DMD2 publishes it, with --base and --start-timestep
+        checkpoint: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, best or last (of the newest
+            finished run under runs/), or an exported folder; or a network alone (.safetensors, .bin), as DMD2
+            publishes it, with --base and --start-timestep
         output: folder to write; a former export is replaced
         weights: averaged or last weights (ema if the run had it)
         dtype: of the written weights
@@ -29,6 +32,8 @@ class Options:
             one-step network)
         schedule: for a network alone, a scheduler_config.json (the base's)
         teacher: of a checkpoint, where its teacher lies now (where it was in training)
+        push_to_hub: also upload the folder to this model of the Hugging Face hub, owner/name; one that is not
+            there yet is made private
     """
 
     checkpoint: str
@@ -40,6 +45,7 @@ class Options:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     schedule: Path | None = None
     teacher: str | None = None
+    push_to_hub: str | None = None
 
 
 def run(options: Options) -> None:
@@ -52,10 +58,13 @@ def run(options: Options) -> None:
 
     from lightning_modules.networks.pipeline_folder import LORA, export_student, one_step_call
 
+    if options.push_to_hub is not None:
+        check_hub(options.push_to_hub)
     student, notes = _student(options)
     folder = export_student(
         student.parts.denoiser, student.parts, student.start_timestep, options.output,
         getattr(torch, options.dtype), student.facts, student.adapter, notes,
+        options.push_to_hub,
     )  # fmt: skip
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
@@ -64,16 +73,54 @@ def run(options: Options) -> None:
     )
     if student.adapter is not None:
         print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")
+    if options.push_to_hub is not None:
+        push(folder, options.push_to_hub)
+
+
+def check_hub(name: str) -> None:
+    """Make sure, before any work, that the name is one of the hub and that somebody is logged in."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--push-to-hub {name} is no name of the hub: give owner/name.")
+    try:
+        HfApi().whoami(token=True)
+    except LocalTokenNotFoundError as error:
+        raise UserError("--push-to-hub needs a login: run `hf auth login` first, or set HF_TOKEN.") from error
+    except Exception as error:  # the hub client raises many kinds; the cause stays attached
+        raise UserError(
+            f"--push-to-hub: the hub can't be asked: {first_line(error)} Check the token."
+        ) from error
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload an exported folder; a new model of the hub is private."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="One-step student")
+    except Exception as error:  # as above
+        raise UserError(
+            f"{folder} is written, but can't be pushed to {name}: {first_line(error)} "
+            f"Go on with `hf upload {name} {folder}`."
+        ) from error
+    print(f"Pushed to https://huggingface.co/{name}")
 
 
 def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
     """What is to be exported, and what the card says of the run that trained it."""
     from lightning_modules.networks.cards import RunNotes, run_notes
+    from lightning_modules.networks.pipeline_folder import is_own_export
     from lightning_modules.networks.student import (
+        is_checkpoint,
         is_network_file,
         load_network_file,
         load_student,
         resolve_checkpoint,
+        student_path,
     )
 
     name = options.checkpoint
@@ -84,11 +131,11 @@ def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
                 "--base, --start-timestep, --prediction-type and --schedule are for a network alone "
                 "(.safetensors, .bin, .pt)."
             )
-        checkpoint = resolve_checkpoint(name)
-        if name in ("best", "last"):
-            print(f"Newest {name}.ckpt: {checkpoint}")
-        student = load_student(checkpoint, options.weights, options.teacher)
-        return student, run_notes(checkpoint, student.facts)
+        path = student_path(name)
+        if not is_checkpoint(path) and not is_own_export(asset_path(path)):
+            path = str(resolve_checkpoint(path))  # which is not there, or no student
+        student = load_student(path, options.weights, options.teacher)
+        return student, run_notes(Path(path), student.facts) if is_checkpoint(path) else RunNotes()
     if options.base is None or options.start_timestep is None:
         raise UserError(f"{name} is a network alone: give --base MODEL and --start-timestep T.")
     if options.weights is not None or options.teacher is not None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import pkgutil
+import re
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,11 +30,19 @@ from callbacks.progress import StepProgressBar
 from callbacks.resume import ConfigWins, explain_mismatch, print_differences
 from callbacks.run_folder import RunFolder, find_checkpoint, new_version, read_checkpoint
 from commands.config_errors import explain
-from commands.config_files import expand, experiment_name, keep_references
+from commands.config_files import (
+    DATA,
+    MODEL,
+    expand,
+    experiment_name,
+    keep_references,
+    with_callback_settings,
+)
 from commands.quiet import quieten
 from common.errors import UserError, check_range, first_line
 from common.files import claimed
 from common.processes import say
+from lightning_modules.networks.student import student_path
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -55,6 +64,22 @@ def import_components() -> None:
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
             importlib.import_module(module.name)
+
+
+def spelled(args: list[str]) -> list[str]:
+    """A command line in jsonargparse's spelling.
+
+    Hyphens in an option's name are underscores, `--help-all` is its help, and `--model.help` and
+    `--data.help` without a class mean the usual one.
+    """
+    words = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args]
+    words = ["--help" if word == "--help_all" else word for word in words]
+    usual = {"--model.help": MODEL, "--data.help": DATA}
+    return [
+        text
+        for word, after in zip(words, [*words[1:], "--"])
+        for text in ([word, usual[word]] if word in usual and after.startswith("--") else [word])
+    ]
 
 
 def _refuse_epochs(trainer: Any) -> None:
@@ -103,8 +128,9 @@ class TrainerCLI(LightningCLI):
         quieten()
         import_components()
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        args = spelled(args)
         self.name = experiment_name(args)
-        self.args = expand(args)
+        self.args = with_callback_settings(expand(args))
         self.checkpoint_path: Path | None = None
         self.run_folder: RunFolder | None = None
         self._claims = ExitStack()
@@ -176,6 +202,9 @@ class TrainerCLI(LightningCLI):
         bf16-mixed where the configuration names none, unless that is slow; say so where it is asked for.
         """
         self._share_seed()
+        start = (self.settings.get("model") or {}).get("init_args") or {}
+        if start.get("student_init"):
+            start["student_init"] = student_path(start["student_init"])  # `best` will be another one later
         trainer = self.settings.trainer
         _refuse_epochs(trainer)
         limits = (trainer.max_steps, trainer.max_epochs)
@@ -274,7 +303,8 @@ class TrainerCLI(LightningCLI):
         settings = self.settings.clone()
         if settings.get("ckpt_path") == "last":
             settings.ckpt_path = None
-        return keep_references(self._parser(self.subcommand).dump(settings, skip_none=False), self.args)
+        text = self._parser(self.config.subcommand).dump(settings, skip_none=False)
+        return keep_references(text, self.args)
 
     def _loggers(self, configured: Any, folder: Path, resume_step: int | None) -> list[Logger] | bool:
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""

@@ -27,8 +27,8 @@ class Options:
     """The options of `generate`.
 
     Args:
-        model: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, a diffusers pipeline folder or a
-            hub name; the last two may end in @REVISION and #VARIANT
+        model: a run folder (its best.ckpt, else last.ckpt), best or last (of the newest finished run), a
+            .ckpt file, a diffusers pipeline folder or a hub name (these two: also @REVISION, #VARIANT)
         prompt: what to draw; may be given several times
         prompts_file: text file with one prompt a line (UTF-8)
         negative_prompt: what not to draw

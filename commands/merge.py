@@ -41,8 +41,8 @@ class Options:
     """The options of `merge`.
 
     Args:
-        first: model A: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, or a diffusers pipeline
-            folder
+        first: model A: a run folder (its best.ckpt, else last.ckpt), best or last (of the newest finished
+            run), a .ckpt file, or a diffusers pipeline folder
         second: model B, of the same architecture: the same choice
         weight: lambda of lambda * first + (1 - lambda) * second: 1 is the first, 0 the second; others than 0
             to 1 extrapolate

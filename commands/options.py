@@ -91,7 +91,8 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
             raise UserError(explain(error, parser, given)) from error
         raise
     values = parser.instantiate(found).as_dict()
-    values.pop("config", None)
+    if config is not None:
+        values.pop("config")
     options = kind(**values)
     if config is not None:
         options.resolved = parser.dump(found)  # type: ignore[attr-defined]
@@ -99,16 +100,17 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
 
 
 def _hyphens(word: str) -> str:
-    """An option as it is written in help; values and nested keys (`--data.file_names`) stay."""
-    name, rest = re.match(r"([^.=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
-    return (name.replace("_", "-") if name.startswith("--") else name) + rest
+    """An option as it is written in help, nested keys (`--data.file_names`) with underscores; values stay."""
+    name, nested, rest = re.match(r"([^.=]*)([^=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    return name.replace("_", "-") + nested.replace("-", "_") + rest if name.startswith("--") else word
 
 
 def _message(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """What is wrong with an option, on one line."""
     text = str(error)
     if missing := re.search(r"arguments are required: (.+)", text):
-        names = [f"--{name.replace('_', '-')}" for name in missing[1].split(", ")]
+        named = {action.dest: action.option_strings for action in parser._actions}
+        names = [(named.get(name) or [name.upper()])[-1] for name in missing[1].split(", ")]
         return f"{' and '.join(names)} must be given; see --help"
     key = re.search(r'Parser key "(\w+)"', text)
     if any(word in text for word in ("unrecognized", "not accepted", "class_path")):

@@ -1,40 +1,35 @@
-"""`sweep`: a search over any config keys, resumable and parallel."""
+"""`sweep`: a search over any config keys, resumable and parallel.
 
-import argparse
+Every trial is an ordinary fit that leaves a run folder under runs/<name>/. Ctrl-C (or a crash) loses nothing:
+the same command goes on. Exit status: 0 if all trials came to an end, 1 if some failed, 2 for a mistake.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
 
 from common.errors import UserError
 
-_EPILOG = """\
-A sweep's YAML names base (a config of fit, or several), space (config keys with Optuna's distributions),
-metric, direction and trials; optional are overrides, sampler and pruner (classes of Optuna), name, root,
-storage and launcher. docs/sweeps.md describes them all.
 
-Every trial is an ordinary fit that leaves a run folder under runs/<name>/. Ctrl-C (or a crash) loses nothing:
-the same command goes on. Several machines share the work if each runs it with a database as storage.
-Exit status: 0 if all trials came to an end, 1 if some failed, 2 for a mistake in the settings.
-"""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `sweep`.
 
+    Args:
+        config: the sweep's YAML: base, space, metric, direction and trials, and more (docs/sweeps.md);
+            examples are in configs/sweep/
+        workers: trials at once on this machine; they share its cores and GPUs
+        storage: a database for several machines, such as postgresql://user@host/sweeps (the YAML's, or a file
+            beside the runs, if left out)
+    """
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `sweep`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    parser.add_argument("--config", required=True, type=Path, help="the sweep's YAML, see configs/sweep/")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="trials at once on this machine; they share its cores and GPUs (default: 1)",
-    )
-    parser.add_argument(
-        "--storage",
-        help="a database for several machines, such as postgresql://user@host/sweeps (default: the YAML's, "
-        "or a file beside the runs)",
-    )
+    config: Path
+    workers: PositiveInt = 1
+    storage: str | None = None
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run or continue a sweep, then print the ranked table and where the results lie.
 
     Raises:
@@ -42,8 +37,6 @@ def run(options: argparse.Namespace) -> None:
             has the metric.
         SystemExit: with status 1 if a trial failed.
     """
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; it must be at least 1")
     try:
         from commands.sweeping.settings import read_settings
     except ImportError as error:

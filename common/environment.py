@@ -3,11 +3,16 @@
 import os
 import platform
 import resource
+import shlex
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from common.files import ROOT
 
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics")
 
@@ -23,6 +28,30 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def command_line() -> str | None:
+    """The command line of this process, as it may be typed again; None where it is none of this project."""
+    name = Path(sys.argv[0]).stem
+    if name not in ("cli", "one-step-distillation"):
+        return None
+    return shlex.join([*(["python", "cli.py"] if name == "cli" else [name]), *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + if files differ from it; None outside of a repository."""
+    found = [_git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")]
+    return None if found[0] is None else found[0] + ("+" if found[1] else "")
+
+
+def _git(*words: str) -> str | None:
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def peak_memory_gib() -> float:

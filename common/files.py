@@ -3,6 +3,7 @@
 A result is made beside its place and renamed.
 """
 
+import difflib
 import fcntl
 import glob
 import os
@@ -49,7 +50,21 @@ def missing_advice(path: str | Path) -> str:
     is_installed = not (ROOT / "pyproject.toml").is_file()
     if is_installed and Path(path).parts[:1] == ("assets",):
         return "It is not part of the installed package: clone the repository or name a model."
-    return "Check the path."
+    return nearest_path(path) or "Check the path."
+
+
+def nearest_path(path: str | Path) -> str:
+    """ "Did you mean X?" about a path that is not there, by the first part of it that is missing; or ""."""
+    given = Path(path).expanduser()
+    for root in (Path(), *(() if given.is_absolute() else (ROOT,))):
+        for part in (given, *given.parents):
+            parent = root / part.parent
+            if not (root / part).exists() and parent.is_dir():
+                names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+                for name in difflib.get_close_matches(part.name, names, n=1):
+                    whole = part.with_name(name) / given.relative_to(part)
+                    return f"Did you mean {whole if (root / whole).exists() else part.with_name(name)}?"
+    return ""
 
 
 def check_output_folder(output: Path, own_names: Callable[[Path], set[str]]) -> Path:

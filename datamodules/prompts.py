@@ -174,6 +174,7 @@ class PromptDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.seed, self.real = seed or 0, real
         self.batches_per_step = 1  # an objective may ask for more
+        self.has_own_prompts, self.has_own_captions = prompts is not None, eval_captions is not None
         cleaning = Cleaning(min_length, max_length, deduplicate)
         given = str(CAPTIONS) if prompts is None else prompts
         self._prompts, self._negatives = PromptPools(given, column, cleaning, epoch_size), None
@@ -246,6 +247,12 @@ class PromptDataModule(LightningDataModule):
         if self._negatives is None:
             return draws, None
         return draws, self._negatives.draws(derived_seed(self.seed, "negative prompts"))
+
+    def describe(self) -> dict[str, str]:
+        """What a run trains on and is measured on, in words."""
+        bundled = "" if self.has_own_captions else ", the bundled ones, which describe emoji"
+        captions = f"{len(self.eval_prompts):,} of {len(self.eval_captions):,}{bundled}"
+        return {"Prompts": self._prompts.describe(), "Evaluation captions": captions}
 
     def prepare_data(self) -> None:
         """Make the stores on one process of each machine, while the others wait without a time limit."""

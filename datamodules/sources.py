@@ -212,6 +212,17 @@ class PromptPools:
             )
         self.shares = None if epoch_size is None else epoch_shares(weights, epoch_size)
 
+    def describe(self) -> str:
+        """How many prompts of which files and columns; opens them."""
+        parts = sum(self.pools, [])
+        columns = dict.fromkeys(column for _, column in parts if column)
+        where = (
+            f"{names_of(parts)}{f', column {chr(44).join(columns)}' if columns else ''}"
+            if parts
+            else "a list"
+        )
+        return f"{sum(map(len, self.open())):,} from {where}"
+
     @property
     def is_small(self) -> bool:
         """Whether opening takes no store."""

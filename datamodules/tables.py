@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line
+from common.files import nearest_path
 
 USUAL_COLUMNS = ("prompt", "caption", "text")
 """Taken (in any letter case) where no column is named and the file has exactly one of them."""
@@ -111,7 +112,7 @@ def kind_of(path: str | Path) -> str:
     if not path.is_file():
         raise UserError(
             f"prompts file {path} does not exist; give the path of a UTF-8 text file with one prompt a "
-            "line, or of a .csv, .tsv, .jsonl or .parquet file"
+            f"line, or of a .csv, .tsv, .jsonl or .parquet file. {nearest_path(path)}".rstrip()
         )
     suffix = (path.with_suffix("") if is_packed(path) else path).suffix.lower()
     kind = _KINDS.get(suffix)

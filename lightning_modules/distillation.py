@@ -23,8 +23,8 @@ from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, 
 from lightning_modules.memory import Part as MemoryPart
 from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
-from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
-from lightning_modules.networks.model_names import lasting_name
+from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
+from lightning_modules.networks.model_names import is_bundled, lasting_name
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -36,7 +36,7 @@ from lightning_modules.objectives.base import (
     StudentSample,
 )
 from lightning_modules.objectives.pair_regression import PairRegression
-from lightning_modules.optimization import RoleOptimization, StepNumbers, UpdateGuard
+from lightning_modules.optimization import FakeScoreSettings, RoleOptimization, StepNumbers, UpdateGuard
 from lightning_modules.parallel import (
     FullySharded,
     mean_over_processes,
@@ -61,13 +61,12 @@ class OneStepDistillation(L.LightningModule):
     Args:
         objective: the method; see ``lightning_modules/objectives``.
         student: optimization of the student.
-        fake_score: optimization of the fake score and of networks that the objective owns; null where the
-            objective has no fake score.
+        fake_score: the fake score's adapter, and the optimization of it and of networks that the objective
+            owns; null where the objective has no fake score.
         further_roles: optimization of each further role that the objective names.
         teacher: diffusers folder or hub name; relative paths also from the repository.
         start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
             errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
-        lora: adapter of the fake score on the teacher's weights; null makes the fake score a full copy.
         student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
@@ -99,10 +98,9 @@ class OneStepDistillation(L.LightningModule):
         self,
         objective: Objective,
         student: RoleOptimization,
-        fake_score: RoleOptimization | None = None,
+        fake_score: FakeScoreSettings | None = None,
         teacher: str = "assets/emoji-sd",
         start_timestep: int = 999,
-        lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - read only
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
         further_roles: dict[str, RoleOptimization] | None = None,
@@ -132,7 +130,13 @@ class OneStepDistillation(L.LightningModule):
             raise UserError(f"{type(objective).__name__} trains a {missing[0]}: give model.{missing[0]}")
         self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
         self.network_settings = NetworkSettings(
-            teacher, start_timestep, lora, student_init, student_lora, prompt_cache, gradient_checkpointing
+            teacher,
+            start_timestep,
+            fake_score.lora if fake_score else None,
+            student_init,
+            student_lora,
+            prompt_cache,
+            gradient_checkpointing,
         )
         self.start_timestep = start_timestep
         self.image_losses, self.regression = image_losses, pair_regression
@@ -169,8 +173,19 @@ class OneStepDistillation(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Ask the data for as many batches of prompts as the objective plans for a step."""
+        """Ask the data for as many batches of prompts as the objective plans for a step.
+
+        Raises:
+            UserError: the data can't give them, or would give the bundled captions to another's model.
+        """
         data: Any = getattr(self.trainer, "datamodule", None)
+        teacher = self.network_settings.teacher
+        if stage == "fit" and not getattr(data, "has_own_prompts", True) and not is_bundled(teacher):
+            raise UserError(
+                f"data.prompts is not set, and the teacher is {teacher}: the bundled captions describe emoji "
+                "and suit the models of assets/ only. Give --data.prompts FILE (one prompt a line, or a "
+                "table: docs/prompts.md), or --data.prompts assets/captions.txt where they are meant"
+            )
         if stage != "fit" or self.num_batches == 1:
             return
         if not hasattr(data, "batches_per_step"):
@@ -496,6 +511,10 @@ class OneStepDistillation(L.LightningModule):
         if self.scores.with_fake_score:
             views["fake score x0"] = self.networks.fake_score(x_t, t, condition).x0
         return {name: self.generator.decoder.decode(latents) for name, latents in views.items()}
+
+    def describe(self) -> dict[str, str]:
+        """What is distilled and how, in words."""
+        return {"Teacher": self.network_settings.teacher, "Objective": type(self.objective).__name__}
 
     def memory_parts(self) -> dict[str, MemoryPart]:
         """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""

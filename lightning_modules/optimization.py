@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from common.errors import UserError, check_range, first_line
 from lightning_modules.diffusion.transfer import to_device
+from lightning_modules.networks.lora import LoraSettings
 from lightning_modules.parallel import average_gradients, clip_gradients
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -84,6 +85,17 @@ class RoleOptimization:
     def clip(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         """Clip the gradients in place; returns their norm before, a scalar tensor."""
         return clip_gradients(parameters, self.clip_norm or float("inf"))
+
+
+@dataclass
+class FakeScoreSettings(RoleOptimization):
+    """What the fake score is, and how it is optimized.
+
+    Attributes:
+        lora: its adapter on the teacher's weights; null makes it a full copy.
+    """
+
+    lora: LoraSettings | None = field(default_factory=LoraSettings)
 
 
 def _use_fused_kernel(optimizer: Optimizer) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
+from common.files import nearest_path
 from reports.plots import Series, read_series
 
 _FILES = ("report.json", "config.yaml", "metrics.csv")
@@ -84,9 +85,9 @@ def find_runs(given: Sequence[str]) -> list[Path]:
         paths = [Path(name)] if Path(name).exists() else [Path(p) for p in glob.glob(name, recursive=True)]
         runs = [run for path in sorted(paths, key=_natural) for run in _runs_in(path)]
         if not runs:
-            what = "holds no run" if paths else "does not exist"
+            what = "holds no run." if paths else f"does not exist. {nearest_path(name)}".rstrip()
             raise UserError(
-                f"{name} {what}; give run folders such as runs/quickstart/version_0, the folder of an "
+                f"{name} {what} Give run folders such as runs/quickstart/version_0, the folder of an "
                 "experiment, or a pattern in quotes"
             )
         for run in runs:

@@ -19,7 +19,7 @@ from reports.text import format_value
 _FEW = 12
 """Up to so many runs, pictures stand in the page as they are; of more, smaller files of them."""
 _POINTS_OF_ALL = 40_000
-_TIMES_BETTER = {"seconds_per_step": -1, "images_per_second": 1, "peak_memory_gib": -1}
+_TIMINGS = ("seconds_per_step", "images_per_second", "peak_memory_gib")
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
@@ -77,20 +77,27 @@ def _metrics(runs: Sequence[Run]) -> tuple[Table | None, list[str]]:
             run.metrics[name]["value"] if name in run.metrics else None for run in runs
         ]
         conditions = {_conditions(run.metrics[name]) for run in runs if name in run.metrics}
-        better.append(direction(name) if len(conditions) == 1 else 0)
+        # times say something with their spread and on one machine only
+        better.append(direction(name) if len(conditions) == 1 and name != "milliseconds_per_image" else 0)
         if len(conditions) > 1:
             notes.append(f"{name} was not measured in the same way in all runs, so none is marked as best.")
     facts = {
         "step": _steps(runs),
-        "weights": [str((run.report or {}).get("weights", "no report")) for run in runs],
+        "weights": [_weights(run) for run in runs],
         "images": [_counts(run) for run in runs],
     }
     return _table(runs, facts, values, better, _teacher_rows(runs, names)), notes
 
 
+def _weights(run: Run) -> str:
+    report = run.report or {}
+    return f"{report.get('weights', 'no report')}{'' if report.get('finished', True) else ', not finished'}"
+
+
 def _conditions(result: dict[str, Any]) -> str:
-    """What two values must share to be compared: the number of pictures and all details (not of a timing)."""
-    return json.dumps([result.get("num_images"), result.get("details") or {}], sort_keys=True, default=str)
+    """What two values must share to be compared: the number of pictures and all details (but a spread)."""
+    details = {key: value for key, value in (result.get("details") or {}).items() if key != "spread"}
+    return json.dumps([result.get("num_images"), details], sort_keys=True, default=str)
 
 
 def _steps(runs: Sequence[Run]) -> list[str]:
@@ -117,11 +124,22 @@ def _teacher_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Row]:
 
 def _last_values(runs: Sequence[Run]) -> Table | None:
     """What the validations logged last, for runs that have no report (yet)."""
-    names = sorted({name for run in runs for name in run.series if name.startswith("val/")})
+    names = {name for run in runs for name in run.series if name.startswith("val/")}
     if not names or all(run.metrics for run in runs):
         return None
-    values = {with_arrow(name): [run.last_value(name) for run in runs] for name in names}
-    return _table(runs, {"step": _steps(runs)}, values, [direction(name) for name in names])
+    values = {with_arrow(name): [run.last_value(name) for run in runs] for name in sorted(names)}
+    is_fair = len({_validation_set(run) for run in runs if names & run.series.keys()}) == 1
+    return _table(runs, {"step": _steps(runs)}, values, [is_fair * direction(name) for name in sorted(names)])
+
+
+def _validation_set(run: Run) -> str:
+    """What two validations must share to be compared, as far as the configuration tells."""
+    config = run.config or {}
+    data = config.get("data") if isinstance(config.get("data"), dict) else {}
+    given = (data or {}).get("init_args") or {}
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    judges = [one for one in callbacks if str(one).find("Evaluation") >= 0]
+    return json.dumps([given.get("eval_size"), given.get("eval_captions"), judges], default=str)
 
 
 def _curves(runs: Sequence[Run]) -> list[go.Figure]:
@@ -161,11 +179,12 @@ def _sheets(runs: Sequence[Run]) -> list[dict[str, Any]]:
     groups: dict[str | None, list[dict[str, Any]]] = {}
     for run in runs:
         if run.grid is not None:
-            groups.setdefault(same_samples(run), []).append(_sheet(run, len(runs) <= _FEW))
+            groups.setdefault(same_samples(run), []).append(sheet(run, len(runs) <= _FEW))
     return [{"same": key is not None, "pictures": pictures} for key, pictures in groups.items()]
 
 
-def _sheet(run: Run, as_it_is: bool) -> dict[str, Any]:
+def sheet(run: Run, as_it_is: bool) -> dict[str, Any]:
+    """The last sheet of samples of a run that has one, for a page; smaller if not ``as_it_is``."""
     assert run.grid is not None
     step, path = run.grid
     with Image.open(path) as image:
@@ -183,5 +202,11 @@ def _timing(runs: Sequence[Run]) -> Table | None:
     timings = [(run.report or {}).get("timing") or {} for run in runs]
     if not any(timings):
         return None
-    values = {name: [timing.get(name) for timing in timings] for name in _TIMES_BETTER}
-    return _table(runs, {}, values, list(_TIMES_BETTER.values()))
+    facts = {name: [_with_spread(timing, name) for timing in timings] for name in _TIMINGS}
+    return _table(runs, facts, {}, [])
+
+
+def _with_spread(timing: Mapping[str, Any], name: str) -> str:
+    value, ends = timing.get(name), timing.get(f"{name}_quartiles")
+    text = "–" if value is None else format_value(value)
+    return text + (f" ({format_value(ends[0])} to {format_value(ends[1])})" if ends else "")

@@ -62,7 +62,7 @@ def read_series(path: Path) -> dict[str, Series]:
 def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
     """Which series share a plot: ``val/x`` with ``test/x``, ``a/x`` with ``a/y``; ``train/x`` is alone.
 
-    Series of one family whose sizes are more than ten times apart have plots of their own: on one axis the
+    Series of one family whose sizes are more than three times apart have plots of their own: on one axis the
     small ones would be flat lines.
     """
     families: dict[str, list[Series]] = {}
@@ -78,7 +78,7 @@ def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
     groups: dict[str, list[Series]] = {}
     for title, family in families.items():
         sizes = [size for one in family if (size := _size(one))]
-        if sizes and max(sizes) > 10 * min(sizes) and not {one.name for one in family} & {
+        if sizes and max(sizes) > 3 * min(sizes) and not {one.name for one in family} & {
             f"val/{title}", f"test/{title}"
         }:  # fmt: skip
             groups |= {one.name: [one] for one in family}

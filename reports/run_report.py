@@ -17,7 +17,7 @@ class Report:
 
     Attributes:
         content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing,
-            environment, config_path``.
+            environment, config_path, command, commit``, of a run ``finished``, too.
         manifest: what a comparable measurement must share with this one.
         pictures: titles to PNG files, shown in this order, the first one large, the others folded.
         curves: a metrics.csv, or None.
@@ -72,10 +72,17 @@ def result_table(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["", *(_column(name, measured.get(name)) for name in names), "images measured"]
     cells = []
     for title, results in rows:
-        values = [format_value(results[name]["value"]) if name in results else "–" for name in names]
+        values = [_with_spread(results[name]) if name in results else "–" for name in names]
         counts = {r["num_images"] for name, r in results.items() if name != "milliseconds_per_image"}
         cells.append([title, *values, ", ".join(f"{count:,}" for count in sorted(counts)) or "–"])
     return header, cells
+
+
+def _with_spread(result: Mapping[str, Any]) -> str:
+    """A value, and from where to where a time has spread."""
+    ends = result["details"].get("spread")
+    text = f" ({' to '.join(map(format_value, ends))})" if ends else ""
+    return format_value(result["value"]) + text
 
 
 def _column(name: str, result: Mapping[str, Any] | None) -> str:
@@ -156,7 +163,7 @@ def metric_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def findings(report: Report) -> list[str]:
-    """The result in sentences, as far as teacher and student were measured."""
+    """The result in sentences that begin with "Better" or "Worse", as far as both were measured."""
     teacher, student = report.content["teacher_metrics"], report.content["metrics"]
     several = next((row for row in teacher if row != "steps_1"), None)
     if several is None or "steps_1" not in teacher:
@@ -165,17 +172,25 @@ def findings(report: Report) -> list[str]:
     said = []
     if "milliseconds_per_image" in many and "milliseconds_per_image" in student:
         slow, fast = many["milliseconds_per_image"]["value"], student["milliseconds_per_image"]["value"]
-        said.append(
-            f"{slow / fast:.3g} times as fast as the teacher in {several.removeprefix('steps_')} steps"
-        )
+        speed = f"{slow / fast:.3g} times as fast as the teacher in {several.removeprefix('steps_')} steps"
+        spreads = [row["milliseconds_per_image"]["details"].get("spread") for row in (many, student)]
+        if None not in spreads:
+            (slow_least, slow_most), (fast_least, fast_most) = spreads
+            speed += f" ({slow_least / fast_most:.3g} to {slow_most / fast_least:.3g})"
+        said.append(_verdict(slow > fast) + speed)
     if "frechet_distance" in student and "frechet_distance" in single:
         ratio = student["frechet_distance"]["value"] / max(single["frechet_distance"]["value"], 1e-12)
-        said.append(f"Fréchet distance {100 * ratio:.0f} % of the teacher's in one step")
+        said.append(
+            _verdict(ratio < 1) + f"Fréchet distance {100 * ratio:.0f} % of the teacher's in one step"
+        )
     if "clip_score" in student and "clip_score" in many and "clip_score" in single:
         gap = many["clip_score"]["value"] - single["clip_score"]["value"]
         if gap > 0:
             closed = (student["clip_score"]["value"] - single["clip_score"]["value"]) / gap
-            said.append(
-                f"{100 * closed:.0f} % of the teacher's CLIP-score gap between one and many steps closed"
-            )
+            text = f"{100 * closed:.0f} % of the teacher's CLIP-score gap between one and many steps closed"
+            said.append(_verdict(closed > 0) + text)
     return said
+
+
+def _verdict(is_better: bool) -> str:
+    return "Better: " if is_better else "Worse: "

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reports.comparison import load_run
+from reports.comparison_page import sheet
 from reports.html import Row, Table, render
 from reports.text import said, short_names
 
 if TYPE_CHECKING:
     import optuna
     import plotly.graph_objects as go
+
+
+_SHOWN = 4  # best trials whose samples are shown
 
 
 def render_page(content: dict[str, Any], study: optuna.Study, source: str) -> str:
@@ -26,7 +32,15 @@ def render_page(content: dict[str, Any], study: optuna.Study, source: str) -> st
         "sweep.html", f"Sweep {content['name']}", content=content, findings_=_findings(content),
         trials=Table(row_header(content), rows), figures=list(_figures(study, content)), source=source,
         failed={one["trial"]: one["error"] for one in content["trials"] if one["error"]},
+        sheets=best_samples(content["trials"]),
     )  # fmt: skip
+
+
+def best_samples(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last samples of the best trials, as far as they lie on this machine."""
+    best = [one for one in trials if one["rank"] and one["folder"]][:_SHOWN]
+    runs = [load_run(Path(one["folder"]), f"Rank {one['rank']}, trial {one['trial']}") for one in best]
+    return [sheet(run, as_it_is=False) for run in runs if run.grid is not None]
 
 
 def row_header(content: dict[str, Any]) -> list[str]:

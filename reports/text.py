@@ -19,7 +19,7 @@ def said(value: Any) -> str:
     if isinstance(value, float):
         return format_value(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(said, value)) or "none"
     return "none" if value is None else str(value)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -63,11 +64,12 @@ def render_html(report: Report, folder: Path | None = None) -> str:
             are curves. None: the script is put into the page.
     """
     header, cells = result_table(report)
-    figures = _curves(report)
+    figures, folded = _curves(report)
+    content = report.content
     return render(
         "run.html",
         headline(report),
-        script=shared_script(folder) if folder is not None and figures else None,
+        script=shared_script(folder) if folder is not None and (figures or folded) else None,
         report=report,
         findings_=findings(report),
         results=Table(header, [*map(Row, cells[:-1]), Row(cells[-1], "marked")]),
@@ -75,6 +77,10 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         tables={title: Table.of(*table, kind="text") for title, table in _more_tables(report).items()},
         pictures={title: image_source(path.read_bytes()) for title, path in report.pictures.items()},
         figures=figures,
+        folded=folded,
+        is_finished=content.get("finished", True),
+        facts={key: content[key] for key in ("command", "commit") if content.get(key)},
+        config=_config(Path(content["config_path"])),
         details={
             title: {
                 name: {"value": one["value"], "num_images": one["num_images"], **one["details"]}
@@ -82,8 +88,16 @@ def render_html(report: Report, folder: Path | None = None) -> str:
             }
             for title, results in result_rows(report)
         },
-        environment=report.content["environment"] | {"settings": report.content["config_path"]},
+        environment=content["environment"] | {"settings": content["config_path"]},
     )
+
+
+def _config(path: Path) -> str | None:
+    """The configuration's text, secrets of loggers left out."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"(?m)^(\s*(?:- )?\w*(?:api_key|password|secret|token):) \S.*$", r"\1 (not shown)", text)
 
 
 def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
@@ -95,12 +109,19 @@ def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]
     return {title: table for title, table in tables.items() if table is not None}
 
 
-def _curves(report: Report) -> list[go.Figure]:
-    """The columns of metrics.csv, those that were measured at the end first."""
+def _curves(report: Report) -> tuple[list[go.Figure], list[go.Figure]]:
+    """The columns of metrics.csv: what was validated and the losses; then all others."""
     groups = grouped(read_series(report.curves)) if report.curves is not None else {}
-    order = sorted(groups, key=lambda title: (title not in report.content["metrics"], title))
-    drawn = [line_figure(title, groups[title], _teacher_levels(title, report)) for title in order]
-    return [figure for figure in drawn if figure is not None]
+    ranks = {}
+    for title, series in groups.items():
+        names = [one.name.partition("/")[0] for one in series]
+        ranks[title] = 0 if {"val", "test"} & {*names} else 1 if "train" in names else 2
+    drawn: tuple[list[go.Figure], list[go.Figure]] = ([], [])
+    for title in sorted(groups, key=lambda title: (ranks[title], title)):
+        figure = line_figure(title, groups[title], _teacher_levels(title, report))
+        if figure is not None:
+            drawn[ranks[title] == 2].append(figure)
+    return drawn
 
 
 def _teacher_levels(title: str, report: Report) -> dict[str, float]:

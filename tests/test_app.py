@@ -14,8 +14,8 @@ from PIL import ImageChops
 
 import cli
 from commands import app
-from commands.app_page import METHOD_CHOICES, build_page, drawing, slider
-from commands.app_pictures import SideBySide
+from commands.app_page import METHOD_CHOICES, build_page, choosing, drawing, slider
+from commands.app_pictures import SideBySide, local_students
 from commands.options import parse
 from common.errors import UserError
 from lightning_modules.generator import load_generator
@@ -27,7 +27,8 @@ from reports.sheets import to_pil
 
 PROMPT, NEGATIVE, SEED = "a red cat", "a dog", 5
 KINDS = {
-    "Blocks", "Row", "Column", "Textbox", "Radio", "Slider", "Number", "Checkbox", "Image", "Markdown"
+    "Blocks", "Row", "Column", "Textbox", "Radio", "Slider", "Number", "Checkbox", "Image", "Markdown",
+    "Dropdown", "Examples",
 }  # fmt: skip
 
 
@@ -179,12 +180,17 @@ def test_slider_follows_the_method(models: SideBySide) -> None:
 
 def test_what_the_page_listens_to(models: SideBySide) -> None:
     gradio = Gradio()
-    build_page(gradio, models)
+    build_page(gradio, models, ["a", "b"])
+    assert (
+        gradio.components["chosen"].args == (["a", "b"],) and gradio.components["chosen"].options["visible"]
+    )
+    assert gradio.components["title"].args == (models.title,)
     assert gradio.triggers == [
-        "Blocks.load", "prompt.change", "negative.change", "scale.input", "seed.input", "beside.input"
+        "Blocks.load", "prompt.change", "negative.change", "scale.input", "seed.input", "beside.input",
+        "count.input",
     ]  # fmt: skip
     _, inputs, outputs, options = gradio.listeners["page", "on"]
-    names = ["prompt", "negative", "method", "scale", "seed", "beside"]
+    names = ["prompt", "negative", "method", "scale", "seed", "beside", "count"]
     assert [part.options["elem_id"] for part in inputs] == names
     names = ["student", "student-time", "teacher", "teacher-time"]
     assert [part.options["elem_id"] for part in outputs] == names
@@ -194,6 +200,38 @@ def test_what_the_page_listens_to(models: SideBySide) -> None:
     assert given is gradio.components["method"] and target is gradio.components["scale"]
     assert gradio.listeners["method", "then"][1] is inputs, "a new method draws, too"
     assert gradio.components["method"].args[0] == METHOD_CHOICES
+
+
+def test_four_seeds_stand_on_one_sheet(models: SideBySide, tiny_sd: Path, tiny_sd_v: Path) -> None:
+    """Two rows of two; the teacher's from the same seeds."""
+    sheet = models.student(PROMPT, "", "none", 0.0, SEED, count=4).image
+    one, side = models.student(PROMPT, "", "none", 0.0, SEED + 3).image, 16
+    assert sheet.size == (2 * side + 3, 2 * side + 3)
+    last = sheet.crop((side + 2, side + 2, 2 * side + 2, 2 * side + 2))
+    difference = ImageChops.difference(last, one)
+    assert max(high for _, high in difference.getextrema()) <= 1, "a batch rounds differently"
+    assert models.teacher(PROMPT, "", "none", SEED, count=4).image.size == sheet.size
+    assert models.teacher(PROMPT, "", "none", SEED).image.size == one.size
+
+
+def test_another_student_is_chosen(tiny_sd: Path, tiny_sd_v: Path, own_sd: Path, tmp_path: Path) -> None:
+    models = SideBySide(str(tiny_sd), str(tiny_sd_v))
+    assert models.title == f"**{tiny_sd.name}**, distilled from **{tiny_sd_v.name}**"
+    before = models.student(PROMPT, "", "none", 0.0, SEED).image
+    told = choosing(models)(str(tmp_path / "nowhere"))
+    assert told.startswith(models.title) and "nowhere can't be taken: The model folder" in told
+    assert models.student(PROMPT, "", "none", 0.0, SEED).image == before
+    assert choosing(models)(str(tiny_sd_v)) == f"**{tiny_sd_v.name}**, distilled from **{tiny_sd_v.name}**"
+    assert models.student(PROMPT, "", "none", 0.0, SEED).image != before
+    for age, name in enumerate(("a/version_0", "b/version_1", "b/version_2")):
+        place = tmp_path / "runs" / name / "checkpoints"
+        place.mkdir(parents=True)
+        if age < 2:
+            (place / "last.ckpt").touch()
+        os.utime(place, (age, age))
+    assert local_students(tmp_path / "runs") == [
+        str(tmp_path / "runs" / n) for n in ("b/version_1", "a/version_0")
+    ]
 
 
 @pytest.fixture

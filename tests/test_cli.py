@@ -82,7 +82,9 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["generate"], ["export"], ["consolidate"], ["app"]])
+@pytest.mark.parametrize(
+    "words", [[], ["fit"], ["generate"], ["export"], ["consolidate"], ["app"], ["sweep"], ["compare"]]
+)
 def test_help_comes_without_torch(words: list[str]) -> None:
     """It takes seconds to import; in a process of its own, as this one has it."""
     code = (
@@ -94,10 +96,18 @@ def test_help_comes_without_torch(words: list[str]) -> None:
     assert done.stdout.endswith("\nFalse\n")
 
 
-def test_help_says_what_the_seed_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_options_are_listed_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+        cli.main(["fit", "--help-all"])
     assert "Also the seed of model and data, unless" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_the_trainer_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", "anything.yaml", "-h"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 20 < len(lines) < 45 and all(len(line) <= 110 for line in lines)
+    assert "--trainer.max_steps" in str(lines) and "emoji_swiftbrush" in str(lines)
 
 
 # Runs
@@ -427,6 +437,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]] | list[str], list[str]]] =
         ["/proc/nowhere", "cannot be written"],
     ),
     "endless": (["--trainer.max_steps", "-1"], ["max_steps"]),
+    "option of another class": (["--learning_rate=1"], ["did you mean 'model.learning_rate'"]),
+    "misspelt callback name": (
+        ["--trainer.callbacks.RunCheckpoin.every_n_steps=3"],
+        ["no RunCheckpoin;", "did you mean 'RunCheckpoint'"],
+    ),
     "missing prompts": (missing_prompts, ["none.txt", "does not exist"]),
     "devices that are not there": (["--trainer.accelerator=cuda", "--trainer.devices=64"], ["the Trainer"]),
     "no device": (["--trainer.devices=0"], ["the Trainer", "devices"]),
@@ -472,6 +487,11 @@ def test_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         cli.main()
     assert exit_.value.code == 2
     assert "did you mean 'fit'?" in capsys.readouterr().err
+    for word, meant in {"train": "fit", "trainn": "fit", "eval": "evaluate", "serve": "app"}.items():
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            cli.main([word])
+    with pytest.raises(UserError, match="the commands are fit, "):
+        cli.main(["xyzzy"])
 
 
 def test_debug_shows_the_traceback(

@@ -18,6 +18,7 @@ from reports.comparison import best_of, differences, find_runs, flatten, load_ru
 from reports.plots import thinned
 from reports.run_report import direction
 from reports.sheets import labelled_grid, save_png
+from reports.sweep_page import best_samples
 from tests.pages import cells, figures, without_scripts
 
 SAMPLES: dict[str, Any] = {
@@ -71,6 +72,9 @@ def compare(tmp_path: Path, *runs: Path | str) -> str:
 def test_metrics_differences_and_timing(tmp_path: Path) -> None:
     first = make_run(tmp_path / "one/version_0", 0.1, 3.0)
     second = make_run(tmp_path / "one/version_1", 0.2, 2.0)
+    report = json.loads((first / "report.json").read_text())
+    report["timing"]["seconds_per_step_quartiles"] = [0.05, 0.2]
+    (first / "report.json").write_text(json.dumps(report))
     page = compare(tmp_path, first, second)
     assert cells(page, "Metrics") == [
         ["run", "step", "weights", "images", "frechet_distance ↓", "clip_score ↑"],
@@ -84,9 +88,9 @@ def test_metrics_differences_and_timing(tmp_path: Path) -> None:
         ["one/version_1", "0.2"],
     ]
     assert cells(page, "Timing")[1:] == [
-        ["one/version_0", "★0.1000", "2.000", "–"],
+        ["one/version_0", "0.1000 (0.05000 to 0.2000)", "2.000", "–"],
         ["one/version_1", "0.2000", "2.000", "–"],
-    ]
+    ], "no star: a time has a spread"
     assert cells(page, "Environment differences")[1:] == [["one/version_0", "new"], ["one/version_1", "old"]]
     assert "Last validation" not in page
     assert page.count("<img alt") == 2 and "Every sheet shows the same prompts from the same seeds" in page
@@ -118,6 +122,13 @@ def test_unfinished_runs_and_runs_without_pictures(tmp_path: Path) -> None:
     assert cells(page, "Last validation")[1:] == [
         ["a/version_0", "20", "8.600"], ["a/version_1", "40", "★8.200"], ["a/version_2", "–", "–"]
     ]  # fmt: skip
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    (begun / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"init_args": {"eval_size": 8}}}))
+    other = compare(tmp_path, tmp_path / "a")
+    assert cells(other, "Last validation")[2] == ["a/version_1", "40", "8.200"], "of other counts: no star"
+    report = json.loads((whole / "report.json").read_text())
+    (whole / "report.json").write_text(json.dumps(report | {"finished": False}))
+    assert cells(compare(tmp_path, whole), "Metrics")[2][2] == "ema, not finished"
     assert page.count("<img alt") == 1
     assert [run.step for run in load_runs([whole, begun, bare])] == [20, 40, None]
 
@@ -163,7 +174,7 @@ def test_runs_are_found_by_folder_and_pattern(tmp_path: Path) -> None:
         "trial_000/version_0",
         "trial_001/version_0",
     ]
-    with pytest.raises(UserError, match="nowhere does not exist; give run folders"):
+    with pytest.raises(UserError, match="nowhere does not exist. Give run folders"):
         find_runs([f"{tmp_path}/nowhere"])
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
@@ -220,3 +231,12 @@ def test_thinned_curves_keep_their_peaks() -> None:
     thin = thinned(points, 100)
     assert len(thin) <= 100 and (777.0, 1.0) in thin and thin == sorted(thin)
     assert thinned(points[:50], 100) == points[:50]
+
+
+def test_a_sweep_shows_the_samples_of_its_best_trials(tmp_path: Path) -> None:
+    """Not of trials without a rank, without samples, or on another machine; four at most."""
+    folders = [make_run(tmp_path / f"s/version_{i}", samples=i != 1) for i in range(7)]
+    trials = [{"rank": i + 1, "trial": 10 + i, "folder": str(path)} for i, path in enumerate(folders)]
+    trials[2]["folder"], trials[6]["rank"] = str(tmp_path / "elsewhere"), None
+    captions = [one["caption"] for one in best_samples(trials)]
+    assert captions == [f"Rank {i + 1}, trial {10 + i}, after 20 student updates" for i in (0, 3)]

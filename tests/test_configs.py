@@ -1,5 +1,6 @@
 """Every YAML in configs/ is read by the command line's own parser; a new file is found by glob."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from callbacks.time_limit import parse_limit
 from commands import config_files, fit
 from commands.config_files import content_of
-from commands.fit import TrainerCLI
+from commands.fit import TrainerCLI, spelled
+from commands.trainer_help import KEYS
 from common.errors import UserError
+from common.files import nearest_path
 from lightning_modules.trainer_settings import is_slow_in_bf16
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +164,107 @@ def test_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> No
     callbacks = ParseOnly(["fit", "--config", "configs/quickstart.yaml", *options]).settings.trainer.callbacks
     assert len(callbacks) > 1 and callbacks[-1].class_path.endswith("TimeLimit")
     assert parse_limit(callbacks[-1].init_args.limit) == 3 * 3600 + 50 * 60
+
+
+def test_the_keys_of_the_short_help_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    named = ("model.student_init", "model.teacher", "data.prompts", "data.eval_captions")
+    given = [f"--{key}={'assets/x' if key in named else 3}" for key in KEYS]
+    settings = ParseOnly(["fit", "--config", "configs/quickstart.yaml", *given]).settings
+    model = settings.model.init_args
+    assert model.fake_score.lora.rank == 3 and model.fake_score.lora.alpha == 64, "the rest stays"
+    assert model.objective.init_args.guidance_scale == 3 and model.student.optimizer.init_args.lr == 3
+    found = {one.class_path.rpartition(".")[2]: one for one in settings.trainer.callbacks}
+    assert found["Evaluation"].init_args.final_size == 3 and settings.trainer.max_steps == 3
+
+
+def test_spellings_of_options() -> None:
+    """Hyphens; the usual class of --model.help; null for a nested setting, which jsonargparse can't read."""
+    words = [
+        "fit",
+        "--trainer.max-steps",
+        "3",
+        "--seed-everything=1",
+        "--data.prompts=a-b.txt",
+        "--model.help",
+    ]
+    assert spelled(words) == [
+        "fit", "--trainer.max_steps", "3", "--seed_everything=1", "--data.prompts=a-b.txt", "--model.help",
+        config_files.MODEL,
+    ]  # fmt: skip
+    assert spelled(["--data.help", "X", "--help-all"]) == ["--data.help", "X", "--help"]
+    assert config_files.expand(["--model.fake_score.lora", "null", "--model.student.clip_norm=null"]) == [
+        '--model.fake_score={"lora": null}', '--model.student={"clip_norm": null}',
+    ]  # fmt: skip
+
+
+def test_the_adapter_of_the_fake_score_is_found_in_its_former_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    old = tmp_path / "old.yaml"
+    old.write_text("base: configs/quickstart.yaml\nmodel: {init_args: {lora: {rank: 5}}}\n")
+    lora = ParseOnly(["fit", "--config", str(old)]).settings.model.init_args.fake_score.lora
+    assert (lora.rank, lora.alpha) == (5, 64)
+    assert f"{old}: model.lora is now model.fake_score.lora" in capsys.readouterr().out
+    old.write_text("model: {init_args: {fake_score: null, lora: {rank: 5}}}\n")
+    assert config_files.content_of(old) == {"model": {"init_args": {"fake_score": None}}}
+    settings = ParseOnly(
+        ["fit", "--config", "configs/quickstart.yaml", "--model.init_args.lora=null"]
+    ).settings
+    assert settings.model.init_args.fake_score.lora is None
+    assert "the command line: --model.lora is now" in capsys.readouterr().out
+
+
+def test_callbacks_are_set_by_their_names(tmp_path: Path) -> None:
+    """In the list that the files come to; what isn't there is added, and what is on the line stays behind."""
+    (tmp_path / "a.yaml").write_text(
+        "trainer: {callbacks: [RunCheckpoint, {class_path: c.Evaluation, init_args: {seed: 1}}]}\n"
+    )
+    (tmp_path / "b.yaml").write_text("trainer: {callbacks+: {class_path: c.SampleGrid}}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    named = [
+        "--trainer.callbacks.Evaluation.frame.size=3",
+        "--trainer.callbacks.SampleGrid.prompts",
+        "[x, y]",
+    ]
+    more = ["--trainer.callbacks.TimeLimit.limit=03:50:00", "--trainer.callbacks+=Mine"]
+    words = config_files.with_callback_settings(["fit", *files, *named, *more])
+    assert words[:5] == ["fit", *files] and words[6:] == ["--trainer.callbacks+=Mine"]
+    assert json.loads(words[5].removeprefix("--trainer.callbacks=")) == [
+        {"class_path": "RunCheckpoint"},
+        {"class_path": "c.Evaluation", "init_args": {"seed": 1, "frame": {"size": 3}}},
+        {"class_path": "c.SampleGrid", "init_args": {"prompts": ["x", "y"]}},
+        {"class_path": "TimeLimit", "init_args": {"limit": "03:50:00"}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("model.guidance_scale", "'model.objective.guidance_scale'"),
+        ("model.student.lr", "'model.student.optimizer.lr' or 'model.fake_score.optimizer.lr'"),
+        ("trainer.final_size", "'trainer.callbacks.Evaluation.final_size'"),
+    ],
+)
+def test_an_option_of_another_place_is_found(
+    option: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=f"did you mean {re.escape(meant)}"):
+        ParseOnly(["fit", "--config", "configs/quickstart.yaml", f"--{option}=3"])
+
+
+def test_the_nearest_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd21").mkdir(parents=True)
+    assert nearest_path("modells/sd21") == "Did you mean models/sd21?"
+    assert nearest_path("models/sd12") == "Did you mean models/sd21?"
+    assert nearest_path(tmp_path / "model" / "x") == f"Did you mean {tmp_path / 'models'}?"
+    assert nearest_path("assets/emoji-ds") == "Did you mean assets/emoji-sd?"
+    assert nearest_path("nothing/like/it") == ""
+    with pytest.raises(UserError, match="cannot be read.*Did you mean configs/quickstart.yaml"):
+        ParseOnly(["fit", "--config", "configs/quickstat.yaml"])
 
 
 def test_a_misspelt_key_fails(tmp_path: Path) -> None:

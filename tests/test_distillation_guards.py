@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from datamodules.prompts import CAPTIONS, PromptDataModule
 from lightning_modules.diffusion.randomness import StepRandom
+from lightning_modules.networks.model_names import is_bundled
 from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype
-from tests.tiny_distillation import LORA, Hooks, adam, changed, distillation, fit, snapshot
+from tests.tiny_distillation import LORA, Hooks, adam, changed, distillation, fit, snapshot, trainer
 
 # --- what is not finite
 
@@ -170,3 +172,16 @@ def test_cast_frozen_leaves_trained_weights() -> None:
     layers = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
     cast_frozen([layers], torch.bfloat16)
     assert [p.dtype for p in layers.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_the_bundled_captions_are_for_the_bundled_teachers(tiny_sd: Path, tmp_path: Path) -> None:
+    """Before anything is loaded; who names them gets them."""
+    data = PromptDataModule(batch_size=4)
+    with pytest.raises(UserError, match=r"data\.prompts is not set.*describe emoji.*assets/captions\.txt"):
+        trainer(tmp_path, 1).fit(distillation(tiny_sd), data)
+    assert is_bundled("assets/emoji-sd") and not is_bundled("owner/model@main") and not is_bundled(tiny_sd)
+    named = PromptDataModule(str(CAPTIONS), batch_size=4)
+    assert named.has_own_prompts and named.describe() == {
+        "Prompts": f"8,484 from {CAPTIONS}",
+        "Evaluation captions": "256 of 1,024, the bundled ones, which describe emoji",
+    }

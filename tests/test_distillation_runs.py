@@ -209,7 +209,7 @@ def test_a_new_objective_needs_a_class_and_a_class_path(tiny_sd: Path, tmp_path:
             "max_timestep is 2000.*only 1000 timesteps",
         ),
         ("--model.init_args.start_timestep=1000", "start_timestep 1000 is not one of the teacher's"),
-        ("--model.init_args.lora.targets=[to_x]", r"LoRA targets \['to_x'\] match no layer"),
+        ("--model.fake_score.lora.targets=[to_x]", r"LoRA targets \['to_x'\] match no layer"),
         ("--model.init_args.student.schedule=step", "schedule is 'step'"),
         ("--model.init_args.teacher=missing/model", "missing/model"),
         ("--model.init_args.objective.init_args.prompt_dropout=2", "prompt_dropout is a probability, got 2"),

@@ -61,7 +61,7 @@ def test_recipes_have_the_papers_numbers(name: str) -> None:
     objective = model["objective"]["init_args"]
     assert (objective["guidance_scale"], objective["prompt_dropout"]) == (4.5, 0.1)
     assert (objective["min_timestep"], objective["max_timestep"]) == (20, 980)
-    assert model["lora"] == {"rank": 64, "alpha": 108, "targets": ["to_q", "to_v"]}
+    assert model["fake_score"]["lora"] == {"rank": 64, "alpha": 108, "targets": ["to_q", "to_v"]}
     for role, rate in (("student", 1e-6), ("fake_score", 1e-3)):
         settings = model[role]["optimizer"]["init_args"]
         assert settings == {"lr": rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}

@@ -4,14 +4,17 @@ import functools
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.cards import RunNotes, model_card
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.pipeline_folder import MARKER, export_student, one_step_scheduler
-from lightning_modules.networks.student import architecture, resolve_checkpoint
+from lightning_modules.networks.student import architecture, resolve_checkpoint, student_path
 from lightning_modules.pipelines import pipeline_images, stock_pipeline
 from reports.sheets import labelled_grid
 from tests.backbones import moved
@@ -185,7 +188,22 @@ def test_best_and_last_are_those_of_the_newest_run(
     assert resolve_checkpoint("best").resolve() == files["b/version_3", "best"]
     call("export", "--checkpoint", "last", "--output", "out")
     assert json.loads((tmp_path / "out" / MARKER).read_text())["start_timestep"] == 902
-    assert "a/version_1/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert "a/version_1/checkpoints/last.ckpt (not finished, beside runs of b)" in capsys.readouterr().out
+    (tmp_path / "runs/a/version_0/report.json").write_text("{}")
+    (tmp_path / "runs/b/version_3/report.json").write_text('{"finished": false}')
+    (tmp_path / "runs/a/version_1/report.json").write_text("damaged")
+    for name in ("best", "last"):  # whatever is newer is still in progress
+        assert Path(student_path(name)).resolve() == files["a/version_0", name]
+    assert "version_0/checkpoints/last.ckpt (finished, beside" in capsys.readouterr().out
+    for name in ("runs/b/version_3", "~/b/version_3", "best"):
+        monkeypatch.setenv("HOME", str(tmp_path / "runs"))
+        call("export", "--checkpoint", name, "--output", "run")
+        start = 900 if name == "best" else 901
+        assert json.loads((tmp_path / "run" / MARKER).read_text())["start_timestep"] == start
+    call("export", "--checkpoint", "run", "--output", "again", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "again" / MARKER).read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"The checkpoint runn does not exist\. Did you mean run\?"):
+        call("export", "--checkpoint", "runn", "--output", "none")
 
 
 def test_newest_run_of_a_distillation_is_taken(tiny_sd: Path, tmp_path: Path) -> None:
@@ -263,14 +281,75 @@ def test_the_card_has_the_runs_metrics_and_configuration(tiny_sd: Path, tmp_path
     assert "| metric | this student | teacher, steps 25 | images |" in card
     assert "| frechet distance | 22.402 | – | 1024 |" in card
     assert "| clip score | 0.529129 | 0.25 | 512 |" in card
-    config = yaml.safe_load(card.split("## Configuration\n\n```yaml\n")[1].split("```")[0])
+    folded = "## Configuration\n\n<details><summary>config.yaml</summary>\n\n```yaml\n"
+    config = yaml.safe_load(card.split(folded)[1].split("```")[0])
     assert config == {
         "trainer": {"default_root_dir": "version_0", "logger": {"init_args": {"api_key": "(not shown)"}}},
         "model": {"teacher": tiny_sd.name, "rate": 1e-6, "prompts": ["a größer/cat", "x.txt"]},
         "data": "assets/captions.txt",
     }
     assert str(tmp_path) not in card and str(tiny_sd.parent) not in card
-    assert "a größer/cat" in card
+    assert "a größer/cat" in card and "![" not in card
+    assert 'with negative_prompting(pipe, "blurry", method="nasa"):' in card
+    (run / "samples").mkdir()
+    for step in (0, 38, 300):
+        Image.new("RGB", (step + 1, 1)).save(run / f"samples/step_{step}.png")
+    card = card_of(run / "checkpoints/last.ckpt", tmp_path / "out")
+    body = card.split("---\n", 2)[2].strip()
+    assert body.startswith(
+        "![samples](samples.png)\nThe student's one step beside its teacher, after 38 updates."
+    )
+    assert Image.open(tmp_path / "out/samples.png").width == 39
+
+
+def test_the_card_has_what_the_validation_said_where_nothing_else_was_measured(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    checkpoint = write_run(run, tiny_sd, step=60)
+    (run / "metrics.csv").write_text(
+        "step,train/loss,val/clip_score,val/fid\n20,1,0.1,9\n40,1,,\n40,,0.25,7.5\n60,1,0.3,1\n"
+    )
+    card = card_of(checkpoint, tmp_path / "out")
+    assert "validation of the run at student step 40" in card
+    assert "| clip_score | 0.25 |\n| fid | 7.5 |\n" in card and "not measured" not in card
+    assert ModelCard(card).data.metrics == ["clip_score", "fid"]
+
+
+def test_a_student_is_pushed_to_the_hub(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub stands in for itself; nothing is written where nobody is logged in or the name is none."""
+    calls: list[Any] = []
+    hub = "huggingface_hub.HfApi."
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", tiny_sd)
+    out, words = tmp_path / "out", ("export", "--checkpoint", checkpoint, "--output", tmp_path / "out")
+    monkeypatch.setattr(hub + "whoami", lambda *_, **__: calls.append("asked"))
+    monkeypatch.setattr(hub + "create_repo", lambda _, *given, **more: calls.append((given, more)))
+    monkeypatch.setattr(hub + "upload_folder", lambda _, **more: calls.append(more))
+    with pytest.raises(UserError, match="no name of the hub: give owner/name"):
+        call(*words, "--push-to-hub", "mine")
+    call(*words, "--push-to-hub", "me/mine")
+    assert calls[:2] == ["asked", (("me/mine",), {"private": True, "exist_ok": True})]
+    assert calls[2]["repo_id"] == "me/mine" and calls[2]["folder_path"] == out
+    assert 'from_pretrained("me/mine")' in (out / "README.md").read_text()
+    assert "https://huggingface.co/me/mine" in capsys.readouterr().out
+
+    def fails(error: Exception) -> Any:
+        return mock.Mock(side_effect=error)
+
+    monkeypatch.setattr(hub + "upload_folder", fails(RuntimeError("no\nnetwork")))
+    with pytest.raises(UserError, match="is written, but can't be pushed to me/mine: no"):
+        call(*words, "--push-to-hub", "me/mine")
+    shutil.rmtree(out)
+    for error, message in (
+        (LocalTokenNotFoundError(), "hf auth login"),
+        (OSError("off"), "can't be asked: off"),
+    ):
+        monkeypatch.setattr(hub + "whoami", fails(error))
+        with pytest.raises(UserError, match=message):
+            call(*words, "--push-to-hub", "me/mine")
+    assert not out.exists()
 
 
 def test_other_weights_than_the_reports_are_not_measured(tiny_sd: Path, tmp_path: Path) -> None:
@@ -540,13 +619,11 @@ def test_the_cards_data_for_the_hub(tiny_sd: Path, tmp_path: Path) -> None:
         "license_name": "that-of-the-teacher", "tags": ["one-step", "distillation"],
         "metrics": ["frechet_distance", "clip_score"],
     }  # fmt: skip
-    text = model_card(
-        Path("o"), {"teacher": "owner/sd@main", "method": "SwiftBrush"}, "", tmp_path, RunNotes()
-    )
+    text = model_card("o", {"teacher": "owner/sd@main", "method": "SwiftBrush"}, "", tmp_path, RunNotes())
     data = ModelCard(text).data
     assert data.base_model == "owner/sd" and "swiftbrush" in data.tags and data.metrics is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
-    text = model_card(Path("o"), {}, "", tmp_path, RunNotes())
+    text = model_card("o", {}, "", tmp_path, RunNotes())
     assert ModelCard(text).data.license == "mit"
     (tmp_path / "README.md").write_text("---\n- a: [\n---\n# A teacher\n")
-    assert ModelCard(model_card(Path("o"), {}, "", tmp_path, RunNotes())).data.license == "other"
+    assert ModelCard(model_card("o", {}, "", tmp_path, RunNotes())).data.license == "other"

@@ -41,7 +41,10 @@ def test_real_backbones_have_the_papers_numbers(backbone: str, kind: str) -> Non
     assert objective["guidance_scale"]["init_args"] == {"low": 0.5, "high": high, "per_sample": False}
     assert (data["batch_size"], content["trainer"]["max_steps"]) == PAPER[backbone][1:]
     rates = [model[role]["optimizer"]["init_args"]["lr"] for role in ("student", "fake_score")]
-    assert rates == [1e-6, 1e-3] and (model["lora"]["rank"], model["lora"]["alpha"]) == (64, 128)
+    assert rates == [1e-6, 1e-3] and tuple(model["fake_score"]["lora"][key] for key in ("rank", "alpha")) == (
+        64,
+        128,
+    )
     loss = model["image_losses"]["losses"][0]["init_args"]
     assert loss["tau"] == 0.37 and loss["weight"]["init_args"] == {"start": 0.1, "end": 0.0}
     alpha = {"init_args": {"low": 0.0, "high": 1.0}} if kind == "nasat" else None

@@ -38,9 +38,7 @@ def test_mistakes_in_the_yaml(tmp_path: Path) -> None:
         tmp_path, "trainer.default_root_dir is given", space={"trainer.default_root_dir": choice("a", "b")}
     )
     wrong = {"class_path": "MedianPruner", "init_args": {"n_warmup": 3}}
-    refused(
-        tmp_path, "n_warmup' of optuna.pruners.MedianPruner; did you mean 'n_warmup_steps'", pruner=wrong
-    )
+    refused(tmp_path, "n_warmup' of optuna.pruners.MedianPruner; did you mean 'n_warmup_steps'", pruner=wrong)
     refused(tmp_path, "TPSampler", sampler={"class_path": "TPSampler"})
     refused(tmp_path, "only 3 different points; write trials: 3", space={"x": choice(1, 2, 3)})
     for entry, message in [

@@ -16,7 +16,7 @@ from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.lora import LoraSettings
 from lightning_modules.objectives.base import Networks, Objective, StudentSample, Terms
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from lightning_modules.optimization import RoleOptimization
+from lightning_modules.optimization import FakeScoreSettings, RoleOptimization
 
 PROMPTS = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "dog", "cup")]
 LORA = LoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v"])
@@ -90,12 +90,19 @@ def adam(learning_rate: float = 1e-2, **settings: Any) -> RoleOptimization:
 
 
 def distillation(teacher: Path, objective: Objective | None = None, **settings: Any) -> OneStepDistillation:
-    """A module with a fast fake score (so that the student's gradient is not small) and a short EMA."""
+    """A module with a fast fake score (so that the student's gradient is not small) and a short EMA.
+
+    ``lora``: the fake score's adapter, null for a full copy.
+    """
+    lora = settings.pop("lora", LORA)
     defaults: dict[str, Any] = {
         "student": adam(1e-3), "fake_score": adam(1e-2), "teacher": str(teacher), "start_timestep": 625,
-        "lora": LORA, "ema_decay": 0.5,
+        "ema_decay": 0.5,
     }  # fmt: skip
-    return OneStepDistillation(objective or SwiftBrush(dropout_per_sample=True), **(defaults | settings))
+    settings = defaults | settings
+    if settings["fake_score"] is not None:
+        settings["fake_score"] = FakeScoreSettings(**vars(settings["fake_score"]), lora=lora)
+    return OneStepDistillation(objective or SwiftBrush(dropout_per_sample=True), **settings)
 
 
 def prompt_data(batch_size: int = 4, micro_batch_size: int | None = None) -> PromptDataModule:
@@ -144,9 +151,12 @@ def write_config(path: Path, teacher: Path, **changes: Any) -> Path:
         "teacher": str(teacher),
         "start_timestep": 625,
         "objective": {"class_path": "lightning_modules.objectives.swiftbrush.SwiftBrush"},
-        "lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v"]},
         "student": {"optimizer": rate, "warmup_steps": 3},
-        "fake_score": {"optimizer": rate, "warmup_steps": 3},
+        "fake_score": {
+            "optimizer": rate,
+            "warmup_steps": 3,
+            "lora": {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v"]},
+        },
         "ema_decay": 0.5,
     }
     prompts = {"prompts": PROMPTS, "batch_size": 4, "eval_captions": PROMPTS, "eval_size": 2}

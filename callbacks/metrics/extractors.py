@@ -66,6 +66,27 @@ class FeatureExtractor(ABC):
         """Features [B, D], fp32, of pictures [B, 3, H, W] in [0, 1], under ``no_grad`` and in fp32."""
 
 
+class Pixels(FeatureExtractor):
+    """No network: the features are the pictures themselves, [B, 3, H, W], fp32 in [0, 1].
+
+    A metric on pixels gives ``(Pixels,)`` as its ``spec``; see docs/python.md.
+    """
+
+    width = 3
+
+    def __init__(self) -> None:
+        super().__init__("pixels", Path(), "pixels", "none")
+        self.model = torch.nn.Identity()
+
+    @property
+    def device(self) -> torch.device:
+        """There is nothing to be anywhere."""
+        return torch.device("cpu")
+
+    def _image_features(self, images: Tensor) -> Tensor:
+        return images.float()
+
+
 _LOADED: WeakValueDictionary[ExtractorSpec, FeatureExtractor] = WeakValueDictionary()
 
 

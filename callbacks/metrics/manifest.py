@@ -6,7 +6,7 @@ from typing import Any
 
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.measure import Results
-from common.environment import environment
+from common.environment import command_line, commit, environment
 from common.hashing import hash_texts
 from datamodules.evaluation_sets import EvaluationSet
 from reports.published import deviations, label, open_questions, published_rows
@@ -45,6 +45,8 @@ def make_report(
         "teacher_metrics": dict(teacher or {}),
         "timing": dict(timing),
         "environment": environment() | dict(machine),
+        "command": command_line(),
+        "commit": commit(),
     }
     rows = [] if evaluation_set is None else published_rows(told, evaluation_set)
     published = tuple((name, row.model, row.values[name], row.source) for name, row in rows)

@@ -194,7 +194,7 @@ def milliseconds_per_image(
         device = str(images.device)
         images.cpu()
         times.append(time.perf_counter() - start)
-    value = 1000 * statistics.median(times[1:]) / batch_size
+    value, *ends = (1000 * f(times[1:]) / batch_size for f in (statistics.median, min, max))
     statistic = f"median of {repeats} passes after a warm-up"
-    details = {"batch_size": batch_size, "device": device, "statistic": statistic}
+    details = {"batch_size": batch_size, "device": device, "statistic": statistic, "spread": ends}
     return {"value": value, "num_images": batch_size * repeats, "details": details}

@@ -1,5 +1,6 @@
 """The model card of an exported student: how to draw, what is known of it, and of the run that trained it."""
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ from common.errors import UserError
 from lightning_modules.networks.loading import read_json
 from lightning_modules.networks.model_names import may_be_hub_name, model_name
 
+PICTURE = "samples.png"  # a sheet of samples in the exported folder
 SECRET = re.compile(r"(api_key|password|secret|token)$")  # settings of loggers that nobody else should see
 
 
 class RunNotes(NamedTuple):
-    """What a card says of the run: Markdown, and the names of what was measured."""
+    """What a card says of the run: Markdown, the names of what was measured, a sheet of samples."""
 
     markdown: str = ""
     metrics: Sequence[str] = ()
+    picture: Path | None = None
 
 
 def without_place(value: Any) -> Any:
@@ -37,34 +40,48 @@ def shown_name(output: Path) -> str:
     return output.name if output.is_absolute() else output.as_posix()
 
 
-def model_card(output: Path, facts: dict[str, Any], call: str, source: Path, more: RunNotes) -> str:
-    """The text of README.md: data for the hub, the snippet that draws a picture, the facts as a table.
+def model_card(name: str, facts: dict[str, Any], call: str, source: Path, more: RunNotes) -> str:
+    """The text of README.md: data for the hub, a picture, the snippet that draws one, the facts as a table.
 
     Args:
-        output: the exported folder.
+        name: what the model is loaded by: the exported folder, or its name on the hub.
         facts: name to value.
         call: arguments of the pipeline's call, as Python text.
         source: folder of the model that gave the other parts; a licence named in its card is this one's, too.
         more: what else the card says.
     """
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    picture = ""
+    if more.picture is not None:
+        step = int(more.picture.stem.removeprefix("step_"))
+        picture = (
+            f"![samples]({PICTURE})\nThe student's one step beside its teacher, after {step:,} updates.\n\n"
+        )
     return f"""---
 {_hub_data(facts, source, more.metrics).to_yaml()}
 ---
 
-```python
+{picture}```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{shown_name(output)}")
+pipe = DiffusionPipeline.from_pretrained("{name}")
 image = pipe("a red apple", {call}).images[0]
 image.save("apple.png")
 ```
 
-# {output.name}: a one-step text-to-image model
+# {Path(name).name}: a one-step text-to-image model
 
 A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
 always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
-folder, which holds the timestep the student starts from.
+folder, which holds the timestep the student starts from. A negative prompt has no guidance to act by in
+one step; it acts in cross-attention instead, by the code of the project that trained this model:
+
+```python
+from lightning_modules.guidance import negative_prompting
+
+with negative_prompting(pipe, "blurry", method="nasa"):
+    image = pipe("a red apple", {call}).images[0]
+```
 
 | | |
 |---|---|
@@ -101,7 +118,7 @@ def _licence(card: Path) -> str | None:
 
 
 def run_notes(checkpoint: Path, facts: dict[str, Any]) -> RunNotes:
-    """The metrics of the student and the configuration; nothing where no run's folder is around it.
+    """Metrics of the student, the configuration, samples; nothing where no run's folder is around it.
 
     Args:
         checkpoint: `checkpoints/*.ckpt` of a run's folder, which has a config.yaml, or any other file.
@@ -115,22 +132,51 @@ def run_notes(checkpoint: Path, facts: dict[str, Any]) -> RunNotes:
     if file.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
         return RunNotes()
     measured, names = _metrics(run, facts)
-    return RunNotes(f"\n## Metrics\n\n{measured}\n## Configuration\n\n{_configuration(run)}", names)
+    folded = f"<details><summary>config.yaml</summary>\n\n{_configuration(run)}\n</details>\n"
+    return RunNotes(f"\n## Metrics\n\n{measured}\n## Configuration\n\n{folded}", names, _picture(run, facts))
+
+
+def _picture(run: Path, facts: dict[str, Any]) -> Path | None:
+    """The run's sheet of samples that is nearest to the student's step."""
+    sheets = [path for path in (run / "samples").glob("step_*.png") if path.stem[5:].isdigit()]
+    step = facts.get("student_steps") or 0
+    return min(sheets, key=lambda path: (abs(int(path.stem[5:]) - step), path.name), default=None)
 
 
 def _metrics(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
-    """Table of the report's numbers, the teacher's beside the student's; and the metrics' names."""
+    """Table of the report's numbers, the teacher's beside the student's; and the metrics' names.
+
+    Where the report is of another step or of other weights: what the validation at this step has logged.
+    """
     file = run / "report.json"
     report = read_json(file) if file.is_file() else {}
     same = (report.get("step"), report.get("weights")) == (facts["student_steps"], facts["weights"])
     if not same or not report.get("metrics"):
-        return "The student was not measured at this step with these weights.\n", []
+        return _validation(run, facts)
     try:
         table = _table(report["metrics"], report["teacher_metrics"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error!r}. Remove it, or run `fit` again.") from error
     head = f"The run's own evaluation of the {facts['weights']} weights at student step"
     return f"{head} {facts['student_steps']}:\n\n{table}", list(report["metrics"])
+
+
+def _validation(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
+    file, step = run / "metrics.csv", str(facts["student_steps"])
+    found: dict[str, str] = {}
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            for row in csv.DictReader(lines):
+                if row.get("step") == step:
+                    found |= {
+                        name: text for name, text in row.items() if str(name).startswith("val/") and text
+                    }
+    if not found:
+        return "The student was not measured at this step with these weights.\n", []
+    names = [name.removeprefix("val/") for name in found]
+    rows = "".join(f"| {n} | {float(text):.6g} |\n" for n, text in zip(names, found.values(), strict=True))
+    head = f"The validation of the run at student step {step}, over its validation captions only"
+    return f"{head}:\n\n| metric | this student |\n| --- | ---: |\n{rows}", names
 
 
 def _table(metrics: dict[str, Any], teacher: dict[str, Any]) -> str:

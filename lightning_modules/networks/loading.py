@@ -93,7 +93,7 @@ def _hub_folder(wanted: ModelName) -> Path:
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise UserError(
             f"The model folder {wanted.name} does not exist here, and as a Hugging Face hub name it can't be "
-            f"fetched: {first_line(error)} Check the path or the name. Without a network: "
+            f"fetched: {first_line(error)} {missing_advice(wanted.name)} Without a network: "
             f"{missing.rstrip('.')}. On a machine that has one: hf download {wanted.name}{revision}"
         ) from error
 

@@ -51,6 +51,11 @@ def model_name(given: str | Path) -> ModelName:
     return ModelName(name, revision or None, variant if mark else None)
 
 
+def is_bundled(given: str | Path) -> bool:
+    """Whether a model is one of those in assets/."""
+    return asset_path(model_name(given).name).resolve().is_relative_to(ROOT / "assets")
+
+
 def lasting_name(given: str | Path) -> str:
     """The name by which a model is found from any working folder: of a folder or file its absolute path.
 

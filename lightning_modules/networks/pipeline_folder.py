@@ -7,6 +7,7 @@ schedule to alpha = 1 returns the predicted x0, which is all that a one-step gen
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from torch import nn
 from common.errors import UserError
 from common.files import check_output_folder, written_at_once
 from lightning_modules.networks.backbones.calling import embedded_guidance
-from lightning_modules.networks.cards import RunNotes, model_card, shown_name, without_place
+from lightning_modules.networks.cards import PICTURE, RunNotes, model_card, shown_name, without_place
 from lightning_modules.networks.loading import TextToImageParts, no_progress_bars, pipeline_folder
 from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
 
 MARKER, LORA = "one_step.json", "lora"
 _PLACES = {"_name_or_path", "name_or_path"}  # both libraries note where a part was read from
 FOLDER_NAMES = {
-    MARKER, LORA, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
-    "tokenizer_2", "transformer", "unet", "vae",
+    MARKER, LORA, PICTURE, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2",
+    "tokenizer", "tokenizer_2", "transformer", "unet", "vae",
     "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
 
@@ -71,6 +72,7 @@ def export_student(
     card: dict[str, Any] | None = None,
     adapter: StudentAdapter | None = None,
     notes: RunNotes | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
@@ -83,6 +85,7 @@ def export_student(
         card: facts for the model card and for one_step.json, name to value (plain data).
         adapter: of a LoRA student, which is then written by itself, too, into the folder `lora`.
         notes: what else the model card says.
+        name: what the model card calls the model; the folder if None.
     """
     scheduler = one_step_scheduler(parts.scheduler, start_timestep)
     target = check_output_folder(Path(output), own_names)
@@ -97,12 +100,14 @@ def export_student(
         )
         save_pipeline(parts.backbone.pipeline(cast, scheduler), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        call, notes = one_step_call(parts), notes or RunNotes()
+        call, notes, name = one_step_call(parts), notes or RunNotes(), name or shown_name(Path(output))
+        if notes.picture is not None:
+            shutil.copyfile(notes.picture, folder / PICTURE)
         if adapter is not None:
             write_lora(adapter, parts.backbone, folder / LORA, dtype)
-            own = lora_card(adapter, parts.backbone, shown_name(Path(output)), call)
+            own = lora_card(adapter, parts.backbone, name, call)
             notes = notes._replace(markdown=own + notes.markdown)
-        text = model_card(Path(output), facts, call, pipeline_folder(parts.path), notes)
+        text = model_card(name, facts, call, pipeline_folder(parts.path), notes)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 

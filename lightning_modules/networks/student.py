@@ -16,6 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
+from common.files import nearest_path
+from common.processes import say
 from lightning_modules.checkpoints import check_format, is_sharded
 from lightning_modules.checkpoints import read as read_content
 from lightning_modules.networks.backbones import BACKBONES
@@ -70,18 +72,24 @@ def is_checkpoint(path: str | Path) -> bool:
     return Path(path).suffix == ".ckpt" or asset_path(path).is_file()
 
 
-def student_path(name: str) -> str:
-    """What `load_student` reads: of a run folder its best.ckpt (or else last.ckpt), of others the name."""
+def student_path(name: str, runs: str | Path = "runs") -> str:
+    """What `load_student` reads: the one way in which all commands name a model.
+
+    Of a run folder it is its best.ckpt (or else last.ckpt), of `best` and `last` that of the newest run under
+    `runs` (see `resolve_checkpoint`), of a .ckpt, a pipeline's folder or a hub name the name itself.
+    """
     folder = asset_path(name)
+    if name in ("best", "last") and not folder.exists():
+        return str(resolve_checkpoint(name, runs))
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return name
     for file in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / file).exists():  # a folder where it is in shards
             return str(folder / "checkpoints" / file)
-    if runs := sorted(folder.glob("version_*")):
+    if versions := sorted(folder.glob("version_*")):
         raise UserError(
-            f"{name} holds the runs {', '.join(run.name for run in runs[:8])}. Give one of them, "
-            f"e.g. {runs[-1]}."
+            f"{name} holds the runs {', '.join(run.name for run in versions[:8])}. Give one of them, "
+            f"e.g. {versions[-1]}."
         )
     if (folder / "config.yaml").is_file():
         raise UserError(
@@ -160,18 +168,22 @@ def load_network_file(
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
     """A checkpoint file by its path, or the newest best.ckpt or last.ckpt of the distillations under `runs`.
 
-    Runs of other modules (pretraining) are passed over; a damaged file is not, so that no older one is taken
-    in its place unnoticed.
+    Finished runs go before others. Runs of other modules (pretraining) are passed over; a damaged file is
+    not, so that no older one is taken in its place unnoticed. Says which it is.
     """
     if name not in ("best", "last"):
         path = asset_path(name)
         if not (path.is_file() or is_sharded(path)):
-            raise UserError(f"The checkpoint {name} does not exist. Give a .ckpt file, or best or last.")
+            what = "is neither a checkpoint nor an exported student." if path.exists() else "does not exist."
+            hint = (
+                "" if path.exists() else nearest_path(name)
+            ) or "Give a .ckpt, a run folder, best or last."
+            raise UserError(f"The checkpoint {name} {what} {hint}")
         return path
     # Two files can carry the same time on coarse clocks; the higher version is the later run then.
     files = sorted(
         Path(runs).glob(f"*/version_*/checkpoints/{name}.ckpt"),
-        key=lambda file: (file.stat().st_mtime_ns, _version(file), str(file)),
+        key=lambda file: (_is_finished(file), file.stat().st_mtime_ns, _version(file), str(file)),
         reverse=True,
     )
     newest = next((file for file in files if _is_distillation(read_content(file, whole=False))), None)
@@ -180,6 +192,9 @@ def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
             f"There is no {name}.ckpt of a distillation under {runs}/*/version_*/checkpoints. "
             "Run `fit` first, or give a .ckpt file."
         )
+    state = "finished" if _is_finished(newest) else "not finished"
+    others = sorted({file.parents[2].name for file in files} - {newest.parents[2].name})
+    say(f"{name}: {newest} ({state}{', beside runs of ' + ', '.join(others) if others else ''})")
     return newest
 
 
@@ -375,6 +390,15 @@ def _settings(network: nn.Module) -> dict[str, Any]:
             value = value[0]
         settings[name] = value or False
     return settings
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint has come to its end: its report says so."""
+    report = checkpoint.parents[1] / "report.json"
+    try:
+        return bool(read_json(report).get("finished", True)) if report.is_file() else False
+    except (UserError, AttributeError):  # damaged: then it doesn't say so
+        return False
 
 
 def _version(checkpoint: Path) -> int:

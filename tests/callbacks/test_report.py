@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from callbacks import report as report_module
@@ -28,7 +30,7 @@ from tests.pages import Page, figures, without_scripts
 
 KEYS = {
     "experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing", "environment",
-    "config_path",
+    "config_path", "finished", "command", "commit",
 }  # fmt: skip
 
 
@@ -74,9 +76,10 @@ def test_a_run_of_one_step_leaves_a_whole_report(
     report = json.loads((folder / "report.json").read_text())
     assert set(report) == KEYS
     assert (report["experiment"], report["step"], report["weights"]) == ("emoji", 1, "ema")
-    assert set(report["timing"]) == {"seconds_per_step", "images_per_second", "peak_memory_gib"}
-    assert all(value > 0 for value in report["timing"].values())
     timing = report["timing"]
+    assert timing.pop("seconds_per_step_quartiles") is None, "one step has no spread"
+    assert set(timing) == {"seconds_per_step", "images_per_second", "peak_memory_gib"}
+    assert all(value > 0 for value in timing.values()) and report["finished"]
     assert timing["images_per_second"] == pytest.approx(4 / timing["seconds_per_step"])
     assert set(report["teacher_metrics"]) == {"steps_2", "steps_1"}
     for results in (report["metrics"], *report["teacher_metrics"].values()):
@@ -107,9 +110,21 @@ def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
 ) -> None:
     folder = tmp_path / "a<b>&c" / "version_0"
     callbacks = [evaluation(tiny_clip, reference), SampleGrid(num_images=2, teacher_steps=2), RunReport()]
-    trainer(folder, *callbacks, max_steps=4).fit(StandIn(tiny_sd), StandInData())
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("lr: 0.5\nlogger:\n  api_key: hush\n")
+    trainer(folder, *callbacks, KeepReport(), max_steps=4).fit(StandIn(tiny_sd), StandInData())
+    early = json.loads((folder / "early.json").read_text())
+    assert early["step"] == 2 and not early["finished"] and early["teacher_metrics"] == {}
+    assert early["metrics"]["clip_score"]["num_images"] == 7, "of the validation"
+    page = Page((folder / "early.html").read_text())
+    assert "This run is not finished" in page.text and "Student, 1 step, at its last validation" in page.text
+    assert "lr: 0.5" in page.text and "hush" not in page.text and "(not shown)" in page.text
+    assert [one["layout"]["title"]["text"] for one in figures((folder / "early.html").read_text())] == [
+        "clip_score", "frechet_distance", "train/loss",
+    ]  # fmt: skip
     text = (folder / "report.html").read_text()
     page = Page(text)
+    assert "not finished" not in page.text
     *pictures, script = page.addresses
     assert all(address.startswith("data:image/png;base64,") for address in pictures)
     assert script == "../../plotly.min.js", "what draws the curves lies once beside all experiments"
@@ -157,6 +172,16 @@ def test_report_without_evaluation(tiny_sd: Path, tmp_path: Path, capsys: pytest
     assert "report.html" in capsys.readouterr().out
 
 
+class KeepReport(Callback):
+    """Keeps the report of the first validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for suffix in ("json", "html"):
+            folder = Path(str(trainer.log_dir))
+            if not trainer.sanity_checking and not (folder / f"early.{suffix}").exists():
+                shutil.copy(folder / f"report.{suffix}", folder / f"early.{suffix}")
+
+
 def made_report(**changes: Any) -> Report:
     def result(value: float, **details: Any) -> dict[str, Any]:
         return {"value": value, "num_images": 1024, "details": details}
@@ -178,7 +203,23 @@ def made_report(**changes: Any) -> Report:
 
 def test_findings_and_table() -> None:
     found = " | ".join(findings(made_report()))
-    assert "25 times as fast" in found and "25 % of the teacher's in one step" in found and "75 % of" in found
+    assert "Better: 25 times as fast" in found and "Better: 75 % of" in found
+    assert "Better: Fréchet distance 25 % of the teacher's in one step" in found
+    worse = made_report()
+    for name, value in (("frechet_distance", 80), ("clip_score", 0.05)):
+        worse.content["metrics"][name]["value"] = value
+    for row, ends in (
+        (worse.content["metrics"], [2.0, 5.0]),
+        (worse.content["teacher_metrics"]["steps_25"], [90, 110]),
+    ):
+        row["milliseconds_per_image"]["details"]["spread"] = ends
+    assert findings(worse) == [
+        "Better: 25 times as fast as the teacher in 25 steps (18 to 55)",
+        "Worse: Fréchet distance 200 % of the teacher's in one step",
+        "Worse: -25 % of the teacher's CLIP-score gap between one and many steps closed",
+    ]
+    page = render_html(worse)
+    assert page.count('<li class="worse">') == 2 and page.count('<li class="better">') == 1
     lines = render_text_table(made_report()).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "Teacher, 25 steps, guidance 4.5", "Teacher, 1 step", "Student, 1 step",
@@ -269,7 +310,7 @@ def test_groups() -> None:
 def test_several_scales_never_share_an_axis() -> None:
     sizes = {
         "norm/a": 1.0,
-        "norm/b": 5.0,
+        "norm/b": 2.5,
         "time/load": 0.01,
         "time/step": 2.0,
         "val/fid": 9.0,
@@ -305,11 +346,12 @@ def test_timer_takes_the_median_once_warm(monkeypatch: pytest.MonkeyPatch) -> No
         now += duration + 1000
     monkeypatch.setattr(report_module.time, "perf_counter", iter(clock).__next__)
     timer, cpu = StepTimer(), torch.device("cpu")
-    assert timer.seconds_per_step() is None
+    assert timer.seconds_per_step() is None and timer.quartiles() is None
     for _ in durations:
         timer.start(cpu)
         timer.stop(cpu, 64)
     assert timer.seconds_per_step() == 2.0 and timer.images_per_step == 64
+    assert timer.quartiles() == [1.5, 16.0]
     assert 0.01 < peak_memory_gib() < 200
 
 

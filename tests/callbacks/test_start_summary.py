@@ -85,9 +85,13 @@ def test_a_fit_prints_table_batch_and_one_estimate(
         assert re.search(rf"^{re.escape(name)} +{values / 1e6:.3f} ", printed, re.MULTILINE), name
     assert "1 process x micro-batch 2 x accumulation 2 = 4" in printed
     assert "Precision: 32-true" in printed and "SLOW" not in printed
+    for line in ("Run: " + str(tmp_path), f"Teacher: {tiny_sd}", "Objective: SwiftBrush", "Device: cpu x 1",
+                 "Prompts: 9 from a list", "Evaluation captions: 2 of 9"):  # fmt: skip
+        assert line in printed.splitlines()
     # an update is 3 s and a grid of two pictures 4 s
     assert printed.count(" to go;") == 1
     assert "3 s per student update: 7 take about 0:00:49, 0:00:21 to go; validations" in printed
+    assert re.search(r"end about 20\d\d-\d\d-\d\d \d\d:\d\d\n", printed)
     fit(alone, tmp_path, 7, micro_batch_size=2)
     assert not changed(snapshot(module), snapshot(alone))
 
