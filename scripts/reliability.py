@@ -39,6 +39,7 @@ import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
 
 SECONDS = 120  # for one input
+ADAM = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0e-4}}
 TINY: dict[str, Any] = {
     "model": {
         "class_path": "lightning_modules.distillation.OneStepDistillation",
@@ -46,9 +47,8 @@ TINY: dict[str, Any] = {
             "teacher": str(ROOT / "assets/emoji-sd"), "start_timestep": 625, "ema_decay": 0.9,
             "objective": {"class_path": "lightning_modules.objectives.swiftbrush.SwiftBrush",
                           "init_args": {"guidance_scale": 4.0}},
-            "lora": {"rank": 4, "alpha": 8, "targets": ["to_q"]},
-            **{role: {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0e-4}}}
-               for role in ("student", "fake_score")},
+            "student": {"optimizer": ADAM},
+            "fake_score": {"optimizer": ADAM, "lora": {"rank": 4, "alpha": 8, "targets": ["to_q"]}},
         },
     },
     "data": {
@@ -90,7 +90,7 @@ def numbers() -> Iterator[tuple[str, list[str]]]:
         "--trainer.max_steps": ("1e30", "-1", "-5"), "--trainer.max_epochs": ("1",),
         "--trainer.check_val_every_n_epoch": ("1",), "--trainer.log_every_n_steps": ("-1",),
         "--trainer.limit_val_batches": ("-1",), "--trainer.devices": ("0", "-3"),
-        "--model.init_args.lora.rank": ("0", "-1", "100000"), "--model.init_args.lora.alpha": ("0", ".nan"),
+        "--model.init_args.fake_score.lora.rank": ("0", "-1", "100000"), "--model.init_args.fake_score.lora.alpha": ("0", ".nan"),
         "--model.init_args.start_timestep": ("-1", "5000"), "--model.init_args.ema_decay": ("1.5", ".nan"),
         "--model.init_args.student.clip_norm": ("-1", ".nan"), "--model.init_args.decode_slice": ("0",),
         "--model.init_args.student.warmup_steps": ("-1",),
