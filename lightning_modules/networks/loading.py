@@ -51,6 +51,8 @@ def find_model(given: str | Path) -> ModelName:
             f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
             "Give the one that holds it, beside vae/, text_encoder/, tokenizer/, scheduler/ …"
         )
+    if not isinstance(read_json(folder / "model_index.json"), dict):
+        raise UserError(f"{folder / 'model_index.json'} names no parts. Export or download it again.")
     variant = wanted.variant
     if variant is not None and not any(_marked(part, variant) for part in folder.iterdir()):
         raise UserError(
