@@ -345,14 +345,14 @@ class TrainerCLI(LightningCLI):
         """Run; a checkpoint that does not fit the model is explained in one message."""
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit as error:
+        except SIGTERMException as error:
+            raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
+        except SystemExit as error:  # SIGTERMException, above, is one too
             begun = self.run_folder is not None and self.run_folder.started
             if isinstance(error.__context__, KeyboardInterrupt) and not begun:
                 say("interrupted before the first update; a new run's folder is removed")
                 raise KeyboardInterrupt from error
             raise
-        except SIGTERMException as error:
-            raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
         except (MemoryError, OSError, RuntimeError) as error:
             if message := _of_the_machine(error, self.run_folder.path if self.run_folder else None):
                 raise UserError(f"{message}; then continue with --ckpt_path last") from error
