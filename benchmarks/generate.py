@@ -49,7 +49,7 @@ from lightning_modules.guidance.methods import METHODS, Method, make_method
 from lightning_modules.guidance.prompting import negative_attention
 from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.student import load_student, student_path
-from lightning_modules.pipelines import ddim_scheduler, pipeline_images, stock_pipeline
+from lightning_modules.pipelines import multistep_scheduler, pipeline_images, stock_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT, NEGATIVE = "a red apple, noto style", "on a white background"
@@ -78,7 +78,9 @@ def open_model(path: str, kind: torch.dtype) -> Model:
     loaded = load_student(student_path(path))
     parts, device = loaded.parts, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = make_generator(parts, loaded.start_timestep).eval().to(device, kind)
-    return Model(generator, stock_pipeline(parts), stock_pipeline(parts, ddim_scheduler(parts.scheduler)))
+    return Model(
+        generator, stock_pipeline(parts), stock_pipeline(parts, multistep_scheduler(parts.scheduler))
+    )
 
 
 def subjects(model: Model, batch: int) -> dict[str, Subject]:

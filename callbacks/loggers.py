@@ -93,7 +93,7 @@ class MetricsCSV(Logger):
         if again or not self._pending.keys() <= set(self._columns):
             rows = self._read()
             self._columns = list(dict.fromkeys([*self._columns, *self._pending]))
-            earlier = rows.pop() if again else {}
+            earlier = rows.pop() if again and rows else {}  # none if the file has gone
             self._rewrite([*rows, {**earlier, **self._pending}])
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:

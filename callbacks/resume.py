@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.errors import UserError
 from common.processes import from_every_rank
 
 _NOT_COMPARED = ("ckpt_path", "experiment", "config", "weights_only")
@@ -100,7 +101,13 @@ class ConfigWins(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the fresh settings, before Lightning restores the state."""
-        replace_foreign_states(self._checkpoint.get("optimizer_states", []), trainer.optimizers)
+        states = self._checkpoint.get("optimizer_states")
+        if states is not None and len(states) != len(trainer.optimizers):
+            raise UserError(
+                f"the checkpoint holds the states of {len(states)} optimizers, and this run has "
+                f"{len(trainer.optimizers)}: continue with the objective and the roles that it was saved with"
+            )
+        replace_foreign_states(states or [], trainer.optimizers)
         self._checkpoint = {}
         self._now = {
             "optimizers": [[_plain(group) for group in one.param_groups] for one in trainer.optimizers],

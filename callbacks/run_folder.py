@@ -89,12 +89,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     checkpoint = read(path, whole=False)
     kinds = {"global_step": int, "callbacks": dict, "loops": dict, "optimizer_states": list,
-             "lr_schedulers": list, "state_dict": dict}  # fmt: skip
-    if (
-        not isinstance(checkpoint, dict)
-        or "global_step" not in checkpoint
-        or any(name in checkpoint and not isinstance(checkpoint[name], kind) for name, kind in kinds.items())
-    ):
+             "lr_schedulers": list, "state_dict": dict, "ema": dict | None}  # fmt: skip
+    is_run = isinstance(checkpoint, dict) and "global_step" in checkpoint
+    if is_run and checkpoint.get("loops") == {}:  # Lightning's counters have gone
+        is_run = False
+    if not is_run or any(n in checkpoint and not isinstance(checkpoint[n], k) for n, k in kinds.items()):
         raise UserError(f"{path} is not a checkpoint of a run; give --ckpt_path one that `fit` wrote")
     check_format(checkpoint, path)
     return checkpoint

@@ -17,7 +17,7 @@ from lightning_modules.drawing import OFF, Guidance, Model
 from lightning_modules.networks.cards import without_place
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import LoadedStudent, load_student, student_path
-from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
+from lightning_modules.pipelines import multistep_scheduler, stock_pipeline
 from reports.sheets import to_pil
 
 LONGEST_PROMPT = 4000  # characters; encoders see some hundred, and longer ones would only keep others waiting
@@ -123,7 +123,7 @@ def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) 
     except UserError as error:
         hint = "" if path else f" It is the one that {model} names; --teacher gives another."
         raise UserError(f"The teacher can't be loaded: {error}{hint}") from error
-    return Model(stock_pipeline(parts, ddim_scheduler(parts.scheduler)), TEACHER_STEPS, device)
+    return Model(stock_pipeline(parts, multistep_scheduler(parts.scheduler)), TEACHER_STEPS, device)
 
 
 def _guidance(method: Any, scale: float | None = None) -> Guidance:

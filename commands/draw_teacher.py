@@ -24,9 +24,9 @@ from common.files import check_output_folder
 from common.hashing import hash_tensors, hash_texts
 from datamodules.sources import PromptPools
 from datamodules.teacher_samples import SHARD, keep_facts, own_names, shard_files, write_shard
-from lightning_modules.networks.backbones.pixart import call_options
+from lightning_modules.networks.backbones import call_options
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.pipelines import ddim_scheduler, stock_pipeline
+from lightning_modules.pipelines import multistep_scheduler, stock_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     )
     texts = [text for part in pools.open() for text in part.take(np.arange(len(part)))]
     parts, count = load_parts(options.model), options.count or len(texts)
-    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler))
+    pipeline = stock_pipeline(parts, multistep_scheduler(parts.scheduler))
     pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     files, rank = shard_files(folder, count), int(os.environ.get("RANK", 0))
     mine = [n for n in range(len(files)) if n % int(os.environ.get("WORLD_SIZE", 1)) == rank]

@@ -158,7 +158,7 @@ def own_names(folder: Path) -> set[str]:
 @contextmanager
 def process_group(device: str | None) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this process's device."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # no such kind, no such number, or not in this PyTorch

@@ -56,7 +56,7 @@ def run(options: Options) -> None:
     """
     import torch
 
-    from lightning_modules.networks.pipeline_folder import LORA, export_student, one_step_call
+    from lightning_modules.networks.pipeline_folder import LORA, export_student, load_words, one_step_call
 
     if options.push_to_hub is not None:
         check_hub(options.push_to_hub)
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     )  # fmt: skip
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
-        f'  pipe = DiffusionPipeline.from_pretrained("{options.output}")\n'
+        f'  pipe = DiffusionPipeline.from_pretrained("{options.output}"{load_words(student.parts)})\n'
         f"  pipe(prompt, {one_step_call(student.parts)})"
     )
     if student.adapter is not None:

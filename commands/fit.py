@@ -92,6 +92,8 @@ def _refuse_epochs(trainer: Any) -> None:
                 f"trainer.{name} is {value}, but the stream of prompts has no epochs: count in student "
                 "updates, by trainer.max_steps and trainer.val_check_interval"
             )
+    check_range("trainer.log_every_n_steps", trainer.log_every_n_steps, 0, 10**12)
+    check_range("trainer.max_steps", trainer.max_steps, -1, 10**12)
     every = trainer.val_check_interval
     if isinstance(every, bool) or not isinstance(every, int | None) or every == 0:
         raise UserError(f"trainer.val_check_interval is {every!r}: give a number of steps, 1 or more")
@@ -345,6 +347,12 @@ class TrainerCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SIGTERMException as error:
             raise SystemExit(128 + signal.SIGTERM) from error  # Lightning's own would exit with status 0
+        except SystemExit as error:  # SIGTERMException, above, is one too
+            begun = self.run_folder is not None and self.run_folder.started
+            if isinstance(error.__context__, KeyboardInterrupt) and not begun:
+                say("interrupted before the first update; a new run's folder is removed")
+                raise KeyboardInterrupt from error
+            raise
         except (MemoryError, OSError, RuntimeError) as error:
             if message := _of_the_machine(error, self.run_folder.path if self.run_folder else None):
                 raise UserError(f"{message}; then continue with --ckpt_path last") from error

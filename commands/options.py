@@ -92,7 +92,7 @@ def parse(kind: type[Options], args: Sequence[str], **description: Any) -> Optio
         raise
     values = parser.instantiate(found).as_dict()
     if config is not None:
-        values.pop("config")
+        values.pop("config", None)
     options = kind(**values)
     if config is not None:
         options.resolved = parser.dump(found)  # type: ignore[attr-defined]

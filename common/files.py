@@ -115,9 +115,12 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is.
     """
-    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} can't be made: {error.strerror}; give another") from error
+    lock = FileLock(folder / LOCK)
+    try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(

@@ -550,7 +550,7 @@ class OneStepDistillation(L.LightningModule):
         if self.real_pictures is not None:
             checkpoint["one_step"]["trained_on"] = self.real_pictures.trained_on
         if settings.student_lora is not None and self.student_base is not None:
-            checkpoint["one_step"]["student_lora"] = asdict(settings.student_lora)
+            checkpoint["one_step"]["student_lora"] = settings.student_lora.adapter
             checkpoint["one_step"]["student_base"] = asdict(self.student_base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.guidance.methods import Method
 from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
-from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.backbones.calling import GUIDANCE, run_network, takes_guidance
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
@@ -88,7 +88,10 @@ class OneStepGenerator(nn.Module):
         def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return run_network(self.student, x_t, t, condition)
 
-        return guided_prediction(network, self.schedule, noise, t, condition, guidance_scale, negative).x0
+        embedded = GUIDANCE if takes_guidance(self.student) else None
+        return guided_prediction(
+            network, self.schedule, noise, t, condition, guidance_scale, negative, embedded
+        ).x0
 
     @torch.no_grad()
     def images(
@@ -145,7 +148,7 @@ def make_generator(
     """Generator from the parts of a pipeline; `student` takes the place of `parts.denoiser`."""
     return OneStepGenerator(
         student=parts.denoiser if student is None else student,
-        schedule=noise_schedule(parts.scheduler),
+        schedule=noise_schedule(parts.scheduler, parts.image_tokens),
         start_timestep=start_timestep,
         prompt_encoder=parts.backbone.prompt_encoder(parts),
         decoder=LatentDecoder(parts.vae),

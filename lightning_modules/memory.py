@@ -47,11 +47,14 @@ def memory_by_part(
     # networks of the objective move with the fake score, or else in turns of their own
     turns = {"student": trained[:2], "fake_score": (fake[0] + own[0], fake[1] + own[1])}
     states = [sum(round(turns[r][0] * each[at]) for r, each in kept.items() if r in turns) for at in (0, 1)]
+    teacher = {id(p) for p in scores.base.parameters()}
     frozen = {
         "teacher": size(p for p in scores.base.parameters() if not p.requires_grad),
         "text encoders": size(text_encoders.parameters()),
         "autoencoder": size(autoencoder.parameters()),
-        "student's base": size(p for p in student.parameters() if not p.requires_grad),
+        "student's base": size(
+            p for p in student.parameters() if not p.requires_grad and id(p) not in teacher
+        ),
     }
     if image_terms is not None:
         shared = {id(p) for p in autoencoder.parameters()}

@@ -9,10 +9,16 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerM
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from lightning_modules.networks.backbones import is_own_class
+from lightning_modules.networks.backbones import call_options, is_own_class
 from lightning_modules.networks.backbones.calling import embedded_guidance
-from lightning_modules.networks.backbones.pixart import call_options
-from lightning_modules.networks.loading import TextToImageParts, find_model, pipeline_folder, read_json
+from lightning_modules.networks.loading import (
+    TextToImageParts,
+    find_model,
+    is_flow,
+    pipeline_folder,
+    read_json,
+)
+from lightning_modules.networks.pipeline_folder import euler_scheduler
 
 
 def is_own_family(model: str) -> bool:
@@ -60,8 +66,13 @@ def stock_pipeline(parts: TextToImageParts, scheduler: SchedulerMixin | None = N
     return parts.backbone.pipeline(parts, sampler)
 
 
-def ddim_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
-    """DDIM sampler with the constants of another scheduler (a DDIM scheduler keeps its settings)."""
+def multistep_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """DDIM, or Euler's method on rectified flow, with the constants of another scheduler.
+
+    One that samples so already keeps its settings.
+    """
+    if is_flow(scheduler):
+        return euler_scheduler(scheduler)
     if isinstance(scheduler, DDIMScheduler):
         return DDIMScheduler.from_config(scheduler.config)
     # Latents have no fixed range, so they are not clipped; trailing spacing starts at the last timestep.
@@ -76,11 +87,11 @@ def multistep_images(
     guidance_scale: float = 4.5,
     **options: Any,
 ) -> Tensor:
-    """Pictures of the stock pipeline by DDIM (arXiv 2010.02502) with the model's constants.
+    """Pictures of the stock pipeline by DDIM (arXiv 2010.02502), or Euler's method on rectified flow.
 
     `options` are those of `pipeline_images`.
     """
-    pipeline = stock_pipeline(parts, ddim_scheduler(parts.scheduler))
+    pipeline = stock_pipeline(parts, multistep_scheduler(parts.scheduler))
     return pipeline_images(pipeline, prompts, seeds, steps, guidance_scale, **options)
 
 

@@ -15,12 +15,30 @@ from typing import Any
 import diffusers
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lightning_modules.networks.loading import load_parts
-from tests.conftest import TOKENS, make_tokenizer, make_vae
+from tests.conftest import PICTURE, TOKENS, make_tokenizer, make_vae
 
 SD_BETAS = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -53,8 +71,17 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "solver_type": "midpoint", "lower_order_final": True, "thresholding": False, "steps_offset": 0,
         "timestep_spacing": "linspace"}),
 }  # fmt: skip
+SCHEDULERS["sd3"] = ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0})
 SCHEDULERS["pixart_1024"] = SCHEDULERS["pixart"]
-TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024")
+SCHEDULERS["flux"] = ("FlowMatchEulerDiscreteScheduler", {
+    "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256,
+    "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15})  # fmt: skip
+SCHEDULERS["sana"] = ("DPMSolverMultistepScheduler", {
+    "algorithm_type": "dpmsolver++", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+    "solver_order": 2, "solver_type": "midpoint", "use_flow_sigmas": True, "flow_shift": 3.0,
+    "final_sigmas_type": "zero", "timestep_spacing": "linspace"})  # fmt: skip
+FLOWS = ("sd3", "flux", "sana")
+TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024", *FLOWS)
 """Models that teach."""
 
 
@@ -66,6 +93,12 @@ def write_backbone(name: str, folder: Path) -> Path:
             _sdxl(folder, name)
         elif name.startswith("pixart"):
             _pixart(folder, name)
+        elif name == "sd3":
+            _sd3(folder)
+        elif name == "flux":
+            _flux(folder)
+        elif name == "sana":
+            _sana(folder)
         else:
             _sd(folder, name)
     kind, settings = SCHEDULERS[name]
@@ -83,7 +116,11 @@ def stock_pipeline_of(folder: Path, **parts: Any) -> DiffusionPipeline:
 
 
 def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a miniature PixArt's call needs: its size is not one of those that PixArt knows."""
+    """What calls of miniatures need that are not of the size their pipeline takes or knows by itself."""
+    if type(pipeline).__name__ == "FluxPipeline":
+        return {"height": PICTURE, "width": PICTURE}
+    if type(pipeline).__name__ == "SanaPipeline":  # it draws nothing smaller
+        return {"height": 32, "width": 32, "use_resolution_binning": False}
     pixart = type(pipeline).__name__.startswith("PixArt")
     return {"use_resolution_binning": False, "clean_caption": False} if pixart else {}
 
@@ -167,6 +204,81 @@ def _tokenizer(folder: Path, padding: str) -> None:
         "pad_token": padding, "tokenizer_class": "CLIPTokenizer", **settings})  # fmt: skip
 
 
+# --- Stable Diffusion 3 -----------------------------------------------------------------------------------
+
+
+def _sd3(folder: Path) -> None:
+    """Stable Diffusion 3.5 medium: normed queries and keys, a second attention in the first block."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=20,
+        pos_embed_max_size=6, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    vae = make_vae()
+    vae.register_to_config(shift_factor=0.06)
+    _save(folder, transformer=transformer, vae=vae)
+    _clip(folder / "text_encoder", CLIPTextModelWithProjection, 16, "quick_gelu", projection_dim=8)
+    _clip(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", projection_dim=12)
+    _tokenizer(folder / "tokenizer", "<|endoftext|>")
+    _tokenizer(folder / "tokenizer_2", "!")
+    _t5(folder, "_3", 48)
+    _index(
+        folder, "StableDiffusion3Pipeline", "sd3", transformer=SD3Transformer2DModel, vae="AutoencoderKL",
+        text_encoder=CLIPTextModelWithProjection, text_encoder_2=CLIPTextModelWithProjection,
+        text_encoder_3=T5EncoderModel, tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer",
+        tokenizer_3="T5Tokenizer",
+    )  # fmt: skip
+
+
+def _flux(folder: Path) -> None:
+    """FLUX.1-dev: guidance distilled into it; latents packed 2 x 2."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    vae = make_vae()
+    vae.register_to_config(shift_factor=0.1)
+    _save(folder, transformer=transformer, vae=vae)
+    _clip(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu")
+    _tokenizer(folder / "tokenizer", "<|endoftext|>")
+    _t5(folder, "_2", 24)
+    _index(
+        folder, "FluxPipeline", "flux", transformer=FluxTransformer2DModel, vae="AutoencoderKL",
+        text_encoder=CLIPTextModel, text_encoder_2=T5EncoderModel, tokenizer="CLIPTokenizer",
+        tokenizer_2="T5Tokenizer",
+    )  # fmt: skip
+
+
+def _sana(folder: Path) -> None:
+    """SANA 1.5, whose queries and keys are normed over all heads."""
+    transformer = SanaTransformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=24, qk_norm="rms_norm_across_heads", timestep_scale=0.5,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, scaling_factor=0.41, encoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock", decoder_layers_per_block=(1, 1),
+        encoder_block_out_channels=(4, 8), decoder_block_out_channels=(4, 8),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    _save(folder, transformer=transformer, vae=vae)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\u2581", *(chr(code) for code in range(33, 127)), "\n"]
+    words = {word: place for place, word in enumerate(special + letters)}
+    GemmaTokenizer(vocab=words).save_pretrained(folder / "tokenizer")
+    text = Gemma2Config(
+        vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
+    )  # fmt: skip
+    Gemma2Model(text).save_pretrained(folder / "text_encoder")
+    _index(
+        folder, "SanaPipeline", "sana", transformer=SanaTransformer2DModel, vae="AutoencoderDC",
+        text_encoder=Gemma2Model, tokenizer="GemmaTokenizer",
+    )  # fmt: skip
+
+
 # --- PixArt-alpha -----------------------------------------------------------------------------------------
 
 
@@ -181,17 +293,21 @@ def _pixart(folder: Path, name: str) -> None:
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=24, caption_channels=16, **sizes,
     )  # fmt: skip
-    text = T5Config(
-        vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.1,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
     _save(folder, transformer=transformer, vae=vae)
-    T5EncoderModel(text).save_pretrained(folder / "text_encoder")
-    write_spiece(folder / "tokenizer")
+    _t5(folder, "", 16)
     _index(
         folder, "PixArtAlphaPipeline", name, transformer=PixArtTransformer2DModel, vae="AutoencoderKL",
         text_encoder=T5EncoderModel, tokenizer="T5Tokenizer",
     )  # fmt: skip
+
+
+def _t5(folder: Path, place: str, width: int) -> None:
+    text = T5Config(
+        vocab_size=320, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    T5EncoderModel(text).save_pretrained(folder / f"text_encoder{place}")
+    write_spiece(folder / f"tokenizer{place}")
 
 
 def write_spiece(folder: Path) -> None:

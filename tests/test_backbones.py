@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import lightning as L
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
@@ -29,15 +29,22 @@ from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from lightning_modules.pipelines import ddim_scheduler
+from lightning_modules.pipelines import multistep_scheduler
 from reports.sheets import to_pil
-from tests.backbones import TRAINED, call_options, stock_pipeline_of
+from tests.backbones import FLOWS, TRAINED, call_options, stock_pipeline_of
 from tests.conftest import PICTURE
 from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation, prompt_data, snapshot, trainer
 
 TEXTS, SEEDS = ["a Red cat ", "a dog"], [5, 6]
-STARTS = {"sd21_v": 999, "zero_snr": 999}  # the others at 625
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "pixart": "PixArtAlphaPipeline"}
+STARTS = dict.fromkeys(("sd21_v", "zero_snr", *FLOWS), 999)  # the others at 625
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "sana": "SanaPipeline",
+}
+SIDES = {"sana": 32}  # in pixels; the others' pictures have PICTURE
 LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -90,7 +97,8 @@ def run(request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], 
     checkpoint = train(modules[0], place / "run", 3)
     train(modules[1], place / "again", 3, ckpt_path=place / "run" / "two.ckpt", weights_only=True)
     # NASA-T, so that negative prompts and recomputed activations go through each family's attention
-    objective = SwiftBrush(teacher_negatives=True, student_negatives=UniformGuidance(0, 1))
+    # (guidance that is distilled into the teacher has no place for them)
+    objective = SwiftBrush(teacher_negatives=name != "flux", student_negatives=UniformGuidance(0, 1))
     negatives = PromptDataModule(
         PROMPTS, batch_size=4, eval_captions=PROMPTS, eval_size=2, negative_prompts=["a blue mat", "tea"]
     )
@@ -116,17 +124,17 @@ def card_call(folder: Path) -> dict[str, Any]:
 
 
 def one_step(folder: Path, generator: OneStepGenerator, pipe: Any = None) -> Tensor:
-    """What the card's call draws from the generator's noise."""
+    """What the card's call draws from the seeds, which give the generator's noise."""
     pipe = pipe or stock_pipeline_of(folder)
-    noise = generator.noise(SEEDS)
-    pictures: Tensor = pipe(TEXTS, latents=noise, output_type="pt", **card_call(folder)).images
+    noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pictures: Tensor = pipe(TEXTS, generator=noise, output_type="pt", **card_call(folder)).images
     return pictures
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     assert run.final.keys() == run.resumed.keys()
     assert all(torch.equal(value, run.resumed[name]) for name, value in run.final.items())
-    start = load_parts(run.teacher).denoiser.state_dict()
+    start = dict(load_parts(run.teacher).denoiser.named_parameters())
     moved = [name for name in start if not torch.equal(start[name], run.final[f"student.{name}"])]
     assert len(moved) > len(start) / 2
     for pictures in run.views.values():
@@ -139,6 +147,9 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
     # stock PixArt rewrites prompts where bs4 is installed
     of_pixart = {"use_resolution_binning": False, "clean_caption": False}
     given = of_pixart if run.name.startswith("pixart") else {}
+    side = SIDES.get(run.name, PICTURE)
+    given |= {"height": side, "width": side} if run.name in ("flux", "sana") else {}
+    given |= {"use_resolution_binning": False} if run.name == "sana" else {}
     assert card_call(run.folder) == {"num_inference_steps": 1, "guidance_scale": 1.0, **given}
     assert "| method | SwiftBrush |" in (run.folder / "README.md").read_text()
     ours = load_generator(run.checkpoint)
@@ -157,9 +168,11 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     folded = one_step(run.lora_folder, ours)
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-4)
     pipe: Any = stock_pipeline_of(run.teacher)
-    pipe.scheduler = DDIMScheduler.from_pretrained(run.lora_folder, subfolder="scheduler")
-    without = one_step(run.lora_folder, ours, pipe)
     card = (run.lora_folder / "README.md").read_text()
+    kind = re.search(r"pipe.scheduler = (\w+)\.from_pretrained", card)
+    assert kind is not None
+    pipe.scheduler = getattr(diffusers, kind[1]).from_pretrained(run.lora_folder, subfolder="scheduler")
+    without = one_step(run.lora_folder, ours, pipe)
     if run.name.startswith("pixart"):
         assert 'PeftModel.from_pretrained(pipe.transformer, "lora_student/lora")' in card
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(run.lora_folder / "lora"))
@@ -167,13 +180,22 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
         assert 'pipe.load_lora_weights("lora_student/lora")' in card
         pipe.load_lora_weights(str(run.lora_folder / "lora"))
         with safe_open(run.lora_folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
-            settings = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
-    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card and "scale\n3," in card
+            told = file.metadata()
+        settings = json.loads(told["lora_adapter_metadata"])
+        part = "transformer" if run.name in FLOWS else "unet"
+        assert (settings[f"{part}.r"], settings[f"{part}.lora_alpha"]) == (2, 2)  # the scale is folded in
+        assert told["trained_timesteps"] == f"[{STARTS.get(run.name, 625)}]"
+    assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card
+    assert "right at scale 1" in card and "(alpha 6 is folded in)" in card
     loaded = one_step(run.lora_folder, ours, pipe)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
     assert (without - expected).abs().max() > 1e-3
     assert not (run.folder / "lora").exists()
+    if run.name in ("sd15", "sdxl"):  # ComfyUI's names, read by diffusers' converter
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), without)
+        pipe.load_lora_weights(str(run.lora_folder / "lora"), weight_name="comfyui.safetensors")
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=1e-4)
 
 
 # --- commands, on the families that are not Stable Diffusion ----------------------------------------------
@@ -205,18 +227,19 @@ def test_evaluate_draws_the_same(run: Run) -> None:
         pictures = model_drawer(Recipe(str(path)), *place).draw([0, 1])
         torch.testing.assert_close(pictures, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
     drawer = model_drawer(Recipe(str(run.teacher), steps=2, guidance_scale=3.0), *place)
-    assert drawer.draw([1]).shape == (1, 3, PICTURE, PICTURE)
+    side = SIDES.get(run.name, PICTURE)
+    assert drawer.draw([1]).shape == (1, 3, side, side)
 
 
 @others
 def test_the_teachers_rows(run: Run) -> None:
-    """Many guided steps are the stock pipeline's with DDIM."""
+    """Many guided steps are the stock pipeline's with DDIM, or Euler's method for flow."""
     teacher = Teacher(str(run.teacher), steps=3)
     pipe: Any = stock_pipeline_of(run.teacher)
-    pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    noise = load_generator(run.folder).noise(SEEDS)
+    pipe.scheduler = multistep_scheduler(pipe.scheduler)
+    noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     options = {"num_inference_steps": 3, "guidance_scale": 4.5, "output_type": "pt", **call_options(pipe)}
-    expected = pipe(TEXTS, latents=noise, **options).images
+    expected = pipe(TEXTS, generator=noise, **options).images
     torch.testing.assert_close(teacher.multistep(TEXTS, SEEDS), expected, rtol=0, atol=1e-4)
     assert teacher.one_step(TEXTS, SEEDS).shape == expected.shape
 

@@ -587,3 +587,29 @@ def test_secrets_of_the_environment_are_written_as_references(
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert "hunter2" not in json.dumps(state["callbacks"], default=str)
     assert "hunter2" not in (folder / "config.yaml").read_text()
+
+
+def test_stopping_by_a_metric_that_is_not_there_is_one_message(
+    fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/nothing"}}
+    (tmp_path / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [stopping]}}))
+    with pytest.raises(UserError, match="conditioned on metric `val/nothing` which is not available"):
+        fit("--trainer.max_steps=4", f"--config={tmp_path / 'stop.yaml'}", "--experiment=tiny")
+
+
+@pytest.mark.parametrize("text", ["a: ${nothing}", "a: ${oc.env:NOT_SET_ANYWHERE}", "model: ${model}"])
+def test_references_to_nothing_are_one_message(text: str, fit: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text(f"trainer: {{max_steps: '{text[3:]}'}}" if text[0] == "a" else text)
+    with pytest.raises(UserError):
+        fit(f"--config={tmp_path / 'odd.yaml'}", "--experiment=tiny")
+
+
+def test_configurations_have_bounds(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+    )
+    for name, text in {"bomb": bomb, "deep": "a: " + "[" * 70 + "]" * 70, "deeper": "[" * 5000}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="more than 100,000 entries or 64 levels|cannot be read"):
+            cli.main(["fit", "--config", str(tmp_path / name)])

@@ -249,3 +249,33 @@ def test_memory_of_both_students(trained: tuple[OneStepDistillation, Path], tiny
     assert parts["student's moving average"][0] == adapter
     assert parts["gradients"][0] <= max(adapter, parts["fake score (LoRA adapter)"][0]) < unet
     assert "student (LoRA adapter)" in memory_table(parts) and "student's base" in memory_table(parts)
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), [("sd15", False), ("sd3", True)])
+def test_three_roles_on_one_base_are_three_copies(
+    name: str, checkpointing: bool, backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same adapters after 20 steps, with the frozen weights in memory once."""
+    teacher, runs = backbone_folder(name), []
+    for share in (True, False):
+        lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_k"], share_base=share)
+        module = distillation(
+            teacher, student_lora=lora, start_timestep=999, gradient_checkpointing=checkpointing
+        )
+        fit(module, tmp_path, 20)
+        runs.append(module)
+    weights = [{n: p for n, p in module.named_parameters() if p.requires_grad} for module in runs]
+    assert weights[0].keys() == weights[1].keys() and any("fake_score" in n for n in weights[0])
+    for key, value in weights[1].items():
+        torch.testing.assert_close(weights[0][key], value, rtol=0, atol=1e-6)
+        assert value.any()  # B was zero at the start
+    inside = [{id(p) for p in module.scores.base.parameters()} for module in runs]
+    frozen = [[p for p in module.student.parameters() if not p.requires_grad] for module in runs]
+    assert all(id(p) in inside[0] for p in frozen[0]) and not any(id(p) in inside[1] for p in frozen[1])
+    parts = [module.memory_parts() for module in runs]
+    assert "student's base" not in parts[0] and parts[1]["student's base"][0] == parts[0]["teacher"][0]
+    # the frozen weights are the folder's still
+    before = dict(load_parts(teacher).denoiser.named_parameters())
+    for key, value in runs[0].scores.base.named_parameters():
+        if not value.requires_grad:
+            assert torch.equal(value, before[key.replace(".base_layer", "")])

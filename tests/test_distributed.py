@@ -20,9 +20,11 @@ import cli
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.run_folder import RunFolder, read_checkpoint
 from common.errors import UserError
+from common.hashing import hash_tensors
 from datamodules.prompts import PromptDataModule
 from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
+from lightning_modules.checkpoints import read
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.student import load_student
 from lightning_modules.optimization import RoleOptimization
@@ -279,8 +281,8 @@ def test_checkpoints_of_shards(folder: bool, shards: Path, tiny_sd: Path, tmp_pa
     if folder:
         one_file = tmp_path / "one.ckpt"
         cli.main(["consolidate", "--checkpoint", str(last), "--output", str(one_file)])
-        last = one_file
-    train(tiny_sd, tmp_path / "alone", ckpt=last, objective=Pull(3.0), **adam_roles())
+        assert hash_tensors(read(one_file)["state_dict"]) == hash_tensors(read(last)["state_dict"])
+    train(tiny_sd, tmp_path / "alone", ckpt=last, save=True, objective=Pull(3.0), **adam_roles())
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4

@@ -10,7 +10,7 @@ from common.errors import UserError
 from lightning_modules.generator import OneStepGenerator, load_generator, make_generator
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.pipelines import ddim_scheduler, multistep_images
+from lightning_modules.pipelines import multistep_images, multistep_scheduler
 
 PROMPTS = ["a red cat", "a dog", "", "a cat on a dog", "red"]
 SEEDS = [7, 3, 2**40 + 1, 0, 11]
@@ -155,11 +155,11 @@ def test_one_multistep_step_is_the_generator(tiny_sd: Path) -> None:
 
 def test_the_teachers_sampler_is_ddim_with_its_constants(tiny_sd: Path) -> None:
     own = load_parts(tiny_sd).scheduler
-    assert ddim_scheduler(own).config == own.config and ddim_scheduler(own) is not own
+    assert multistep_scheduler(own).config == own.config and multistep_scheduler(own) is not own
     pndm = PNDMScheduler(
         beta_start=0.001, beta_end=0.01, beta_schedule="scaled_linear", prediction_type="v_prediction"
     )
-    sampler = ddim_scheduler(pndm)
+    sampler = multistep_scheduler(pndm)
     assert isinstance(sampler, DDIMScheduler) and torch.equal(sampler.alphas_cumprod, pndm.alphas_cumprod)
     assert sampler.config.prediction_type == "v_prediction" and not sampler.config.clip_sample
     assert sampler.config.timestep_spacing == "trailing"

@@ -14,7 +14,14 @@ from common.hashing import hash_texts
 from common.processes import from_rank_zero, rank_and_world_size
 from datamodules.evaluation_sets import EvaluationSet
 from lightning_modules.generator import OneStepGenerator, make_generator
-from lightning_modules.networks.loading import TextToImageParts, load_parts, model_hash, noise_schedule
+from lightning_modules.networks.loading import (
+    TextToImageParts,
+    is_flow,
+    load_parts,
+    load_scheduler,
+    model_hash,
+    noise_schedule,
+)
 from lightning_modules.pipelines import multistep_images
 
 PROTOCOL = 1
@@ -27,7 +34,7 @@ class Teacher:
     Args:
         path: a diffusers folder.
         device: where to run it.
-        steps: DDIM steps of the first row.
+        steps: of the first row, by DDIM, or Euler's method on rectified flow.
         guidance_scale: of the first row.
     """
 
@@ -47,12 +54,13 @@ class Teacher:
     @property
     def rows(self) -> dict[str, tuple[Generate, dict[str, Any]]]:
         """Name of each row, how its pictures are drawn, and the settings that belong in cache keys."""
-        guided = {"sampler": "ddim", "steps": self.steps, "guidance_scale": self.guidance_scale}
+        sampler = "euler" if is_flow(load_scheduler(self.path)) else "ddim"
+        guided = {"sampler": sampler, "steps": self.steps, "guidance_scale": self.guidance_scale}
         single = {"sampler": "one_step", "steps": 1, "guidance_scale": 1.0, "start_timestep": "last"}
         return {f"steps_{self.steps}": (self.multistep, guided), "steps_1": (self.one_step, single)}
 
     def multistep(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Guided DDIM pictures [B, 3, H, W] in [0, 1]."""
+        """Guided pictures of many steps [B, 3, H, W] in [0, 1]."""
         return multistep_images(
             self.parts, prompts, seeds, steps=self.steps, guidance_scale=self.guidance_scale
         )
@@ -60,7 +68,7 @@ class Teacher:
     def one_step(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """One step from the last timestep without guidance, by the student's own conversion to x0."""
         if self._one_step is None:
-            last = noise_schedule(self.parts.scheduler).num_timesteps - 1
+            last = noise_schedule(self.parts.scheduler, self.parts.image_tokens).num_timesteps - 1
             self._one_step = make_generator(self.parts, last).to(self.device).eval()
         return self._one_step.images(prompts, seeds)
 

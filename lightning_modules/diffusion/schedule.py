@@ -1,4 +1,4 @@
-"""The noise schedule: α_t and σ_t of the forward process x_t = α_t x0 + σ_t ε."""
+"""Noise schedules: α_t and σ_t of the forward process x_t = α_t x0 + σ_t ε."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ class NoiseSchedule(nn.Module):
         self._fill(self.alpha.device)
         return self
 
+    def network_time(self, t: Tensor) -> Tensor:
+        """What networks are told in place of ``t`` [B], before what a family makes of it: ``t`` itself."""
+        return t
+
     @property
     def num_timesteps(self) -> int:
         """T; timesteps run from 0 (nearly clean) to T − 1 (nearly noise)."""
@@ -90,3 +94,65 @@ class NoiseSchedule(nn.Module):
         """The network's ``output`` at (``x_t``, ``t``) as a :class:`Prediction` of this schedule's type."""
         alpha, sigma = self.alpha_sigma(t)
         return Prediction(output, self.prediction_type, x_t, alpha, sigma)
+
+
+class RectifiedFlow(NoiseSchedule):
+    """Rectified flow (arXiv 2209.03003): α_t = 1 − σ_t, and σ_t = shift(u), u = (t + 1) / T, for real t.
+
+    Timesteps 0 … T − 1 are those of diffusers' flow schedulers from the last to the first, so that σ = 1 at
+    T − 1. The shift moves them towards noise (arXiv 2403.03206, eq. 23); one that depends on the resolution,
+    with parameter μ, is a shift by e^μ. ``terminal`` then stretches the range so that σ_0 is this number.
+
+    Args:
+        num_timesteps: T.
+        shift: s in shift(u) = s u / (1 + (s − 1) u), above 0.
+        terminal: least σ, in [0, 1); None: what the shift gives.
+
+    Raises:
+        ValueError: on values out of range.
+    """
+
+    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0, terminal: float | None = None) -> None:
+        nn.Module.__init__(self)
+        if num_timesteps < 1 or shift <= 0 or not 0 <= (terminal or 0.0) < 1:
+            raise ValueError(f"no flow schedule has T={num_timesteps}, shift={shift}, terminal={terminal}")
+        self.prediction_type = "flow"
+        self.steps, self.shift = num_timesteps, shift
+        first = (num_timesteps - 1) / (num_timesteps + shift - 1)  # α_0 without a terminal
+        self.stretch = 1.0 if terminal is None else (1 - terminal) / first
+        self._fill(torch.device("cpu"))
+
+    def _fill(self, device: torch.device) -> None:
+        alpha, sigma = self._at(torch.arange(self.steps, dtype=torch.float64))
+        self.register_buffer("alpha", alpha.to(device, torch.float32), persistent=False)
+        self.register_buffer("sigma", sigma.to(device, torch.float32), persistent=False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T; timesteps run from 0 (nearly clean) to T − 1 (noise)."""
+        return self.steps
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # 1 − shift(u) and shift(u) with u = (t + 1) / T, without the cancellation of 1 − σ near σ = 1
+        whole = self.steps + (self.shift - 1) * (t + 1)
+        alpha, sigma = (self.steps - 1 - t) / whole, self.shift * (t + 1) / whole
+        return (alpha, sigma) if self.stretch == 1 else (self.stretch * alpha, 1 - self.stretch * alpha)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(α_t, σ_t) for real timesteps ``t`` [B] from −1 (σ = 0, if no terminal is set) to T − 1, float32.
+
+        Raises:
+            ValueError: if ``t`` is not a vector.
+        """
+        if t.ndim != 1:
+            raise ValueError(f"timesteps must be [B], got shape {tuple(t.shape)}")
+        return self._at(t.to(self.alpha.device, torch.float32))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The real t [B] at which σ_t is ``sigma`` [B], the inverse of :meth:`alpha_sigma`."""
+        alpha = (1 - at_least_float32(sigma)) / self.stretch
+        return (self.steps * (1 - alpha) / (1 + (self.shift - 1) * alpha)) - 1
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """T σ_t, [B], float32."""
+        return self.steps * self.alpha_sigma(t)[1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ class NegativeText:
 
 
 class NegativeCrossAttention:
-    """Stands in for diffusers' `AttnProcessor2_0` in a cross-attention layer.
+    """Stands in for diffusers' `AttnProcessor2_0` (or SANA's) in a cross-attention layer.
 
     Args:
         text: the negative prompts.
@@ -113,8 +114,8 @@ class NegativeCrossAttention:
             attention_mask = attention_mask.view(batch_size, attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = _normed(attn.norm_q, _split_heads(attn.to_q(hidden_states), attn.heads))
-        positive = _attend(query, *_keys_values(attn, encoder_hidden_states), attention_mask)
+        query = self._projected(attn, attn.to_q(hidden_states), attn.norm_q)
+        positive = _attend(query, *self._keys_values(attn, encoder_hidden_states), attention_mask)
         key, value = self._negative_keys_values(attn, encoder_hidden_states)
         if len(key) not in (1, batch_size):
             raise UserError(f"{len(key)} negative prompts do not fit a batch of {batch_size} images.")
@@ -129,10 +130,23 @@ class NegativeCrossAttention:
     def _negative_keys_values(self, attn: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [N, H, L⁻, d] of the negative text; with gradients on, computed every time."""
         if torch.is_grad_enabled():
-            return _keys_values(attn, self.text.hidden_states(like))
+            return self._keys_values(attn, self.text.hidden_states(like))
         if self.index not in self.text.cache:
-            self.text.cache[self.index] = _keys_values(attn, self.text.hidden_states(like))
+            self.text.cache[self.index] = self._keys_values(attn, self.text.hidden_states(like))
         return self.text.cache[self.index]
+
+    def _projected(self, attn: Any, x: Tensor, norm: Any) -> Tensor:
+        """Heads [B, H, L, d] of a projection [B, L, H d], normed in each head, or (SANA) over all of them."""
+        if isinstance(self.stock, SanaAttnProcessor2_0):
+            return _split_heads(_normed(norm, x), attn.heads)
+        return _normed(norm, _split_heads(x, attn.heads))
+
+    def _keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, H, L, d] of text [N, L, D] by the layer's projections."""
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        key = self._projected(attn, attn.to_k(text), attn.norm_k)
+        return key, _split_heads(attn.to_v(text), attn.heads)
 
 
 class NegativeJointSD3:
@@ -232,14 +246,6 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
-
-
-def _keys_values(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [N, H, L, d] of text [N, L, D] by the layer's projections."""
-    if attn.norm_cross:
-        text = attn.norm_encoder_hidden_states(text)
-    key, value = (_split_heads(layer(text), attn.heads) for layer in (attn.to_k, attn.to_v))
-    return _normed(attn.norm_k, key), value
 
 
 def _projections(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -136,7 +137,7 @@ def negative_prompting(
 def negative_attention(
     network: nn.Module, negative: Condition, method: Method, present: Tensor | None = None
 ) -> Iterator[None]:
-    """Calls of a network with cross-attention inside this context draw away from encoded negative prompts.
+    """Calls of a network inside this context draw away from encoded negative prompts.
 
     With gradients on, keys and values of the negative text are computed at every call and carry gradients
     (a network's projection of captions once per context); with gradients off they are computed once, so that
@@ -150,14 +151,10 @@ def negative_attention(
         present: boolean [B], false for images without a negative prompt.
 
     Raises:
-        UserError: as `negative_prompting`; also for a network with joint attention.
+        UserError: as `negative_prompting`.
     """
     network = getattr(network, "_orig_mod", network)
     kind, layers = attention_layers(network)
-    if kind is not NegativeCrossAttention:
-        raise UserError(
-            f"{type(network).__name__} has joint attention: use negative_prompting on its pipeline."
-        )
     if method.scale == 0 or (present is not None and not present.any()):
         yield
         return
@@ -166,8 +163,29 @@ def negative_attention(
     text.set(embeddings, negative.tensors.get("encoder_attention_mask"), present)
     # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
     text.hidden_states(embeddings)
-    with _installed(kind, layers, text):
+    joint = kind is not NegativeCrossAttention
+    with _installed(kind, layers, text), _behind_the_prompt(network, text) if joint else nullcontext():
         yield
+
+
+@contextmanager
+def _behind_the_prompt(network: nn.Module, text: NegativeText) -> Iterator[None]:
+    """A network with joint attention gets the negative text behind the prompt's tokens."""
+
+    def append(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positive = kwargs["encoder_hidden_states"]
+        negative = text.hidden_states(positive).expand(len(positive), -1, -1)
+        text.lengths = positive.shape[1], negative.shape[1]
+        more = {"encoder_hidden_states": torch.cat([positive, negative], 1)}
+        if "txt_ids" in kwargs:  # FLUX gives all of its text one position
+            more["txt_ids"] = torch.cat([kwargs["txt_ids"], kwargs["txt_ids"]])
+        return args, kwargs | more
+
+    handle = network.register_forward_pre_hook(append, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pipeline_network(pipe: Any) -> nn.Module:
@@ -203,18 +221,18 @@ def attention_layers(network: nn.Module) -> tuple[Processor, list[Any]]:
             "prompt could act. Use a Stable Diffusion, PixArt or FLUX model."
         )
     kind, layers = next(iter(found.items()))
-    wanted: dict[Any, type] = {
-        NegativeCrossAttention: AttnProcessor2_0,
-        NegativeJointSD3: JointAttnProcessor2_0,
-        NegativeJointFlux: FluxAttnProcessor,
+    wanted: dict[Any, tuple[type, ...]] = {
+        NegativeCrossAttention: (AttnProcessor2_0, SanaAttnProcessor2_0),
+        NegativeJointSD3: (JointAttnProcessor2_0,),
+        NegativeJointFlux: (FluxAttnProcessor,),
     }
     for layer in layers:
         if isinstance(layer.processor, kind):
             raise UserError("A negative prompt acts on this network already: leave that context first.")
-        if type(layer.processor) is not wanted[kind] or getattr(layer, "fused_projections", False):
+        if type(layer.processor) not in wanted[kind] or getattr(layer, "fused_projections", False):
             raise UserError(
                 f"{type(network).__name__} attends with {type(layer.processor).__name__}, but negative "
-                f"prompts need {wanted[kind].__name__} without fused projections: undo attention slicing, "
+                f"prompts need {wanted[kind][0].__name__} without fused projections: undo attention slicing, "
                 "xformers, fusing or image adapters."
             )
     return kind, layers
@@ -236,7 +254,8 @@ def _installed(kind: Processor, layers: list[Any], text: NegativeText) -> Iterat
 def _text_projection(network: nn.Module) -> Any:
     """What the network does to text before its cross-attention layers; joint ones do it to all text alike."""
     if (projection := getattr(network, "caption_projection", None)) is not None:
-        return projection
+        norm = getattr(network, "caption_norm", nn.Identity())  # SANA's
+        return lambda text: norm(projection(text))
     if getattr(network, "encoder_hid_proj", None) is None:
         return None
     if (kind := network.config.encoder_hid_dim_type) != "text_proj":  # type: ignore[union-attr]

@@ -40,7 +40,9 @@ def shown_name(output: Path) -> str:
     return output.name if output.is_absolute() else output.as_posix()
 
 
-def model_card(name: str, facts: dict[str, Any], call: str, source: Path, more: RunNotes) -> str:
+def model_card(
+    name: str, facts: dict[str, Any], call: str, source: Path, more: RunNotes, load: str = ""
+) -> str:
     """The text of README.md: data for the hub, a picture, the snippet that draws one, the facts as a table.
 
     Args:
@@ -49,6 +51,7 @@ def model_card(name: str, facts: dict[str, Any], call: str, source: Path, more: 
         call: arguments of the pipeline's call, as Python text.
         source: folder of the model that gave the other parts; a licence named in its card is this one's, too.
         more: what else the card says.
+        load: further arguments with which the folder is opened, as Python text.
     """
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     picture = ""
@@ -64,7 +67,7 @@ def model_card(name: str, facts: dict[str, Any], call: str, source: Path, more: 
 {picture}```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe = DiffusionPipeline.from_pretrained("{name}"{load})
 image = pipe("a red apple", {call}).images[0]
 image.save("apple.png")
 ```

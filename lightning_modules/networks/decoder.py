@@ -1,7 +1,7 @@
 """Decodes latents to pictures, and back."""
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
@@ -21,7 +21,7 @@ class LatentDecoder(nn.Module):
         slice_size: most pictures at once, to bound memory.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, slice_size: int = 16) -> None:
+    def __init__(self, vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny, slice_size: int = 16) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         self.slice_size = slice_size
@@ -31,19 +31,22 @@ class LatentDecoder(nn.Module):
         """Pictures [B, 3, H, W], at least float32, in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
         config, dtype = self.vae.config, next(self.vae.parameters()).dtype
         # The UNet's latents are (code - shift) * scale, of unit deviation (arXiv 2112.10752, appendix G).
-        codes = (at_least_float32(latents) / config.scaling_factor + (config.shift_factor or 0.0)).to(dtype)
+        codes = (at_least_float32(latents) / config.scaling_factor + (config.get("shift_factor") or 0.0)).to(
+            dtype
+        )
         slices = [self.vae.decode(part, return_dict=False)[0] for part in codes.split(self.slice_size)]
         return (at_least_float32(torch.cat(slices)) / 2 + 0.5).clamp(0.0, 1.0)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] at the UNet's scale of pictures [B, 3, H, W] in [0, 1]: the means, no noise.
 
-        For an AutoencoderKL; the inverse of `decode` as far as the autoencoder goes.
+        For an AutoencoderKL or AutoencoderDC; the inverse of `decode` as far as the autoencoder goes.
         """
         config, dtype = self.vae.config, next(self.vae.parameters()).dtype
         slices = (images * 2 - 1).to(dtype).split(self.slice_size)
-        codes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in slices])
-        return (at_least_float32(codes) - (config.shift_factor or 0.0)) * config.scaling_factor
+        encoded = [self.vae.encode(part) for part in slices]
+        codes = torch.cat([e.latent_dist.mode() if hasattr(e, "latent_dist") else e.latent for e in encoded])
+        return (at_least_float32(codes) - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def train(self, mode: bool = True) -> "LatentDecoder":
         """Stay in evaluation mode: the autoencoder is never trained."""

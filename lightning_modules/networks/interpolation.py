@@ -112,7 +112,7 @@ def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
             f"The two models can't be merged: {odd}. A mixture of their weights means something only if all "
             "but the weights of the network is the same."
         )
-    sizes = [side.parts.denoiser.config.sample_size for side in (first, second)]
+    sizes = [side.parts.latent_shape[1] for side in (first, second)]
     if sizes[0] != sizes[1]:
         _warn(
             f"The models are for latents of {sizes[0]} (first) and {sizes[1]} (second) per side; "

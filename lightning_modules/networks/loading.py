@@ -3,6 +3,7 @@
 Folder layout: diffusers' (model_index.json; unet/ or transformer/, vae/, text_encoder/ …, scheduler/).
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +23,7 @@ from common.errors import UserError, first_line
 from common.files import missing_advice
 from common.hashing import hash_folder, hash_texts
 from datamodules.tables import read_json as read_json
-from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.networks.backbones import TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
 from lightning_modules.networks.model_names import asset_path as asset_path
@@ -50,6 +51,8 @@ def find_model(given: str | Path) -> ModelName:
             f"model_index.json is missing in {folder}, so it is not a diffusers pipeline folder. "
             "Give the one that holds it, beside vae/, text_encoder/, tokenizer/, scheduler/ …"
         )
+    if not isinstance(read_json(folder / "model_index.json"), dict):
+        raise UserError(f"{folder / 'model_index.json'} names no parts. Export or download it again.")
     variant = wanted.variant
     if variant is not None and not any(_marked(part, variant) for part in folder.iterdir()):
         raise UserError(
@@ -116,19 +119,16 @@ def load_parts(
     index = read_json(folder / "model_index.json")
     backbone = backbone_of(index, folder)
     own = [backbone.denoiser[0]] if denoiser is None else []
-    _check_files(model, ["vae", *backbone.text_encoders, *own, *backbone.tokenizers, "scheduler"])
+    encoders, tokenizers = (backbone.present(index, x) for x in (backbone.text_encoders, backbone.tokenizers))
+    _check_files(model, ["vae", *encoders, *own, *tokenizers, "scheduler"])
     load = {part: _empty if part in without else _network for part in ("denoiser", "vae", "text_encoders")}
     parts = TextToImageParts(
         backbone=backbone,
         denoiser=load["denoiser"](model, *backbone.denoiser) if denoiser is None else denoiser,
-        vae=load["vae"](model, "vae", AutoencoderKL),
-        text_encoders=[load["text_encoders"](model, *named) for named in backbone.text_encoders.items()],
-        tokenizers=[_tokenizer(folder, name, kind) for name, kind in backbone.tokenizers.items()],
-        scheduler=_load(
-            folder,
-            "scheduler",
-            lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler"),
-        ),
+        vae=load["vae"](model, "vae", backbone.vae),
+        text_encoders=[load["text_encoders"](model, *named) for named in encoders.items()],
+        tokenizers=[_tokenizer(folder, name, kind) for name, kind in tokenizers.items()],
+        scheduler=load_scheduler(folder),
         index=index,
         path=str(model),
     )
@@ -136,14 +136,64 @@ def load_parts(
     return parts
 
 
-def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed."""
+def load_scheduler(path: str | Path) -> SchedulerMixin:
+    """The scheduler of a model.
+
+    Raises:
+        UserError: it is missing or corrupt.
+    """
+    folder = pipeline_folder(path)
+    index = read_json(folder / "model_index.json")
+    scheduler: SchedulerMixin = _load(
+        folder,
+        "scheduler",
+        lambda: getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler"),
+    )
+    return scheduler
+
+
+def flow_shift(scheduler: SchedulerMixin, tokens: int | None = None) -> float:
+    """The shift of a scheduler of rectified flow.
+
+    Args:
+        scheduler: any of diffusers'.
+        tokens: of a latent; a shift that depends on the resolution is linear in them, as in the pipelines.
+
+    Raises:
+        UserError: the shift depends on the resolution in a way not known here, or on unknown tokens.
+    """
+    config = scheduler.config
+    if "flow_shift" in config:  # SANA's DPM-Solver
+        return float(config.flow_shift)
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.shift)
+    if tokens is None:
+        raise UserError("The scheduler's shift depends on the resolution (use_dynamic_shifting); give it.")
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is one of rectified flow."""
+    flow = scheduler.config.get("prediction_type") == "flow_prediction"
+    return flow or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def noise_schedule(scheduler: SchedulerMixin, tokens: int | None = None) -> NoiseSchedule:
+    """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed.
+
+    `tokens` of a latent matter for a shift that depends on the resolution alone.
+    """
+    if is_flow(scheduler):
+        config, shift = scheduler.config, flow_shift(scheduler, tokens)
+        return RectifiedFlow(config.num_train_timesteps, shift, config.get("shift_terminal"))
     name = type(scheduler).__name__
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise UserError(
-            f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas. This version "
-            "distils variance-preserving models; give one with a DDIM, DDPM, PNDM, Euler … scheduler."
+            f"The scheduler {name} (scheduler/scheduler_config.json) has no table of alphas and is none of "
+            "rectified flow. Give a model with a DDIM, DDPM, PNDM, Euler, FlowMatchEuler … scheduler."
         )
     if not len(table) or not bool(torch.as_tensor(table).isfinite().all()):
         raise UserError(

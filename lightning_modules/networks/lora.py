@@ -8,13 +8,15 @@ with a hash of its weights: a base that has changed since is refused rather than
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError, check_range
@@ -57,11 +59,22 @@ class StudentLoraSettings(LoraSettings):
     """Low-rank adapter of the student, in the size of SwiftBrush v2.
 
     The paper doesn't name the layers; these are all projections of the attentions.
+
+    Attributes:
+        share_base: the frozen weights under the adapter are the teacher's own tensors, so that teacher, LoRA
+            fake score and student hold them once; null: where the teacher is one of rectified flow. In shards
+            each network has its own.
     """
 
     rank: int = 256
     alpha: float = 512.0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    share_base: bool | None = None
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The adapter's own settings, as plain data."""
+        return {name: value for name, value in asdict(self).items() if name != "share_base"}
 
 
 @dataclass(frozen=True)
@@ -161,56 +174,97 @@ def fold(network: nn.Module, lora: LoraSettings, weights: Mapping[str, Tensor], 
 # --- files -------------------------------------------------------------------------------------------
 
 
-def write_lora(adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter by itself, its own A and B; readers scale their product by alpha / rank.
+def write_lora(
+    adapter: StudentAdapter, backbone: Backbone, folder: Path, dtype: torch.dtype, told: Mapping[str, Any]
+) -> None:
+    """Write the adapter by itself; alpha / rank is folded into B, so that it is right at scale 1.
 
-    Stable Diffusion and SDXL: diffusers' `pytorch_lora_weights.safetensors`, rank and alpha in its metadata.
-    The pipeline of PixArt reads no such file; its transformer takes a folder of PEFT's.
+    Diffusers' `pytorch_lora_weights.safetensors`, if the pipeline reads it, else (PixArt) a folder of PEFT's
+    for the transformer. ComfyUI reads both (`comfy/lora.py`: keys that begin with "transformer." or
+    "base_model.model."), but of UNets the names of kohya's scripts alone: `comfyui.safetensors`.
+
+    Args:
+        adapter: with its settings.
+        backbone: the family of its base.
+        folder: to be written.
+        dtype: of the written weights.
+        told: how the student is drawn with, for the files' metadata.
     """
     settings = adapter.settings
-    config = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": list(settings.targets)}
+    config = {"r": settings.rank, "lora_alpha": settings.rank, "target_modules": list(settings.targets)}
     weights = {
-        name.replace(f".{ADAPTER}.", "."): tensor.detach().to("cpu", dtype).contiguous()
+        name.replace(f".{ADAPTER}.", "."): (
+            tensor * (settings.alpha / settings.rank) if ".lora_B." in name else tensor
+        ).detach().to("cpu", dtype).contiguous()
         for name, tensor in adapter.weights.items()
-    }
-    if hasattr(backbone.pipeline_class, "save_lora_weights"):
-        backbone.pipeline_class.save_lora_weights(
-            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config
-        )
+    }  # fmt: skip
+    facts = {"format": "pt", **{name: str(value) for name, value in told.items()}}
+    if not hasattr(backbone.pipeline_class, "save_lora_weights"):
+        LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        save_file(prefixed, folder / "adapter_model.safetensors", metadata=facts)
         return
-    LoraConfig(**config, inference_mode=True).save_pretrained(str(folder))
-    named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    part = backbone.denoiser[0]
+    named: dict[str, Any] = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+    backbone.pipeline_class.save_lora_weights(folder, **named)
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as written:
+        own = written.metadata()
+    save_file(load_file(file), file, metadata=own | facts)
+    if part == "unet":
+        save_file(_kohya(weights, settings.rank), folder / "comfyui.safetensors", metadata=facts)
 
 
-def lora_card(adapter: StudentAdapter, backbone: Backbone, output: str, call: str) -> str:
-    """The part of a model card about it, in Markdown."""
+def _kohya(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The adapter of a UNet by the names of kohya's scripts, whose alpha is the rank."""
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, side = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name).groups()  # type: ignore[union-attr]
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{stem}.alpha"] = torch.tensor(float(rank))
+    return renamed
+
+
+def lora_card(
+    adapter: StudentAdapter,
+    backbone: Backbone,
+    output: str,
+    call: str,
+    scheduler: str = "DDIMScheduler",
+    load: str = "",
+) -> str:
+    """The part of a model card about it, in Markdown; `scheduler` is the class of the student's.
+
+    `load` and `call` are further arguments of opening and calling the pipeline.
+    """
     base, settings = model_name(adapter.base.path), adapter.settings
     shown = Path(base.name).name if Path(base.name).is_absolute() else base.name
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
     # published text encoders often name another type than their networks, which do not work together
-    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}, torch_dtype=torch.float32)'
+    pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}{load}, torch_dtype=torch.float32)'
+    comfy = "; for ComfyUI take `comfyui.safetensors`" if backbone.denoiser[0] == "unet" else ""
     note = ""
     if base.name.endswith(".ckpt"):
         note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"
     if hasattr(backbone.pipeline_class, "save_lora_weights"):
-        peft, load = "", f'pipe.load_lora_weights("{output}/lora")'
+        peft, adopt = "", f'pipe.load_lora_weights("{output}/lora")'
     else:
         peft = "from peft import PeftModel\n"
-        load = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
+        adopt = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}/lora")'
     return f"""
 ## The LoRA by itself
 
-The folder `lora/` has the adapter alone (rank {settings.rank}, alpha {settings.alpha:g}: scale
-{settings.alpha / settings.rank:g}, which it says itself). It belongs on the weights it was trained on:
+The folder `lora/` has the adapter alone (rank {settings.rank}), right at scale 1 in diffusers and in ComfyUI
+(alpha {settings.alpha:g} is folded in){comfy}. It belongs on the weights it was trained on:
 
 ```python
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import {scheduler}, DiffusionPipeline
 {peft}
 pipe = {pipeline}
-pipe.scheduler = DDIMScheduler.from_pretrained("{output}", subfolder="scheduler")
-{load}
+pipe.scheduler = {scheduler}.from_pretrained("{output}", subfolder="scheduler")
+{adopt}
 image = pipe("a red apple", {call}).images[0]
 ```
 

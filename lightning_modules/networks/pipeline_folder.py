@@ -1,7 +1,8 @@
 """Writes a one-step student as a complete diffusers pipeline folder.
 
 Stock diffusers reproduces it: one DDIM step (arXiv 2010.02502, eq. 12) from the last timestep of the exported
-schedule to alpha = 1 returns the predicted x0, which is all that a one-step generator computes.
+schedule to alpha = 1 returns the predicted x0, which is all that a one-step generator computes; on rectified
+flow one Euler step from sigma = 1 to 0.
 """
 
 import copy
@@ -12,31 +13,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 from common.errors import UserError
 from common.files import check_output_folder, written_at_once
 from lightning_modules.networks.backbones.calling import embedded_guidance
 from lightning_modules.networks.cards import PICTURE, RunNotes, model_card, shown_name, without_place
-from lightning_modules.networks.loading import TextToImageParts, no_progress_bars, pipeline_folder
+from lightning_modules.networks.loading import (
+    TextToImageParts,
+    flow_shift,
+    is_flow,
+    no_progress_bars,
+    pipeline_folder,
+)
 from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
 
 MARKER, LORA = "one_step.json", "lora"
 _PLACES = {"_name_or_path", "name_or_path"}  # both libraries note where a part was read from
 FOLDER_NAMES = {
     MARKER, LORA, PICTURE, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2",
-    "tokenizer", "tokenizer_2", "transformer", "unet", "vae",
+    "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "unet", "vae",
     "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
 
 
-def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> DDIMScheduler:
+def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
+    """Euler's method with the constants of a scheduler of rectified flow."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps, flow_shift(scheduler))
+
+
+def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> SchedulerMixin:
     """DDIM scheduler whose single trailing step starts at `start_timestep` and ends at x0.
 
     Its betas are the first `start_timestep` + 1 of the given scheduler's, so every alpha stays what it was.
-    The start noise is unit normal whatever the timestep, as in training.
+    The start noise is unit normal whatever the timestep, as in training. On rectified flow, Euler's one step
+    from the last timestep; a terminal sigma is left out (it would be 0 / 0 in one step).
     """
+    if is_flow(scheduler):
+        if start_timestep != scheduler.config.num_train_timesteps - 1:
+            raise UserError(
+                f"start_timestep is {start_timestep}: a model of rectified flow starts at sigma = 1, "
+                f"timestep {scheduler.config.num_train_timesteps - 1}."
+            )
+        euler = euler_scheduler(scheduler)
+        return FlowMatchEulerDiscreteScheduler.from_config({**euler.config, "shift_terminal": None})
     steps = len(scheduler.betas)
     if not 0 <= start_timestep < steps:
         raise UserError(
@@ -100,14 +123,16 @@ def export_student(
         )
         save_pipeline(parts.backbone.pipeline(cast, scheduler), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        call, notes, name = one_step_call(parts), notes or RunNotes(), name or shown_name(Path(output))
+        load, call, notes = load_words(parts), one_step_call(parts), notes or RunNotes()
+        name = name or shown_name(Path(output))
         if notes.picture is not None:
             shutil.copyfile(notes.picture, folder / PICTURE)
         if adapter is not None:
-            write_lora(adapter, parts.backbone, folder / LORA, dtype)
-            own = lora_card(adapter, parts.backbone, name, call)
+            told = {"num_inference_steps": 1, "call": call, "trained_timesteps": [start_timestep]}
+            write_lora(adapter, parts.backbone, folder / LORA, dtype, told)
+            own = lora_card(adapter, parts.backbone, name, call, type(scheduler).__name__, load)
             notes = notes._replace(markdown=own + notes.markdown)
-        text = model_card(name, facts, call, pipeline_folder(parts.path), notes)
+        text = model_card(name, facts, call, pipeline_folder(parts.path), notes, load)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
@@ -129,13 +154,16 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
+def load_words(parts: TextToImageParts) -> str:
+    """Further arguments of `from_pretrained`: the stock pipelines want parts that are left out named."""
+    return "".join(f", {name}=None" for name in parts.left_out)
+
+
 def one_step_call(parts: TextToImageParts) -> str:
     """Arguments of the stock pipeline's call that draws one picture, as Python text."""
-    call = f"num_inference_steps=1, guidance_scale={embedded_guidance(parts.denoiser) or 1.0}"
-    if parts.backbone.denoiser[0] == "transformer":
-        # the folder's own size, whichever it is; prompts as the student was trained on, not rewritten
-        call += ", use_resolution_binning=False, clean_caption=False"
-    return call
+    options = {"num_inference_steps": 1, "guidance_scale": embedded_guidance(parts.denoiser) or 1.0}
+    options |= parts.backbone.call_options(parts)
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:

@@ -356,7 +356,7 @@ def text_identity(parts: TextToImageParts, encoder: PromptEncoder) -> dict[str, 
     content = told | {
         "weights": [
             _weights_hash(weight_files(Path(model.name) / name, model.variant))
-            for name in parts.backbone.text_encoders
+            for name in parts.backbone.present(parts.index, parts.backbone.text_encoders)
         ],
         "settings": [_settings(network.config) for network in parts.text_encoders],
         "tokenizers": [_rules(tokenizer) for tokenizer in parts.tokenizers],

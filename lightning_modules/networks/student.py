@@ -24,6 +24,7 @@ from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
     TextToImageParts,
     asset_path,
+    is_flow,
     load_parts,
     noise_schedule,
     pipeline_folder,
@@ -31,7 +32,14 @@ from lightning_modules.networks.loading import (
     read_weights,
     scheduler_of,
 )
-from lightning_modules.networks.lora import LoraSettings, StudentAdapter, StudentBase, add_adapter, fold
+from lightning_modules.networks.lora import (
+    LoraSettings,
+    StudentAdapter,
+    StudentBase,
+    StudentLoraSettings,
+    add_adapter,
+    fold,
+)
 from lightning_modules.networks.model_names import lasting_name
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
 from lightning_modules.networks.weights import content_hash, difference, other_value, own_weights
@@ -124,7 +132,8 @@ def load_student(
     folder = pipeline_folder(path)
     parts = load_parts(path)
     facts = read_json(folder / MARKER) if is_own_export(folder) else {}
-    start = len(parts.scheduler.betas) - 1 if hasattr(parts.scheduler, "betas") else 0
+    flow = parts.scheduler.config.get("num_train_timesteps", 1)
+    start = (len(parts.scheduler.betas) if hasattr(parts.scheduler, "betas") else flow) - 1
     return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
 
 
@@ -314,7 +323,7 @@ def make_student(
     teacher: str,
     start_timestep: int,
     init: str | None = None,
-    lora: LoraSettings | None = None,
+    lora: StudentLoraSettings | None = None,
 ) -> tuple[nn.Module, StudentBase | None]:
     """The network to train, in float32, and for a LoRA student the frozen weights under it.
 
@@ -322,13 +331,24 @@ def make_student(
         parts: the teacher's, without adapters; not changed. `teacher`: the name they were read by.
         start_timestep: T of the run.
         init: one-step model to start from (a .ckpt, an export, a diffusers folder); None: the teacher.
-        lora: train an adapter of this kind on frozen weights; None: train all weights.
+        lora: train an adapter of this kind on frozen weights, which may be the teacher's own tensors; None:
+            train all weights.
 
     Raises:
         UserError: ``init`` can't be read, or doesn't fit the teacher; names the first difference.
     """
+    if init is not None and lora is not None and lora.share_base:
+        raise UserError(
+            "student_lora.share_base is true, but the student starts from student_init, which has weights of "
+            "its own: set one of them to null."
+        )
     if init is None:
-        student: nn.Module = copy.deepcopy(parts.denoiser)
+        share = lora is not None and (
+            is_flow(parts.scheduler) if lora.share_base is None else lora.share_base
+        )
+        # what is copied already is not copied again
+        kept = [*parts.denoiser.parameters(), *parts.denoiser.buffers()] if share else []
+        student: nn.Module = copy.deepcopy(parts.denoiser, {id(tensor): tensor for tensor in kept})
     else:
         loaded = load_student(init)
         # students of this project start at one timestep; any other model is taken to know its whole schedule
@@ -361,7 +381,7 @@ def mismatch(
         return found
     if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
         return odd
-    sides = [noise_schedule(parts.scheduler) for parts in (own, wanted)]
+    sides = [noise_schedule(parts.scheduler, parts.image_tokens) for parts in (own, wanted)]
     kinds = [{"prediction_type": side.prediction_type} for side in sides]
     if odd := other_value(kinds[0], kinds[1], words):
         return odd

@@ -41,6 +41,10 @@ class SwiftBrush(Objective):
 
         L = MSE(α_t ε_fake(x_t, t, y or ∅), α_t ε)
 
+    On rectified flow, which the paper does not have, the fake score's loss is that of such models, without a
+    weight: MSE(v_fake, ε − x̂). The weight α_t², with ε_fake − ε = α_t (v_fake − v), would leave nothing near
+    σ = 1.
+
     Where this differs from the official code:
 
     - α_T and σ_T of the student's start come from the teacher's schedule (ᾱ_999 = 0.00466 for Stable
@@ -179,6 +183,9 @@ class SwiftBrush(Objective):
         x_t = networks.schedule.add_noise(x0, noise, t)
         condition, dropped = self._with_dropout(sample.condition, random)
         prediction = networks.fake_score(x_t, t, condition, guidance_scale=1.0)
+        if prediction.kind == "flow":
+            error = (prediction.flow - (noise - x0)).square().mean()
+            return Terms({"denoising": error}, {"dropped_prompts": dropped})
         # MSE(α_t ε_fake, α_t ε) = mean of α_t² (ε_fake − ε)², in float32.
         weight = expand_like(alpha_squared(*networks.schedule.alpha_sigma(t)), x0)
         loss = (weight * (prediction.epsilon - noise).square()).mean()

@@ -178,7 +178,8 @@ class LatentDiffusionPretraining(Pretraining):
 
     Args:
         autoencoder: folder of a trained autoencoder.
-        scheduler: noise schedule and prediction type (``epsilon`` or ``v_prediction``).
+        scheduler: noise schedule and prediction type (``epsilon`` or ``v_prediction``), or rectified flow,
+            which has its own loss.
         snr_gamma: the weighting's gamma; infinity weighs all timesteps of the noise loss alike.
 
     Raises:
@@ -190,10 +191,10 @@ class LatentDiffusionPretraining(Pretraining):
     }  # fmt: skip
 
     def __init__(
-        self, autoencoder: str, scheduler: DDIMScheduler, prompt_dropout: float, snr_gamma: float, **base: Any
+        self, autoencoder: str, scheduler: Any, prompt_dropout: float, snr_gamma: float, **base: Any
     ) -> None:
         super().__init__(**base)
-        if (kind := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+        if (kind := scheduler.config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
             raise UserError(f"prediction_type is {kind!r}: it must be epsilon or v_prediction")
         self.scheduler, self.prompt_dropout, self.snr_gamma = scheduler, prompt_dropout, snr_gamma
         self.autoencoder = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32)
@@ -210,15 +211,24 @@ class LatentDiffusionPretraining(Pretraining):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         parts = [encode(self.autoencoder, data.source.composite(part)) for part in chunks(data.keys, 64)]
-        self.latents = torch.cat(parts).cpu() * self.autoencoder.config.scaling_factor
+        config = self.autoencoder.config
+        self.latents = (torch.cat(parts).cpu() - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def clean(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The batch's latents x0 and noise to mix with them, both [B, C, h, w]."""
+        x0 = self.latents[batch["index"].cpu()].to(self.device)
+        return x0, torch.randn(x0.shape, generator=generator).to(x0)
+
+    def captions(self, batch: dict[str, Any], generator: torch.Generator) -> list[str]:
+        """The batch's captions, some emptied."""
+        dropped = torch.rand(len(batch["captions"]), generator=generator) < self.prompt_dropout
+        return ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        x0 = self.latents[batch["index"].cpu()].to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        x0, noise = self.clean(batch, generator)
         steps = self.scheduler.config.num_train_timesteps
         t = torch.randint(0, steps, (len(x0),), generator=generator).to(self.device)
-        dropped = torch.rand(len(x0), generator=generator) < self.prompt_dropout
-        captions = ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
+        captions = self.captions(batch, generator)
         predicted = self.denoise(self.scheduler.add_noise(x0, noise, t), t, captions).float()
         alpha_squared = self.scheduler.alphas_cumprod.to(self.device)[t]
         snr = alpha_squared / (1 - alpha_squared)

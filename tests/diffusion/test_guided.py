@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
-from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 
 B = 4  # equal to height and width below
 
@@ -117,3 +117,22 @@ def test_half_precision_outputs_are_combined_in_float32(schedule: NoiseSchedule)
 def test_a_condition_of_another_batch_size_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="3 prompts for a batch of 4"):
         guided_prediction(Recorder(), schedule, X_T, T, TEXT[:3])
+
+
+def test_a_distilled_scale_is_an_input_of_one_pass() -> None:
+    """κ, one number or one per sample, reaches the network, also 1; the network is told 1000 σ."""
+    schedule, seen = RectifiedFlow(shift=2.0), []
+
+    def network(x_t: Tensor, t: Tensor, condition: Condition, /) -> Tensor:
+        seen.append((condition.tensors["scale"], t))
+        return x_t * condition.tensors["scale"][:, None, None, None]
+
+    for kappa in (1.0, 3.5, torch.tensor([1.0, 2.0, 3.0, 4.0])):
+        flow = guided_prediction(network, schedule, X_T, T, TEXT, kappa, embedded="scale").flow
+        expected = torch.as_tensor(kappa).expand(B)
+        assert torch.equal(seen[-1][0], expected) and torch.equal(flow, X_T * expected[:, None, None, None])
+    u = (T + 1) / 1000
+    torch.testing.assert_close(seen[-1][1], 1000 * 2 * u / (1 + u))
+    assert len(seen) == 3
+    with pytest.raises(ValueError, match="takes no negative prompts"):
+        guided_prediction(network, schedule, X_T, T, TEXT, 3.5, TEXT, embedded="scale")

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
+from common.errors import UserError
 from lightning_modules.diffusion.broadcast import expand_like
-from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.diffusion.weighting import alpha_squared, sigma_squared
+from lightning_modules.networks.loading import noise_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +127,59 @@ def test_timesteps_and_noise_of_the_wrong_form_are_refused(schedule: NoiseSchedu
         schedule.alpha_sigma(torch.tensor(1))
     with pytest.raises(ValueError, match="the noise"):
         schedule.add_noise(torch.zeros(2, 3), torch.zeros(1, 3), torch.tensor([1, 2]))
+
+
+# --- rectified flow ---------------------------------------------------------------------------------------
+
+
+def test_flow_is_diffusers_own() -> None:
+    """All 1,000 σ, the noising and the times that networks are told, of a static shift."""
+    flow: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    schedule = noise_schedule(flow)
+    t, everything = torch.tensor([0, 10, 500, 999]), torch.arange(1000)
+    alpha, sigma = schedule.alpha_sigma(everything)
+    torch.testing.assert_close(sigma.flip(0), flow.sigmas)
+    torch.testing.assert_close(schedule.network_time(everything).flip(0), flow.timesteps)
+    torch.testing.assert_close(alpha + sigma, torch.ones(1000))
+    assert (alpha[999], sigma[999], schedule.num_timesteps) == (0, 1, 1000)
+    x0, noise = torch.randn(2, 4, 2, 3, 4)
+    expected = flow.scale_noise(x0, flow.timesteps[999 - t], noise)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), expected, rtol=1e-5, atol=1e-6)
+    read = schedule.read(noise - x0, schedule.add_noise(x0, noise, t), t)
+    torch.testing.assert_close(read.x0, x0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read.epsilon, noise, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shift_by_resolution_is_that_of_the_pipelines() -> None:
+    flow: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    mu = calculate_shift(1024)
+    flow.set_timesteps(sigmas=[1.0, 0.5, 0.25], mu=mu)
+    schedule = noise_schedule(flow, tokens=1024)
+    torch.testing.assert_close(schedule.alpha_sigma(torch.tensor([999.0, 499, 249]))[1], flow.sigmas[:3])
+    with pytest.raises(UserError, match="depends on the resolution"):
+        noise_schedule(flow)
+    solver: Any = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    assert torch.equal(noise_schedule(solver).sigma, RectifiedFlow(shift=3.0).sigma)
+
+
+def test_a_terminal_sigma_stretches_the_range() -> None:
+    flow: Any = FlowMatchEulerDiscreteScheduler(shift=2.0, shift_terminal=0.02)
+    flow.set_timesteps(sigmas=[(t + 1) / 1000 for t in (999, 400, 0)])
+    schedule: Any = noise_schedule(flow)
+    t = torch.tensor([999, 400, 0])
+    torch.testing.assert_close(schedule.alpha_sigma(t)[1], flow.sigmas[:3])
+    torch.testing.assert_close(schedule.timestep(flow.sigmas[:3]), t.float(), rtol=1e-5, atol=1e-3)
+
+
+def test_flow_takes_real_timesteps_and_inverts_them() -> None:
+    schedule = RectifiedFlow(shift=2.5)
+    t = torch.tensor([-1.0, 0.25, 700.5, 999])
+    alpha, sigma = schedule.alpha_sigma(t)
+    torch.testing.assert_close(schedule.timestep(sigma), t, rtol=1e-5, atol=1e-3)
+    assert (sigma[0], alpha[0]) == (0, 1) and (sigma.diff() > 0).all()
+    assert RectifiedFlow(shift=2.5).bfloat16().sigma.dtype == torch.float32
+    for wrong in ({"shift": 0.0}, {"num_timesteps": 0}, {"terminal": 1.0}):
+        with pytest.raises(ValueError, match="no flow schedule"):
+            RectifiedFlow(**wrong)  # type: ignore[arg-type]

@@ -54,10 +54,11 @@ class ReferenceCross:
         attention_mask: Tensor | None = None,
         temb: Any = None,
     ) -> Tensor:
-        q = attn.to_q(hidden_states)
+        norms = [norm or (lambda x: x) for norm in (attn.norm_q, attn.norm_k)]  # SANA's, over all heads
+        q = norms[0](attn.to_q(hidden_states))
         bias = None if attention_mask is None else attention_mask[:, 0]
         plus, minus = (
-            softmax_attention(q, attn.to_k(text), attn.to_v(text), attn.heads, b)
+            softmax_attention(q, norms[1](attn.to_k(text)), attn.to_v(text), attn.heads, b)
             for text, b in ((encoder_hidden_states, bias), (self.negative, self.bias))
         )
         return attn.to_out[0](steer(plus, minus, self.method))
@@ -66,12 +67,13 @@ class ReferenceCross:
 def cross_attention_network(
     network: Any, inputs: dict[str, Any], negative: Tensor, mask: Tensor | None, method: Method
 ) -> Tensor:
-    """Output of a UNet or PixArt transformer."""
+    """Output of a UNet, or a PixArt or SANA transformer."""
     count = len(inputs["encoder_hidden_states"])
     negative = negative.expand(count, -1, -1)
     mask = None if mask is None else mask.expand(count, -1)
     if getattr(network, "caption_projection", None) is not None:
         negative = network.caption_projection(negative)
+        negative = getattr(network, "caption_norm", lambda x: x)(negative)
     former = network.attn_processors
     processors = {
         name: ReferenceCross(negative, mask, method) if "attn2" in name else processor

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import LCMScheduler, SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
@@ -322,16 +322,40 @@ def test_bad_input(pipelines: dict[str, Any]) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="no cross-attention or joint"), negative_prompting(other, "x"):
         pass
-    with (
-        pytest.raises(UserError, match="joint attention: use negative_prompting"),
-        negative_attention(pipelines["flux"].transformer, condition(5, 2), Nasa(0.5)),
-    ):
-        pass
     sliced = copy.copy(pipe)
     sliced.unet = copy.deepcopy(pipe.unet)
     sliced.unet.set_attention_slice(1)
     with pytest.raises(UserError, match="SlicedAttnProcessor"), negative_prompting(sliced, "x"):
         pass
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@torch.no_grad()
+def test_sana_equals_the_reference(rule: Method) -> None:
+    """Queries and keys normed over all heads, captions projected and normed, masks on both texts."""
+    torch.manual_seed(0)
+    network = SanaTransformer2DModel(
+        sample_size=4, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
+        qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    for parameter in network.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 4, 4), "timestep": torch.tensor([10.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 24),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+    }  # fmt: skip
+    text, mask = torch.randn(2, 3, 24), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    tensors = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    negative = Condition(tensors, {name: x[:1] for name, x in tensors.items()})
+    plain = network(**inputs, return_dict=False)[0]
+    with negative_attention(network, negative, rule):
+        steered = network(**inputs, return_dict=False)[0]
+    expected = reference.cross_attention_network(network, {**inputs, "return_dict": False}, text, mask, rule)
+    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+    assert (steered - plain).abs().max() > 1e-2
 
 
 def test_defaults_are_the_papers(pipelines: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -15,10 +16,12 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.generator import make_generator
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
+from lightning_modules.guidance.prompting import pipeline_network
 from lightning_modules.networks import loading
-from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.backbones.calling import GUIDANCE, run_network
+from lightning_modules.networks.backbones.flux import pack, unpack
 from lightning_modules.networks.loading import load_parts, noise_schedule
-from tests.backbones import SCHEDULERS, call_options, private_copy, stock_pipeline_of
+from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["a Red cat ", "", "two green cups of tea " * 30]  # the last one is cut
@@ -32,19 +35,32 @@ def encode(folder: Path, prompts: list[str] = PROMPTS) -> Condition:
     return parts.backbone.prompt_encoder(parts).encode(prompts)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024"])
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "sdxl", "pixart", "pixart_1024", *FLOWS])
 def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> None:
     pipe: Any = stock_pipeline_of(backbone_folder(name))
+    texts = PROMPTS
     with torch.no_grad():
         if name == "sdxl":
             text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, device="cpu")
             expected = {"encoder_hidden_states": (text, null), "text_embeds": (pooled, null_pooled)}
+        elif name == "sd3":
+            text, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, None, None, device="cpu")
+            expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
+        elif name == "flux":
+            (text, pooled, _), (null, null_pooled, _) = (pipe.encode_prompt(x, None) for x in (PROMPTS, [""]))
+            null, null_pooled = null.expand_as(text), null_pooled.expand_as(pooled)
+            expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
+        elif name == "sana":
+            texts = [text or "a" for text in PROMPTS]  # the pipeline has an instruction for an empty prompt
+            default = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
+            text, mask, null, null_mask = pipe.encode_prompt(texts, complex_human_instruction=default)
+            expected = {"encoder_hidden_states": (text, null), "encoder_attention_mask": (mask, null_mask)}
         elif name.startswith("pixart"):
             text, mask, null, null_mask = pipe.encode_prompt(PROMPTS, device="cpu", clean_caption=False)
             expected = {"encoder_hidden_states": (text, null), "encoder_attention_mask": (mask, null_mask)}
         else:
             expected = {"encoder_hidden_states": pipe.encode_prompt(PROMPTS, "cpu", 1, True)}
-    condition = encode(backbone_folder(name))
+    condition = encode(backbone_folder(name), texts)
     for key, (given, without) in expected.items():
         torch.testing.assert_close(condition.tensors[key], given, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(condition.null[key].expand_as(without), without, rtol=1e-6, atol=1e-6)
@@ -65,32 +81,48 @@ def test_no_prompt_of_sdxl_is_zero_and_not_the_empty_prompt(backbone_folder: Fol
     assert torch.equal(encode(other, [""]).null["text_embeds"], encode(other, [""]).tensors["text_embeds"])
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024"])
+@pytest.mark.parametrize("name", ["sd15", "sd21_v", "lcm", "sdxl", "pixart", "pixart_1024", *FLOWS])
 def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_folder: Folder) -> None:
     """Guided: both halves, so that what stands for no prompt is in it; LCM takes the scale as an input."""
     pipe: Any = stock_pipeline_of(backbone_folder(name))
-    network: Any = pipe.transformer if name.startswith("pixart") else pipe.unet
+    network: Any = pipeline_network(pipe)
     calls: list[tuple[Any, Any, Tensor]] = []
     forward = network.forward
 
-    def recorded(x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = forward(x_t, *args, **kwargs)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        x_t, *args = args or [kwargs["hidden_states"]]
         calls.append((x_t, kwargs.get("timestep", args[0] if args else None), output[0]))
         return output
 
     network.forward = recorded
     torch.manual_seed(0)
-    pipe(PROMPTS, num_inference_steps=2, guidance_scale=8.5, output_type="latent", **call_options(pipe))
-    x_t, t, expected = calls[0]
-    condition = encode(backbone_folder(name))
-    if name != "lcm":
+    texts = [text or "a" for text in PROMPTS]
+    pipe(texts, num_inference_steps=3, guidance_scale=8.5, output_type="latent", **call_options(pipe))
+    condition = encode(backbone_folder(name), texts)
+    if name == "flux":  # the scale is an input; packed tokens, and times from 0 to 1
+        scale = torch.full((len(PROMPTS),), 8.5)
+        condition = Condition({**condition.tensors, GUIDANCE: scale}, {**condition.null, GUIDANCE: scale[:1]})
+        calls = [(unpack(x_t, 8, 8), t * 1000, unpack(output, 8, 8)) for x_t, t, output in calls]
+    elif name != "lcm":
         condition = condition.without_text().concat(condition)
+    if name == "sana":  # half the time, by its own scale
+        calls = [(x_t, t * 2, output) for x_t, t, output in calls]
     parts = load_parts(backbone_folder(name))
-    with torch.no_grad():
-        output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
-    torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
-    assert expected.shape[1] == (8 if name.startswith("pixart") else 4)
+    for x_t, t, expected in calls:
+        with torch.no_grad():
+            output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
+        torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
+    assert expected.shape[1] == (8 if name.startswith("pixart") else 4) and len(calls) >= 3
     assert parts.denoiser.config.get("time_cond_proj_dim") == (6 if name == "lcm" else None)
+    if name not in FLOWS:
+        return
+    # the same times by the schedule: Euler's are those of sigma
+    schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens)
+    times = torch.stack([call[1].flatten()[0] for call in calls])
+    torch.testing.assert_close(
+        schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
@@ -203,3 +235,22 @@ def test_zero_snr_is_zero_whatever_the_scheduler_stores() -> None:
     assert schedule.alphas_cumprod[-1] == 0 and schedule.alpha[-1] == 0 and schedule.sigma[-1] == 1
     with pytest.raises(UserError, match="alpha 0 at its last timestep .*predicts epsilon"):
         noise_schedule(EulerDiscreteScheduler(**settings | {"prediction_type": "epsilon"}))
+
+
+def test_packing_is_flux_own() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    tokens = pack(x)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 3, 4, 6))
+    assert torch.equal(unpack(tokens, 4, 6), x)
+
+
+def test_published_sizes() -> None:
+    """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1."""
+    with torch.device("meta"):
+        medium = SD3Transformer2DModel(
+            sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+            pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
+        )  # fmt: skip
+        flux = FluxTransformer2DModel(guidance_embeds=True)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (medium, flux)]
+    assert sizes == [2_243_171_520, 11_901_408_320]

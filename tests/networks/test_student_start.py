@@ -10,7 +10,7 @@ import torch
 
 from common.errors import UserError
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.lora import LoraSettings
+from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student import make_student
 
@@ -111,7 +111,7 @@ def test_start_timestep_of_a_one_step_student(tiny_sd: Path, exported: Path) -> 
 def test_lora_on_an_initial_student(tiny_sd: Path, exported: Path) -> None:
     """It computes what the initial student does, bit for bit, and names it as its base."""
     plain, _ = make_student(load_parts(tiny_sd), "tiny", 625, str(exported))
-    lora = LoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_out.0"])
+    lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_out.0"])
     unet, base = make_student(load_parts(tiny_sd), "tiny", 625, str(exported), lora)
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([625, 625]), torch.randn(2, 16, 16)
     with torch.no_grad():

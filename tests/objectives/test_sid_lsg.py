@@ -16,6 +16,7 @@ from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.objectives.base import StudentSample, TeacherFacts, Turn
+from lightning_modules.objectives.pieces import noised
 from lightning_modules.objectives.sid_lsg import SiDLSG
 from tests.test_distributed import sgd
 from tests.test_turns import check_processes, check_resume
@@ -189,8 +190,7 @@ def test_gradient_through_both_scores_of_real_networks(tiny_sd: Path, checkpoint
 
     def product(x: Tensor, omega: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """L with ω kept as it is."""
-        objective = module.objective
-        x, x_t, t, _ = objective._noised(x, module.networks, random, "student")
+        x, x_t, t, _ = noised(x, module.networks, random, "student", module.objective.timesteps)
         real = module.networks.teacher(x_t, t, condition, 2.0).x0
         fake = module.networks.fake_score(x_t, t, condition, 1.5).x0
         omega = (x - real).abs().mean((1, 2, 3)) if omega is None else omega

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.guidance.scales import UniformGuidance
 from lightning_modules.objectives.base import StudentSample
 from lightning_modules.objectives.swiftbrush import SwiftBrush
+from tests.objectives.conftest import GaussianNetwork, GaussianScores
 
 Text = Callable[..., Condition]
 SHAPE = (4, 2, 4, 4)  # B equal to height and width
@@ -305,6 +306,42 @@ def test_timesteps_past_the_schedule_are_refused(make_scores: Any, text: Text) -
     with pytest.raises(ValueError, match="max_timestep is 1001.*only 1000"):
         SwiftBrush(max_timestep=1001).student_loss(sample, make_scores(), step_random())
     SwiftBrush(max_timestep=1000).student_loss(sample, make_scores(), step_random())
+
+
+class FlowNetwork(GaussianNetwork):
+    """The same data on rectified flow: v = ε − x0 at x_σ = (1 − σ) x0 + σ ε; it is told 1000 σ."""
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        sigma = (t / 1000)[:, None, None, None]
+        mean = self.mean + self.shift * condition.tensors["text"][:, None, None, None]
+        variance = (2 * self.log_std).exp()
+        distance = (x_t - (1 - sigma) * mean) / ((1 - sigma) ** 2 * variance + sigma**2)
+        return sigma * distance - (mean + (1 - sigma) * variance * distance)
+
+
+def test_on_rectified_flow(text: Text) -> None:
+    """g = σ² (ε_teacher − ε_fake) = σ α (x0_fake − x0_teacher); v's own error for the fake score."""
+    schedule = RectifiedFlow(shift=3.0)
+    real, fake = (FlowNetwork(schedule, *numbers) for numbers in ((1.0, 0.3, 1.0), (-0.5, 2.0, -1.0)))
+    scores = GaussianScores(schedule, real, fake)
+    condition, x0 = text([1.0, 2.0, 3.0, 4.0]), torch.randn(SHAPE)
+    gradient = student_gradient(SwiftBrush(2.0), scores, condition, x0)
+    teacher, other = scores.calls
+    u = (teacher.t[:, None, None, None] + 1) / 1000
+    sigma = 3 * u / (1 + 2 * u)
+    g = sigma * (1 - sigma) * (other.prediction.x0 - teacher.prediction.x0)
+    torch.testing.assert_close(gradient, g / x0.numel(), rtol=1e-3, atol=1e-6)
+    # the best fake score predicts the velocity of the samples: its loss is lower than any other's
+    samples = StudentSample(2 + 0.5 * torch.randn(512, 1, 4, 4), text(torch.zeros(512)))
+    losses = []
+    for mean, std in ((2.0, 0.5), (1.9, 0.5), (2.0, 0.6)):
+        scores.fake = FlowNetwork(schedule, mean, std, 0.0)
+        random = StepRandom(0, 0, torch.arange(512))
+        losses.append(float(SwiftBrush().fake_score_loss(samples, scores, random).losses["denoising"]))
+    call = scores.calls[-1]
+    velocity = random.normal("fake_noise", (1, 4, 4)) - samples.x0
+    assert losses[0] < min(losses[1:])
+    assert losses[-1] == pytest.approx(float((call.prediction.output - velocity).square().mean()))
 
 
 def test_swiftbrush_owns_no_networks() -> None:

@@ -3,13 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
-from lightning_modules.networks.backbones.pixart import PixArtAlpha
+from lightning_modules.networks.backbones.flux import Flux
+from lightning_modules.networks.backbones.pixart import PixArtAlpha, plain_call
+from lightning_modules.networks.backbones.sana import Sana
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
+from lightning_modules.networks.backbones.stable_diffusion_3 import StableDiffusion3
 
-__all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "is_own_class"]
-BACKBONES: tuple[Backbone, ...] = (StableDiffusion(), StableDiffusionXL(), PixArtAlpha())
+__all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "call_options", "is_own_class"]
+BACKBONES: tuple[Backbone, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    PixArtAlpha(),
+    StableDiffusion3(),
+    Flux(),
+    Sana(),
+)
 
 
 _BY_PIPELINE = {backbone.pipeline_class.__name__: backbone for backbone in BACKBONES}
@@ -34,3 +46,13 @@ def backbone_of(index: dict[str, Any], folder: Path) -> Backbone:
         f"{folder} is a {name} (model_index.json), which can't be distilled here. "
         f"Give a model of: {', '.join(_BY_PIPELINE)}."
     )
+
+
+def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Further arguments with which a stock pipeline draws as its model was trained."""
+    backbone = _BY_PIPELINE.get(type(pipeline).__name__)
+    if backbone is None:
+        return plain_call(pipeline)
+    network = getattr(pipeline, backbone.denoiser[0])
+    parts = TextToImageParts(backbone, network, pipeline.vae, [], [], pipeline.scheduler, {}, "")
+    return backbone.call_options(parts)

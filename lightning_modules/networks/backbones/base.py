@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
+from transformers import CLIPTokenizer
 
 from common.errors import UserError
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
@@ -19,9 +20,9 @@ class TextToImageParts:
 
     Attributes:
         backbone: the family it belongs to.
-        denoiser: UNet2DConditionModel or PixArtTransformer2DModel.
+        denoiser: UNet2DConditionModel, PixArtTransformer2DModel …
         vae: autoencoder between latents and pictures.
-        text_encoders, tokenizers: in the order of the backbone's names for them.
+        text_encoders, tokenizers: in the order of the backbone's names for them, without those left out.
         scheduler: the model's own; its constants are those it was trained with.
         index: content of model_index.json.
         path: the folder it was read from.
@@ -29,7 +30,7 @@ class TextToImageParts:
 
     backbone: Backbone
     denoiser: Any
-    vae: AutoencoderKL
+    vae: Any
     text_encoders: list[Any]
     tokenizers: list[Any]
     scheduler: SchedulerMixin
@@ -38,16 +39,35 @@ class TextToImageParts:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of one latent, from the network's configuration."""
-        size = self.denoiser.config.sample_size
+        """Shape (C, h, w) of one latent, from the network's configuration, or else the autoencoder's."""
+        size = self.denoiser.config.get("sample_size") or self.vae.config.sample_size // self.vae_factor
         height, width = (size, size) if isinstance(size, int) else size
-        return int(self.denoiser.config.in_channels), int(height), int(width)
+        channels = self.denoiser.config.in_channels // self.backbone.packing**2
+        return int(channels), int(height), int(width)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per place of a latent, along a side."""
+        config = self.vae.config
+        return 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of a picture in pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        return self.latent_shape[1] * self.vae_factor, self.latent_shape[2] * self.vae_factor
+
+    @property
+    def left_out(self) -> list[str]:
+        """Optional parts that the model has not."""
+        mine, index = self.backbone, self.index
+        present = mine.present(index, mine.text_encoders) | mine.present(index, mine.tokenizers)
+        return [name for name in mine.optional if name not in present]
+
+    @property
+    def image_tokens(self) -> int:
+        """How many patches of a latent a transformer sees (a resolution-dependent shift follows them)."""
+        side = self.denoiser.config.get("patch_size", 1) * self.backbone.packing
+        return self.latent_shape[1] * self.latent_shape[2] // side**2
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -61,16 +81,30 @@ class Backbone(ABC):
     Attributes:
         pipeline_class: the stock pipeline of its models.
         denoiser: name and class of the denoising network.
+        vae: class of the autoencoder.
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
+        optional: those of them that a folder may leave out (null in model_index.json).
+        packing: places of a latent, along a side, that the pipeline puts into one token of the network.
         conditions: settings by which a denoising network takes further inputs, and the values whose inputs
             the family gives.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[tuple[str, Any]]
+    vae: ClassVar[Any] = AutoencoderKL
     text_encoders: ClassVar[dict[str, Any]]
     tokenizers: ClassVar[dict[str, Any]]
+    optional: ClassVar[tuple[str, ...]] = ()
+    packing: ClassVar[int] = 1
     conditions: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+        """Those of `text_encoders` or `tokenizers` that a model has."""
+        return {
+            name: kind
+            for name, kind in parts.items()
+            if name not in self.optional or (index.get(name) or [None])[0] is not None
+        }
 
     @abstractmethod
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
@@ -84,12 +118,19 @@ class Backbone(ABC):
         """Further arguments of the stock pipeline's constructor."""
         return {}
 
+    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
+        """Further arguments with which the stock pipeline draws as the model was trained."""
+        return {}
+
     def pipeline(self, parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
         """The stock pipeline of the parts (shared, not copied), without progress bar."""
+        texts = [(self.text_encoders, parts.text_encoders), (self.tokenizers, parts.tokenizers)]
+        named: dict[str, Any] = dict.fromkeys(self.optional)
+        for names, given in texts:
+            named |= zip(self.present(parts.index, names), given, strict=True)
         pipeline = self.pipeline_class(
             **{self.denoiser[0]: parts.denoiser},
-            **dict(zip(self.text_encoders, parts.text_encoders, strict=True)),
-            **dict(zip(self.tokenizers, parts.tokenizers, strict=True)),
+            **named,
             vae=parts.vae,
             scheduler=parts.scheduler if scheduler is None else scheduler,
             **self.extras(parts),
@@ -107,27 +148,29 @@ class Backbone(ABC):
                     f"The part {part!r} in {parts.path} has {name} {value!r} in its config.json: it takes "
                     f"inputs beside the prompt that a {self.pipeline_class.__name__} doesn't give."
                 )
-        if config.get("sample_size") is None:
+        # networks without positions of their own (FLUX) leave it to the autoencoder
+        sizes = config if "sample_size" in config else parts.vae.config
+        if sizes.get("sample_size") is None:
             raise UserError(
                 f"The part {part!r} in {parts.path} names no picture size: set sample_size in its "
                 "config.json to the side of the latents it was trained on."
             )
-        for name, tokenizer, encoder in zip(
-            self.tokenizers, parts.tokenizers, parts.text_encoders, strict=True
-        ):
+        names = self.present(parts.index, self.tokenizers)
+        for name, tokenizer, encoder in zip(names, parts.tokenizers, parts.text_encoders, strict=True):
             longest = getattr(encoder.config, "max_position_embeddings", None)
             if tokenizer.model_max_length < 2:  # the start and end of a prompt
                 raise UserError(
                     f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}: "
                     f"no prompt fits. Set it in {name}/tokenizer_config.json."
                 )
-            if longest is not None and tokenizer.model_max_length > longest:
+            clip = names[name] is CLIPTokenizer  # others have lengths of their own
+            if clip and longest is not None and tokenizer.model_max_length > longest:
                 raise UserError(
                     f"The part {name!r} in {parts.path} has model_max_length {tokenizer.model_max_length}, "
                     f"but the text encoder takes {longest} tokens. "
                     f"Set model_max_length in {name}/tokenizer_config.json."
                 )
-        latents = parts.vae.config.latent_channels, parts.denoiser.config.in_channels
+        latents = parts.vae.config.latent_channels, parts.latent_shape[0]
         widths = {" and ".join(self.text_encoders): self.text_width(parts), "vae": latents}
         for name, (given, expected) in widths.items():
             if expected is not None and given != expected:

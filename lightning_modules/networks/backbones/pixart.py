@@ -25,6 +25,10 @@ class PixArtAlpha(Backbone):
         size = parts.picture_size if parts.denoiser.use_additional_conditions else None
         return T5PromptEncoder(parts.tokenizers, parts.text_encoders, size)
 
+    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
+        # the folder's own size, whichever it is; prompts as the student was trained on, not rewritten
+        return {"use_resolution_binning": False, "clean_caption": False}
+
     def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
         return parts.text_encoders[0].config.d_model, parts.denoiser.config.caption_channels
 
@@ -56,8 +60,8 @@ class T5PromptEncoder(PromptEncoder):
         return {"resolution": size.expand(count, -1), "aspect_ratio": ratio.expand(count, -1)}
 
 
-def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Arguments that make a stock PixArt draw at its own size and take prompts as they are; {} for others."""
+def plain_call(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments that make any PixArt draw at its own size and take prompts as they are; {} for others."""
     if not type(pipeline).__name__.startswith("PixArt"):
         return {}
     return {"use_resolution_binning": False, "clean_caption": False}

@@ -70,7 +70,7 @@ class PromptEncoder(nn.Module, ABC):
     def null(self) -> dict[str, Tensor]:
         """The same for no prompt, each [1, …]; computed once per device and dtype."""
         wanted = next(self.parameters())
-        held = None if self._null is None else self._null["encoder_hidden_states"]
+        held = None if self._null is None else next(iter(self._null.values()))
         if held is None or held.device != wanted.device or held.dtype != wanted.dtype:
             self._null = self.embed_null()
         assert self._null is not None
@@ -84,24 +84,26 @@ class PromptEncoder(nn.Module, ABC):
         """Stay in evaluation mode: text encoders are never trained."""
         return super().train(False)
 
-    def tokens(self, prompts: list[str], place: int = 0) -> tuple[Tensor, Tensor]:
+    def tokens(
+        self, prompts: list[str], place: int = 0, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token numbers and attention mask, both [B, L], of one tokenizer, padded to the full length."""
         tokenizer = self.tokenizers[place]
         if place == 0:
-            self._count_truncated(prompts)
+            self._count_truncated(prompts, max_length or self.max_length)
         inputs = tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
+            prompts, padding="max_length", max_length=max_length or self.max_length, truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
         return to_device(inputs.input_ids, self.device), to_device(inputs.attention_mask, self.device)
 
-    def _count_truncated(self, prompts: list[str]) -> None:
+    def _count_truncated(self, prompts: list[str], max_length: int) -> None:
         """Count prompts that lose words, and warn about the first."""
         lengths = [len(ids) for ids in self.tokenizers[0](prompts, verbose=False).input_ids]
-        long = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.max_length]
+        long = [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > max_length]
         if long and not self.truncated_prompts:
             warnings.warn(
-                f"A prompt has more than {self.max_length} tokens and is cut to them (told once): "
-                f"{long[0]!r}",
+                f"A prompt has more than {max_length} tokens and is cut to them (told once): {long[0]!r}",
                 stacklevel=4,
             )
         self.truncated_prompts += len(long)
