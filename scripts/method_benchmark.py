@@ -244,7 +244,7 @@ def write_report(folder: Path, judge: Judge) -> None:
     write_text_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     text = "\n".join(markdown_table(["method", "seeds", *COLUMNS.values()], table))
     write_text_atomically(folder / "results.md", text + "\n")
-    save_png(labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=64), folder / "pictures.png")
+    save_png(labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=96), folder / "pictures.png")
 
 
 def _spread(values: Sequence[float], name: str) -> str:
