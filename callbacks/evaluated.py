@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
+from lightning_modules.diffusion.steps import Steps
 
 
 class Generator(Protocol):
@@ -32,7 +33,7 @@ class Student(Protocol):
     generator: Generator
     parts: Parts
     student_steps: int
-    start_timestep: int
+    steps: Steps
 
     def evaluation_weights(self) -> AbstractContextManager[str]: ...
 

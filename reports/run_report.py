@@ -45,6 +45,11 @@ def row_title(row: str, report: Report) -> str:
     return f"Teacher, {steps_in_words(row)}" + (f", guidance {guidance:g}" if guidance else "")
 
 
+def student_row(steps: int) -> str:
+    """Title of a student's row."""
+    return f"Student, {steps_in_words(str(steps))}"
+
+
 def steps_in_words(row: str) -> str:
     """``steps_25`` as ``25 steps``."""
     steps = row.removeprefix("steps_")

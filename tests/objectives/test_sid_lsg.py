@@ -15,6 +15,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.objectives.base import StudentSample, TeacherFacts, Turn
 from lightning_modules.objectives.pieces import noised
 from lightning_modules.objectives.sid_lsg import SiDLSG
@@ -138,7 +139,7 @@ def test_timesteps_and_dropout(make_scores: Any, text: Text) -> None:
 def test_what_does_not_fit(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="prompt_dropout is a probability"):
         SiDLSG(prompt_dropout=-0.1)
-    facts = TeacherFacts(schedule, (4, 8, 8), lambda name: ())
+    facts = TeacherFacts(schedule, (4, 8, 8), Steps((999,)), lambda name: ())
     with pytest.raises(ValueError, match="max_timestep is 1001.*only 1000"):
         SiDLSG(max_timestep=1001).build(facts)
 
