@@ -52,7 +52,7 @@ def make(path: str, batch_size: int) -> dict[str, float]:
     """Make the store: seconds, its bytes, prompts kept, memory at its largest above that of the imports."""
     import datasets  # noqa: F401
 
-    from benchmarks.measuring import peak_resident_bytes
+    from common.environment import peak_resident_bytes
 
     module, before = data_module(path, batch_size), psutil.Process().memory_info().rss
     start = time.perf_counter()

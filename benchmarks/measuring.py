@@ -45,17 +45,6 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def peak_resident_bytes() -> int:
-    """Most memory of this process so far (getrusage would give a parent's, if that was larger)."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
 def parser(text: str | None) -> argparse.ArgumentParser:
     """A command line explained by the file's own text, with the options that all have."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)

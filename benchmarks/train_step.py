@@ -38,10 +38,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import MIB, alone, interval, parser, peak_resident_bytes, table, times, write
+from benchmarks.measuring import MIB, alone, interval, parser, table, times, write
 from benchmarks.models import ROOT
 from benchmarks.reference_loop import ReferenceLoop
 from commands.config_files import content_of
+from common.environment import peak_resident_bytes
+from datamodules.prompts import CAPTIONS
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import asset_path
@@ -60,7 +62,7 @@ def configuration(options: dict[str, Any]) -> dict[str, Any]:
     model = config["model"]["init_args"]
     model |= {"teacher": options["folder"], **options["changes"]}
     model["fake_score"]["lora"]["rank"] = options["rank"]
-    config["data"]["init_args"]["batch_size"] = options["batch"]
+    config["data"]["init_args"] |= {"prompts": str(CAPTIONS), "batch_size": options["batch"]}
     return {"model": config["model"], "data": config["data"]}
 
 

@@ -209,11 +209,12 @@ def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path
     with (place / "output.log").open("wb") as output:
         env = environment(1, 0)
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
-    run = place / "version_0"
     if status != 0:
         print(f"{cell.name} failed: see {place / 'output.log'}", flush=True)
         return False
-    generator = load_generator(run / "checkpoints" / "last.ckpt").eval()
+    (last,) = place.glob("version_*/checkpoints/last.ckpt")  # a run stopped early leaves a version without
+    run = last.parents[1]
+    generator = load_generator(last).eval()
     result = judge.measure(in_passes(generator.images))
     timing = json.loads((run / "report.json").read_text())["timing"]
     result["values"] |= {

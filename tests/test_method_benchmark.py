@@ -1,17 +1,13 @@
 """The benchmark of methods: each has its configuration, and what a cell changes in it is read by `fit`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from commands.sweeping.check import ParseOnly
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import method_benchmark
-from method_benchmark import METHODS, Cell
+from scripts import method_benchmark
+from scripts.method_benchmark import METHODS, Cell
 
 
 def test_every_method_has_a_configuration() -> None:

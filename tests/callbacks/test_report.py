@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -353,6 +355,9 @@ def test_timer_takes_the_median_once_warm(monkeypatch: pytest.MonkeyPatch) -> No
     assert timer.seconds_per_step() == 2.0 and timer.images_per_step == 64
     assert timer.quartiles() == [1.5, 16.0]
     assert 0.01 < peak_memory_gib() < 200
+    ballast = b"x" * 2**30
+    own = [sys.executable, "-c", "from common.environment import peak_memory_gib as peak; print(peak())"]
+    assert float(subprocess.check_output(own)) < 0.9, f"a child of one with {len(ballast):,} bytes"
 
 
 def test_pictures_begin_with_the_last(tmp_path: Path) -> None:

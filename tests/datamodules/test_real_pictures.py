@@ -16,6 +16,10 @@ from datamodules.prompts import PromptDataModule
 from datamodules.real_pictures import RealPictures, RealPictureSource
 
 
+def no_codec() -> str:
+    raise AssertionError("pictures of a folder have no codec")
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> RealPictures:
     """Five pictures, not square, which the table names in another order than that of their names."""
@@ -34,7 +38,7 @@ def settings(tmp_path: Path) -> RealPictures:
 def test_pictures_and_captions_belong_together(settings: RealPictures) -> None:
     source = RealPictureSource(settings, side=8)
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.5, 1 - 2**-24])
-    pictures, captions = source.take(uniform)
+    pictures, captions, _ = source.take(uniform)
     assert captions == ["cup 3", "cup 3", "cup 0", "cup 4", "cup 2"]
     assert pictures.shape == (5, 3, 8, 8) and pictures.dtype == torch.float32
     colours = torch.tensor([[40 * number, 10, 200] for number in (3, 3, 0, 4, 2)]) / 255
@@ -66,7 +70,7 @@ def test_lines_of_text_belong_to_the_pictures_in_the_order_of_their_names(
 ) -> None:
     (tmp_path / "captions.txt").write_text("\n".join(f"line {i}" for i in range(5)))
     source = RealPictureSource(RealPictures(settings.folder, str(tmp_path / "captions.txt")), side=2)
-    pictures, captions = source.take(torch.tensor([0.9]))
+    pictures, captions, _ = source.take(torch.tensor([0.9]))
     assert captions == ["line 4"] and round(float(pictures[0, 0, 0, 0]) * 255) == 160
 
 
@@ -92,11 +96,11 @@ def test_they_are_a_key_of_the_data(settings: RealPictures) -> None:
     given = {"prompts": ["a", "b"], "batch_size": 2, "eval_captions": ["a"], "eval_size": 1}
     config = parser.parse_object({"data": {**given, "real": vars(settings)}})
     module = parser.instantiate(parser.parse_string(parser.dump(config))).data
-    source = module.real_pictures(side=4)
+    source = module.real_pictures(4, no_codec)
     assert source.settings == settings and source.take(torch.zeros(2))[0].shape == (2, 3, 4, 4)
     module.trainer = SimpleNamespace(global_rank=1, world_size=2, training=True)
     module.setup("fit")
     module.real = RealPictures(settings.folder, settings.captions, batch_size=3)
     with pytest.raises(UserError, match="multiple of the 2 processes"):
         module.setup("fit")
-    assert PromptDataModule(**given).real_pictures(side=4) is None
+    assert PromptDataModule(**given).real_pictures(4, no_codec) is None

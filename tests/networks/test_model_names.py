@@ -183,4 +183,4 @@ def test_a_loras_card_names_its_base() -> None:
     adapter = StudentAdapter(StudentBase("owner/model@v2#fp16", "0"), LoraSettings(rank=4, alpha=2.0), {})
     card = lora_card(adapter, BACKBONES[0], "out", "num_inference_steps=1")
     assert 'from_pretrained("owner/model", revision="v2", variant="fp16", torch_dtype=torch.float32)' in card
-    assert "scale\n0.5," in card and 'pipe.load_lora_weights("out/lora")' in card
+    assert "right at scale 1 in diffusers" in card and 'pipe.load_lora_weights("out/lora")' in card
