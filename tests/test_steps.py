@@ -155,7 +155,11 @@ def test_the_drawn_step_sees_what_the_student_makes_of_noise(
             for k in range(sample.k):
                 said = module.networks.student(x_t, module.steps.at(k, start), sample.condition)
                 x_t = module.steps.next_input(
-                    k, said, module.networks.schedule, start, lambda i: random.normal(f"step_{i}", (4, 8, 8))
+                    k,
+                    said,
+                    module.networks.schedule,
+                    start,
+                    lambda i, own=random: own.normal(f"step_{i}", (4, 8, 8)),
                 )
             x0 = module.networks.student(x_t, sample.t, sample.condition).x0
         torch.testing.assert_close(sample.x_t, x_t, rtol=1e-4, atol=1e-4)
@@ -197,7 +201,7 @@ def test_one_timestep_is_today_s_one_step(tiny_sd: Path, tmp_path: Path, objecti
 
 
 def test_resume_and_two_processes_take_the_same_steps(tiny_sd: Path, tmp_path: Path) -> None:
-    """The drawn step is one for the whole global batch, and follows from the number of the student's update."""
+    """The drawn step is one for the whole global batch, and follows from the number of the update."""
     several = {"timesteps": [625, 400, 200]}
     (tmp_path / "resume").mkdir(), (tmp_path / "two").mkdir()
     check_resume(tiny_sd, tmp_path / "resume", SwiftBrush, **several)

@@ -59,8 +59,8 @@ def student_scheduler(scheduler: SchedulerMixin, steps: Steps) -> SchedulerMixin
     """The stock scheduler that takes a student's steps; fixed noise between them none does.
 
     Its betas are the given scheduler's up to the start, so every alpha stays what it was; the start noise is
-    unit normal whatever the timestep, as in training. Several steps with new noise between them are those of a
-    consistency model, whose output is x0 alone (c_skip = 0, c_out = 1 in the limit of `timestep_scaling`);
+    unit normal whatever the timestep, as in training. Several steps with new noise between them are those of
+    a consistency model, whose output is x0 alone (c_skip = 0, c_out = 1 in the limit of `timestep_scaling`);
     those without it DPM-Solver's of first order, which are DDIM's (arXiv 2206.00927, section 4.1), at any
     timesteps. On rectified flow Euler's method, or its consistency sampler.
 
@@ -73,8 +73,8 @@ def student_scheduler(scheduler: SchedulerMixin, steps: Steps) -> SchedulerMixin
         euler = one_step_scheduler(scheduler, steps.start)
         if euler.config.shift_terminal != euler_scheduler(scheduler).config.shift_terminal:
             raise UserError(
-                "The teacher's schedule has a terminal sigma (shift_terminal), with which a student of several "
-                "steps is not supported: leave model.timesteps out."
+                "The teacher's schedule has a terminal sigma (shift_terminal), with which a student of "
+                "several steps is not supported: leave model.timesteps out."
             )
         return FlowMatchLCMScheduler.from_config(euler.config) if steps.noise == "fresh" else euler
     single = one_step_scheduler(scheduler, steps.start).config
@@ -93,8 +93,8 @@ def student_scheduler(scheduler: SchedulerMixin, steps: Steps) -> SchedulerMixin
 def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> SchedulerMixin:
     """DDIM scheduler whose single trailing step starts at `start_timestep` and ends at x0.
 
-    On rectified flow, Euler's one step from the last timestep; a terminal sigma is left out (it would be 0 / 0
-    in one step).
+    On rectified flow, Euler's one step from the last timestep; a terminal sigma is left out (it would be
+    0 / 0 in one step).
     """
     if is_flow(scheduler):
         if start_timestep != scheduler.config.num_train_timesteps - 1:
@@ -160,8 +160,8 @@ def export_student(
     steps = as_steps(steps)
     if len(steps) > 1 and steps.noise == "fixed":
         raise UserError(
-            "No stock scheduler adds the same noise before every step (step_noise: fixed): this student can be "
-            "drawn with by generate and evaluate only."
+            "No stock scheduler adds the same noise before every step (step_noise: fixed): this student can "
+            "be drawn with by generate and evaluate only."
         )
     scheduler = student_scheduler(parts.scheduler, steps)
     target = check_output_folder(Path(output), own_names)

@@ -1,5 +1,5 @@
-"""Reads a student of one step or a few from a training checkpoint, an exported folder, any model folder or one file,
-and makes the one that a training starts from.
+"""Reads a student of one step or a few from a training checkpoint, an exported folder, any model folder or
+one file, and makes the one that a training starts from.
 
 Files with one network are published to be put into the place of a multi-step model's: DMD2
 (arXiv 2405.14867) does so with SDXL's UNet, which starts at timestep 399.
