@@ -49,7 +49,9 @@ def labelled_grid(
     font = ImageFont.load_default(size=_FONT_SIZE)
     labels = [_wrapped(prompt, font, card_width) for prompt in prompts]
     label_height = _LINE * max(len(lines) for lines in labels)
-    card_height = label_height + _LINE + height
+    names = [_wrapped(name, font, width) for name in arrays]
+    name_height = _LINE * max(len(lines) for lines in names)
+    card_height = label_height + name_height + height
     columns = min(columns, len(prompts))
     rows = -(-len(prompts) // columns)
     size = (columns * (card_width + _MARGIN) + _MARGIN, rows * (card_height + _MARGIN) + _MARGIN)
@@ -60,11 +62,12 @@ def labelled_grid(
         top = _MARGIN + (i // columns) * (card_height + _MARGIN)
         for k, line in enumerate(lines):
             draw.text((left, top + k * _LINE), line, _INK, font=font)
-        for k, (name, images) in enumerate(arrays.items()):
+        for k, images in enumerate(arrays.values()):
             x = left + k * (width + _GAP)
-            draw.text((x, top + label_height), name, _FAINT, font=font)
+            for j, line in enumerate(names[k]):
+                draw.text((x, top + label_height + j * _LINE), line, _FAINT, font=font)
             picture = to_pil(images[i]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, top + label_height + _LINE))
+            sheet.paste(picture, (x, top + label_height + name_height))
     return sheet
 
 

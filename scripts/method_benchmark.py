@@ -70,7 +70,7 @@ METHODS = {
     "sida": ("SiDA", "emoji_sida", True),
     "uni_instruct": ("Uni-Instruct, forward KL", "emoji_uni_instruct", True),
 }
-SEEDS, SAMPLES, HELD_OUT, SHOWN = (0, 1), 2048, 1024, 6
+SEEDS, START, SAMPLES, HELD_OUT, SHOWN = (0, 1), 625, 2048, 1024, 6
 COLUMNS = {
     "frechet_distance": "frechet_distance ↓", "clip_score": "clip_score ↑", "precision": "precision ↑",
     "recall": "recall ↑", "diversity": "diversity ↑", "updates": "updates", "seconds": "s per update",
@@ -107,6 +107,9 @@ class Judge:
         if not kept.is_file():
             rows = Teacher(str(asset_path(TEACHER))).rows
             found = {name: self.measure(in_passes(draw)) for name, (draw, _) in rows.items()}
+            start = load_generator(asset_path(TEACHER)).eval()
+            start.start_timestep = START
+            found["start"] = self.measure(in_passes(start.images))
             torch.save(found, kept)
         self.teacher: dict[str, Any] = torch.load(kept, weights_only=True)
 
@@ -158,7 +161,7 @@ def changes(cell: Cell, updates: int, samples: Path, batch_size: int) -> dict[st
         data["real"] = {"folder": str(samples), "batch_size": batch_size}
     return {
         "seed_everything": cell.seed,
-        "model": {"init_args": {"start_timestep": 625, "ema_decay": 0.95, "seed": cell.seed}},
+        "model": {"init_args": {"start_timestep": START, "ema_decay": 0.95, "seed": cell.seed}},
         "data": {"init_args": data},
         "trainer": {
             "max_steps": updates, "limit_val_batches": 0, "precision": "32-true",
@@ -229,7 +232,8 @@ def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path
 def write_report(folder: Path, judge: Judge) -> None:
     """results.json, results.md and pictures.png of the cells that are there."""
     rows, table, views = [], [], {}
-    named = {"teacher, 25 steps": judge.teacher["steps_25"], "teacher, 1 step": judge.teacher["steps_1"]}
+    names = {"steps_25": "teacher, 25 steps", "steps_1": "teacher, 1 step", "start": f"start, at {START}"}
+    named = {title: judge.teacher[name] for name, title in names.items()}
     groups = {title: [found] for title, found in named.items()}
     for method, (title, _, _) in METHODS.items():
         paths = [folder / Cell(method, seed).name / "result.pt" for seed in SEEDS]
@@ -244,7 +248,7 @@ def write_report(folder: Path, judge: Judge) -> None:
     write_text_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     text = "\n".join(markdown_table(["method", "seeds", *COLUMNS.values()], table))
     write_text_atomically(folder / "results.md", text + "\n")
-    save_png(labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=64), folder / "pictures.png")
+    save_png(labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=96), folder / "pictures.png")
 
 
 def _spread(values: Sequence[float], name: str) -> str:

@@ -627,3 +627,15 @@ def test_the_cards_data_for_the_hub(tiny_sd: Path, tmp_path: Path) -> None:
     assert ModelCard(text).data.license == "mit"
     (tmp_path / "README.md").write_text("---\n- a: [\n---\n# A teacher\n")
     assert ModelCard(model_card("o", {}, "", tmp_path, RunNotes())).data.license == "other"
+
+
+def test_what_others_wrote_is_text_in_the_card(tiny_sd: Path, tmp_path: Path) -> None:
+    """Names and values come from a checkpoint, which may be anybody's."""
+    name = "<img src=x>\n| a | b |"
+    text = model_card("o", {"teacher": name}, "", tmp_path, RunNotes())
+    assert "| teacher | &lt;img src=x&gt; \\| a \\| b \\| |" in text.splitlines()
+    run = tmp_path / "run"
+    checkpoint = write_run(run, tiny_sd)
+    (run / "config.yaml").write_text(json.dumps({"model": "x\n```\n<script>"}))
+    lines = card_of(checkpoint, tmp_path / "out").splitlines()
+    assert lines.index("````") > next(i for i, line in enumerate(lines) if "script" in line)

@@ -1,6 +1,7 @@
 """The model card of an exported student: how to draw, what is known of it, and of the run that trained it."""
 
 import csv
+import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def model_card(
         more: what else the card says.
         load: further arguments with which the folder is opened, as Python text.
     """
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |" for name, value in facts.items())
     steps = facts.get("timesteps") or [facts.get("start_timestep")]
     count = "one step" if len(steps) == 1 else f"{len(steps)} steps"
     picture = ""
@@ -104,6 +105,11 @@ def _steps_in_words(steps: Sequence[Any], facts: dict[str, Any]) -> str:
         f"It draws a picture in **{len(steps)}** network evaluations, at the timesteps "
         f"{', '.join(map(str, steps))}, {noise[facts['step_noise']]}, without guidance:"
     )
+
+
+def _cell(value: Any) -> str:
+    """The text of a cell of a table: what others named or wrote stays text, and in its cell."""
+    return " ".join(html.escape(str(value), quote=False).replace("|", "\\|").split())
 
 
 def _hub_data(facts: dict[str, Any], source: Path, metrics: Sequence[str]) -> ModelCardData:
@@ -193,7 +199,9 @@ def _validation(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
     if not found:
         return "The student was not measured at this step with these weights.\n", []
     names = [name.removeprefix("val/") for name in found]
-    rows = "".join(f"| {n} | {float(text):.6g} |\n" for n, text in zip(names, found.values(), strict=True))
+    rows = "".join(
+        f"| {_cell(n)} | {float(text):.6g} |\n" for n, text in zip(names, found.values(), strict=True)
+    )
     head = f"The validation of the run at student step {step}, over its validation captions only"
     return f"{head}:\n\n| metric | this student |\n| --- | ---: |\n{rows}", names
 
@@ -203,7 +211,7 @@ def _table(metrics: dict[str, Any], teacher: dict[str, Any]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, result in metrics.items():
         beside = [_number(results[name]) if name in results else "–" for results in teacher.values()]
-        lines.append([name.replace("_", " "), _number(result), *beside, str(result["num_images"])])
+        lines.append([_cell(name.replace("_", " ")), _number(result), *beside, str(result["num_images"])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -219,7 +227,8 @@ def _configuration(run: Path) -> str:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} can't be read as YAML: {error}. Restore it, or move it away.") from error
     text = yaml.safe_dump(_public(content), sort_keys=False, allow_unicode=True, width=100)
-    return f"```yaml\n{text}```\n"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text}{fence}\n"
 
 
 def _public(value: Any, name: str = "") -> Any:
