@@ -157,7 +157,7 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
     torch.testing.assert_close(one_step(run.folder, ours, pipe), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(load_generator(run.folder).images(TEXTS, SEEDS), expected, rtol=0, atol=1e-4)
     teacher = load_generator(run.teacher)
-    teacher.schedule, teacher.start_timestep = ours.schedule, ours.start_timestep
+    teacher.schedule, teacher.steps = ours.schedule, ours.steps
     assert (teacher.images(TEXTS, SEEDS) - expected).abs().max() > 1e-3
 
 

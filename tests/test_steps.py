@@ -1,5 +1,6 @@
 """Students of several steps: roll-outs in training, drawing, exports."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from lightning_modules.diffusion.steps import Steps, as_steps, step_facts, steps
 from lightning_modules.drawing import open_model
 from lightning_modules.generator import load_generator, make_generator
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.pipeline_folder import export_student, student_call
+from lightning_modules.networks.pipeline_folder import export_student, student_call, student_scheduler
 from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.dmd2 import DMD2
 from lightning_modules.objectives.swiftbrush import SwiftBrush
+from lightning_modules.pipelines import stock_pipeline
 from tests.test_distributed import sgd
 from tests.test_turns import check_processes, check_resume
 from tests.tiny_distillation import PROMPTS, Hooks, distillation, fit, snapshot
@@ -103,6 +105,30 @@ def test_the_stock_pipeline_draws_the_same(
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"**{len(timesteps)}** network evaluations" in card and ", ".join(map(str, timesteps)) in card
     assert student_call(parts, steps) in card
+
+
+@pytest.mark.parametrize(
+    ("family", "noise"), [("sdxl", "fresh"), ("pixart", "none"), ("sd3", "none"), ("sd3", "fresh")]
+)
+def test_other_families_stock_pipelines_draw_the_same(
+    backbone_folder: Callable[[str], Path], tmp_path: Path, family: str, noise: Any
+) -> None:
+    """Stable Diffusion 3's pipeline takes the noise between steps from PyTorch's own generator."""
+    parts = load_parts(backbone_folder(family))
+    steps = Steps((999, 749, 499, 249), noise)
+    pipeline = stock_pipeline(parts, student_scheduler(parts.scheduler, steps))
+    call = eval(f"dict({student_call(parts, steps)})")  # our own words
+    start = seeded_noise([3], parts.latent_shape)
+    torch.manual_seed(11)
+    generator = None if family == "sd3" else [torch.Generator().manual_seed(11)]
+    stock = pipeline(PROMPTS[:1], latents=start, generator=generator, output_type="latent", **call).images
+    again = torch.Generator().manual_seed(11)
+    between = [torch.randn(start.shape, generator=again) for _ in range(4)]
+    ours = make_generator(parts, steps)
+    x0 = ours.latents(start, ours.prompt_encoder.encode(PROMPTS[:1]), fresh=lambda k: between[k - 1])
+    if family == "sd3":
+        assert call["sigmas"] == [1.0, 0.75, 0.5, 0.25]
+    torch.testing.assert_close(stock, x0, rtol=0, atol=1e-4)
 
 
 def test_steps_of_an_opened_student(tiny_sd: Path, tmp_path: Path) -> None:
