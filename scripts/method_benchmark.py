@@ -48,8 +48,8 @@ from callbacks.metrics.teacher import Teacher
 from commands.sweeping.trial_process import environment, fit_command
 from common.files import asset_path, write_text_atomically
 from datamodules.prompts import CAPTIONS, EVAL_CAPTIONS, read_prompts
-from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.diffusion.steps import Steps
+from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.generator import load_generator
 from reports.sheets import labelled_grid, save_png
 from reports.text import markdown_table

@@ -135,7 +135,7 @@ class TDM(Objective):
         error = x0 - target
         c = self.huber
         error = (error.square() + c**2).sqrt() - c if c else 0.5 * error.square()
-        numbers = {
+        numbers: dict[str, float | Tensor] = {
             "student_timestep": at.t.float().mean(),
             "student_step": float(sample.k),
             "nonfinite_score_gradients": (~torch.isfinite(target)).sum(),
