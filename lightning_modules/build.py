@@ -63,7 +63,7 @@ def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     """
     offloaded = () if settings.prompt_cache is None else ("text_encoders",)
     parts = load_parts(settings.teacher, without=offloaded)
-    schedule = noise_schedule(parts.scheduler, parts.image_tokens)
+    schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
     student, student_base = make_student(
         parts, settings.teacher, settings.steps.start, settings.student_init, settings.student_lora
     )

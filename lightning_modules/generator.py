@@ -16,7 +16,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.steps import Steps, as_steps
 from lightning_modules.guidance.methods import Method
 from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
-from lightning_modules.networks.backbones.calling import GUIDANCE, run_network, takes_guidance
+from lightning_modules.networks.backbones.calling import GUIDANCE, rescale, run_network, takes_guidance
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
@@ -112,7 +112,7 @@ class OneStepGenerator(nn.Module):
         for k in range(len(self.steps)):
             said = guided_prediction(
                 network, self.schedule, x_t, self.steps.at(k, noise), condition, guidance_scale, negative,
-                embedded,
+                embedded, rescale(self.student),
             )  # fmt: skip
             if k + 1 < len(self.steps):
                 x_t = self.steps.next_input(k, said, self.schedule, noise, fresh)
@@ -174,7 +174,7 @@ def make_generator(
     """Generator from the parts of a pipeline; `student` takes the place of `parts.denoiser`."""
     return OneStepGenerator(
         student=parts.denoiser if student is None else student,
-        schedule=noise_schedule(parts.scheduler, parts.image_tokens),
+        schedule=noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone),
         steps=steps,
         prompt_encoder=parts.backbone.prompt_encoder(parts),
         decoder=LatentDecoder(parts.vae),

@@ -71,7 +71,7 @@ def model_card(
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{load})
-image = pipe("a red apple", {call}).images[0]
+image = pipe(prompt="a red apple", {call}).images[0]
 image.save("apple.png")
 ```
 
@@ -86,7 +86,7 @@ there; it acts in cross-attention instead, by the code of the project that train
 from lightning_modules.guidance import negative_prompting
 
 with negative_prompting(pipe, "blurry", method="nasa"):
-    image = pipe("a red apple", {call}).images[0]
+    image = pipe(prompt="a red apple", {call}).images[0]
 ```
 
 | | |

@@ -230,7 +230,7 @@ def student_call(parts: TextToImageParts, steps: Steps) -> str:
         scheduler.set_timesteps(len(steps))
         if scheduler.timesteps.tolist() != list(steps.timesteps):
             options = {"timesteps": list(steps.timesteps)}
-    options["guidance_scale"] = embedded_guidance(parts.denoiser) or 1.0
+    options |= parts.backbone.guidance_options(embedded_guidance(parts.denoiser) or 1.0)
     options |= parts.backbone.call_options(parts)
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 

@@ -389,7 +389,7 @@ def mismatch(
         return found
     if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
         return odd
-    sides = [noise_schedule(parts.scheduler, parts.image_tokens) for parts in (own, wanted)]
+    sides = [noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone) for parts in (own, wanted)]
     kinds = [{"prediction_type": side.prediction_type} for side in sides]
     if odd := other_value(kinds[0], kinds[1], words):
         return odd
