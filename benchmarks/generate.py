@@ -77,7 +77,7 @@ def open_model(path: str, kind: torch.dtype) -> Model:
     """What `generate` would load, and the rest."""
     loaded = load_student(student_path(path))
     parts, device = loaded.parts, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = make_generator(parts, loaded.start_timestep).eval().to(device, kind)
+    generator = make_generator(parts, loaded.steps).eval().to(device, kind)
     return Model(
         generator, stock_pipeline(parts), stock_pipeline(parts, multistep_scheduler(parts.scheduler))
     )
@@ -89,7 +89,8 @@ def subjects(model: Model, batch: int) -> dict[str, Subject]:
     prompts, seeds = [PROMPT] * batch, list(range(batch))
     encode = generator.prompt_encoder.encode
     condition, negative = encode(prompts), encode([NEGATIVE])
-    network = partial(generator.latents, generator.noise(seeds), condition)
+    noise = partial(generator.noise, seeds)
+    network = partial(generator.latents, noise(), condition, fresh=noise)
     latents, drawn = network(), partial(pipeline_images, prompts=prompts, seeds=seeds)
     found = {
         "text": Subject(partial(encode, prompts)),

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from common.errors import UserError
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
+from lightning_modules.diffusion.steps import Steps
 
 
 class Generator(Protocol):
-    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt, from one seed for each."""
+    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt and seed; in fewer of its steps, too."""
 
     def images(self, prompts: list[str], seeds: list[int]) -> Tensor: ...
+
+    def taking(self, count: int) -> AbstractContextManager[None]: ...
 
 
 class Parts(Protocol):
@@ -32,7 +35,7 @@ class Student(Protocol):
     generator: Generator
     parts: Parts
     student_steps: int
-    start_timestep: int
+    steps: Steps
 
     def evaluation_weights(self) -> AbstractContextManager[str]: ...
 

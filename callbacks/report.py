@@ -19,7 +19,8 @@ from callbacks.metrics.manifest import make_report
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
 from common.environment import peak_memory_gib
-from reports.run_report import findings, render_text_table
+from lightning_modules.diffusion.steps import step_facts
+from reports.run_report import findings, render_text_table, student_row
 from reports.write import write_report
 
 _WARM_UP = 5
@@ -205,12 +206,12 @@ def publish(
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
     }
-    facts = {"model": Path(student.parts.path).name, "start_timestep": student.start_timestep}
+    facts = {"model": Path(student.parts.path).name, **step_facts(student.steps)}
     report = make_report(
         subject, found.metrics, facts | manifest, timing, pictures, machine=machine,
         seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
-        teacher=found.teacher_metrics, curves=curves,
-        row="Student, 1 step" if is_finished else "Student, 1 step, at its last validation",
+        teacher=found.teacher_metrics, fewer_steps=found.fewer_steps, curves=curves,
+        row=student_row(len(student.steps)) + ("" if is_finished else ", at its last validation"),
     )  # fmt: skip
     path = write_report(report, folder)
     if not is_finished:

@@ -14,6 +14,7 @@ from callbacks.metrics.teacher import PROTOCOL, Teacher
 from callbacks.run_folder import run_dir
 from common.errors import UserError
 from common.hashing import hash_texts, to_uint8
+from reports.run_report import student_row
 from reports.sheets import labelled_grid, save_png
 
 
@@ -82,7 +83,7 @@ class Pictures(Callback, ABC):
 
 
 class SampleGrid(Pictures):
-    """``samples/step_<n>.png``: the student's one step beside the teacher's many, same prompts and seeds.
+    """``samples/step_<n>.png``: the student's few steps beside the teacher's many, same prompts and seeds.
 
     Args:
         prompts: what to draw (default: the first captions of the evaluation).
@@ -113,10 +114,12 @@ class SampleGrid(Pictures):
         """Student and teacher, side by side."""
         prompts, seeds = self.prompts_and_seeds(trainer)
         with evaluating(trainer, module):
-            student = as_student(module).generator.images(prompts, seeds).cpu()
+            student = as_student(module)
+            images = student.generator.images(prompts, seeds).cpu()
             if self._teacher_images is None:
                 self._teacher_images = self._draw_teacher(trainer, module, prompts, seeds)
-        views = {"student, 1 step": student, f"teacher, {self.teacher_steps} steps": self._teacher_images}
+        views = {student_row(len(student.steps)).lower(): images,
+                 f"teacher, {self.teacher_steps} steps": self._teacher_images}  # fmt: skip
         return labelled_grid(views, prompts)
 
     def _draw_teacher(

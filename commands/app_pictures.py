@@ -56,7 +56,7 @@ class SideBySide:
         with self._lock:
             names = map(without_place, (path, self._named_teacher or student.facts["teacher"]))
             self.title = "**{}**, distilled from **{}**".format(*names)
-            self._teacher, self._student = drawing, Model(student, 1, device)
+            self._teacher, self._student = drawing, Model(student, None, device)
             self._last: tuple[tuple[Any, ...], Picture] | None = None
         # the first calls also set up kernels and memory
         self.student("", "", "none", 0.0, 0)
@@ -70,7 +70,7 @@ class SideBySide:
     def student(
         self, prompt: str, negative: str, method: str, scale: float, seed: int | None, count: int = 1
     ) -> Picture:
-        """One step; the negative prompt acts by `method` ("none", "nasa", "nag") with that scale.
+        """In its own steps; the negative prompt acts by `method` ("none", "nasa", "nag") with that scale.
 
         Of `count` above 1 a sheet, from seeds that follow each other.
 

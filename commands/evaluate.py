@@ -66,7 +66,7 @@ class Options:
         hps: HPSv2 weights (file), for hpsv2
         scoring_clip: CLIP folder of metrics that name no network
         output: folder to write
-        steps: network steps
+        steps: network steps (those the model was trained for; 1 of a multi-step model)
         negative_prompt: one for all captions
         negative_guidance: what the negative prompts (of the option, or of the set) act by
         negative_scale: its strength
@@ -96,7 +96,7 @@ class Options:
     hps: str | None = None
     scoring_clip: str | None = None
     output: Path
-    steps: PositiveInt = 1
+    steps: PositiveInt | None = None
     negative_prompt: str | None = None
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
     negative_scale: Scale | None = None

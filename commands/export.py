@@ -56,20 +56,20 @@ def run(options: Options) -> None:
     """
     import torch
 
-    from lightning_modules.networks.pipeline_folder import LORA, export_student, load_words, one_step_call
+    from lightning_modules.networks.pipeline_folder import LORA, export_student, load_words, student_call
 
     if options.push_to_hub is not None:
         check_hub(options.push_to_hub)
     student, notes = _student(options)
     folder = export_student(
-        student.parts.denoiser, student.parts, student.start_timestep, options.output,
+        student.parts.denoiser, student.parts, student.steps, options.output,
         getattr(torch, options.dtype), student.facts, student.adapter, notes,
         options.push_to_hub,
     )  # fmt: skip
     print(
         f"Exported the {student.weights} weights to {folder}. Use them with\n"
         f'  pipe = DiffusionPipeline.from_pretrained("{options.output}"{load_words(student.parts)})\n'
-        f"  pipe(prompt, {one_step_call(student.parts)})"
+        f"  pipe(prompt, {student_call(student.parts, student.steps)})"
     )
     if student.adapter is not None:
         print(f"The LoRA by itself is in {options.output / LORA}; README.md says how to load it.")

@@ -1,4 +1,4 @@
-"""`generate`: one-step pictures from a checkpoint, an exported folder or any one- or few-step pipeline."""
+"""`generate`: pictures from a checkpoint, an exported folder or any one- or few-step pipeline."""
 
 import json
 import math
@@ -37,7 +37,8 @@ class Options:
         negative_scale: strength, 0 is off (the model's own if left out); for cfg the guidance scale, 1 is off
         seed: of the first picture; picture i has seed + i
         num_images: pictures per prompt
-        steps: network steps; above 1 the stock pipeline draws
+        steps: network steps (those the model was trained for; 1 of a multi-step model); above them the stock
+            pipeline draws
         teacher: of a checkpoint, where its teacher lies now (where it was in training)
         output: folder to write
     """
@@ -50,7 +51,7 @@ class Options:
     negative_scale: Scale | None = None
     seed: Seed = 0
     num_images: Count = 1
-    steps: PositiveInt = 1
+    steps: PositiveInt | None = None
     teacher: str | None = None
     output: Path = Path("outputs/generate")
 
@@ -120,7 +121,7 @@ def guidance_method(options: Options) -> NegativeGuidance:
             raise UserError(f"--negative-guidance {method} needs --negative-prompt.")
     elif scale is None:
         raise UserError("--negative-guidance cfg needs --negative-scale, such as 1.5 (1 is off).")
-    elif options.steps > 1 and scale <= 1:
+    elif (options.steps or 1) > 1 and scale <= 1:
         raise UserError(
             f"--negative-scale {scale:g} has no effect with --steps above 1. Give a scale above 1."
         )

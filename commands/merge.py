@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.files import check_output_folder, filled_at_once
 from common.hashing import hash_texts
 from datamodules.prompts import EVAL_CAPTIONS, read_prompts
+from lightning_modules.diffusion.steps import step_facts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.interpolation import merge_students, merged_weights, stored_dtype
 from lightning_modules.networks.loading import asset_path
@@ -99,11 +100,9 @@ def run(options: Options) -> None:
     if judge is not None:
         points = measure(first, second, merged, grid, dtype, judge)
         facts = {name: without_place(value) for name, value in merged.facts.items()}
-        facts |= {"start_timestep": merged.start_timestep, "dtype": words[0]}
+        facts |= {**step_facts(merged.steps), "dtype": words[0]}
         report = MergeReport(facts, points, judge.captions[:SHOWN_PROMPTS], judge.manifest, environment())
-    export_student(
-        merged.parts.denoiser, merged.parts, merged.start_timestep, options.output, dtype, merged.facts
-    )
+    export_student(merged.parts.denoiser, merged.parts, merged.steps, options.output, dtype, merged.facts)
     print(f"Merged {options.weight:g} * first + {1 - options.weight:g} * second into {options.output}.")
     if report is not None:
         with filled_at_once(target) as folder:
@@ -184,7 +183,7 @@ def measure(
     The same captions and seeds for all; `merged` gives the other parts and is not changed.
     """
     student = copy.deepcopy(merged.parts.denoiser)
-    generator = make_generator(merged.parts, merged.start_timestep, student=student).eval().to(judge.device)
+    generator = make_generator(merged.parts, merged.steps, student=student).eval().to(judge.device)
     points = []
     for weight in grid:
         student.load_state_dict(merged_weights(first.parts.denoiser, second.parts.denoiser, weight, dtype))

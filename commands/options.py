@@ -123,4 +123,5 @@ def _message(error: argparse.ArgumentError, parser: jsonargparse.ArgumentParser,
         return f"{option} {limits['given'] or (given or '')[1]}: must be {limits['range'].replace('v', '')}"
     if choices := _CHOICES.search(text):
         return f"{option} {given[1] if given else ''}: must be one of {choices[1]}"
-    return f"{option}: {' '.join(text.splitlines()[1].split())}"
+    of_several = re.search(r"Errors:\n\s+- (.+)", text)  # types: the first one's, not "none of the types"
+    return f"{option}: {of_several[1] if of_several else ' '.join(text.splitlines()[1].split())}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.networks.backbones import TextToImageParts
 from lightning_modules.networks.backbones.calling import run_network
@@ -25,7 +26,7 @@ class NetworkSettings:
     """What the networks of a run follow from; see the arguments of ``OneStepDistillation``."""
 
     teacher: str
-    start_timestep: int
+    steps: Steps
     lora: LoraSettings | None
     student_init: str | None
     student_lora: StudentLoraSettings | None
@@ -62,16 +63,16 @@ def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     """
     offloaded = () if settings.prompt_cache is None else ("text_encoders",)
     parts = load_parts(settings.teacher, without=offloaded)
-    schedule = noise_schedule(parts.scheduler, parts.image_tokens)
+    schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
     student, student_base = make_student(
-        parts, settings.teacher, settings.start_timestep, settings.student_init, settings.student_lora
+        parts, settings.teacher, settings.steps.start, settings.student_init, settings.student_lora
     )
     # before the fake score's adapter goes into the network
     scores = ScoreModels(parts.denoiser, schedule, settings.lora, "fake_score" in objective.roles)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
         scores.enable_gradient_checkpointing()
-    generator = make_generator(parts, settings.start_timestep, student)
+    generator = make_generator(parts, settings.steps, student)
     if settings.prompt_cache is not None:  # drops text encoders without weights, which Lightning can't move
         use_prompt_cache(generator.prompt_encoder, parts, settings.prompt_cache)
     hide_from_state_dict(generator)  # its student is stored as ``student``, the rest is frozen
@@ -106,7 +107,7 @@ def teacher_facts(built: Built) -> TeacherFacts:
             torch.func.functional_call(call, weights, inputs)
         return tuple(outputs[name].shape[1:])
 
-    return TeacherFacts(built.scores.schedule, shape, feature_shape)
+    return TeacherFacts(built.scores.schedule, shape, built.generator.steps, feature_shape)
 
 
 def check_turns(objective: Objective, further: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The LightningModule that distils a multi-step teacher into a one-step student."""
+"""The LightningModule that distils a multi-step teacher into a student of one step or a few."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +19,7 @@ from lightning_modules.batch import Part, cut
 from lightning_modules.build import NetworkSettings, build_networks, check_turns
 from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
+from lightning_modules.diffusion.steps import StepNoise, Steps, as_steps, step_facts
 from lightning_modules.image_losses.terms import ImageLossSettings, ImageTerms, check_judges
 from lightning_modules.memory import Part as MemoryPart
 from lightning_modules.memory import memory_by_part
@@ -67,6 +68,10 @@ class OneStepDistillation(L.LightningModule):
         teacher: diffusers folder or hub name; relative paths also from the repository.
         start_timestep: T at which the student is called. 999 as published; an earlier one multiplies its
             errors less (sigma_T / alpha_T is 14.6 at 999 and 2.5 at 625 on Stable Diffusion's schedule).
+        timesteps: of a student of several steps, from the first one down ([999, 749, 499, 249]), in place of
+            start_timestep. A turn draws one of them; the student's own steps lead there without a gradient.
+        step_noise: between its steps: fresh, fixed (the start's again, which no stock sampler does, so that
+            such a student can't be exported), or none (a deterministic trajectory).
         student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
@@ -101,6 +106,8 @@ class OneStepDistillation(L.LightningModule):
         fake_score: FakeScoreSettings | None = None,
         teacher: str = "assets/emoji-sd",
         start_timestep: int = 999,
+        timesteps: list[int] | None = None,
+        step_noise: StepNoise = "fresh",
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
         further_roles: dict[str, RoleOptimization] | None = None,
@@ -119,9 +126,9 @@ class OneStepDistillation(L.LightningModule):
         self.automatic_optimization = False
         check_range("model.decode_slice", decode_slice, 1, 2**31)
         check_range("model.ema_decay", ema_decay, 0, 1)
-        plain = ("teacher", "start_timestep", "student_init", "ema_decay", "gradient_checkpointing",
-                 "frozen_weights", "decode_slice", "prompt_cache", "compile", "seed",
-                 "max_skipped_updates")  # fmt: skip
+        plain = ("teacher", "start_timestep", "timesteps", "step_noise", "student_init", "ema_decay",
+                 "gradient_checkpointing", "frozen_weights", "decode_slice", "prompt_cache", "compile",
+                 "seed", "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         given = {"student": student, "fake_score": fake_score, **(further_roles or {})}
@@ -131,14 +138,13 @@ class OneStepDistillation(L.LightningModule):
         self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
         self.network_settings = NetworkSettings(
             teacher,
-            start_timestep,
+            as_steps(timesteps or start_timestep, step_noise),
             fake_score.lora if fake_score else None,
             student_init,
             student_lora,
             prompt_cache,
             gradient_checkpointing,
         )
-        self.start_timestep = start_timestep
         self.image_losses, self.regression = image_losses, pair_regression
         self.ema_decay, self.compile_mode = ema_decay, compile
         self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed or 0
@@ -149,6 +155,11 @@ class OneStepDistillation(L.LightningModule):
         self.image_terms: ImageTerms | None = None
         self.real_pictures: RealPictureSource | TeacherSamples | None = None
         self.ema: StudentEMA | None = None
+
+    @property
+    def steps(self) -> Steps:
+        """The student's steps from noise to picture."""
+        return self.network_settings.steps
 
     @property
     def student_steps(self) -> int:
@@ -225,7 +236,7 @@ class OneStepDistillation(L.LightningModule):
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None
         self._compiled = CompiledNetworks(trained, self.compile_mode)
         self._sampler = StudentSampler(
-            self.student, self.networks.student, self.start_timestep, self.parts.latent_shape
+            self.student, self.networks.student, self.networks.schedule, self.steps, self.parts.latent_shape
         )
 
     def _real_pictures(self) -> RealPictureSource | TeacherSamples | None:
@@ -419,7 +430,7 @@ class OneStepDistillation(L.LightningModule):
         terms = self._objective_terms("student", sample, part)
         if self.regression is not None:
             assert sample.real is not None
-            pairs = self.regression.loss(sample.real, self.networks, self._sampler.start_timestep)
+            pairs = self.regression.loss(sample.real, self.networks, self.steps.start)
             terms |= self._noted("student", {"pairs": pairs}, part.share)
         if self.image_terms is None:
             return terms
@@ -503,10 +514,11 @@ class OneStepDistillation(L.LightningModule):
         """
         schedule, condition = self.networks.schedule, self.generator.prompt_encoder.encode(prompts)
         with self.evaluation_weights():
-            x0 = self.generator.latents(self.generator.noise(seeds), condition)
+            noise = partial(self.generator.noise, seeds)
+            x0 = self.generator.latents(noise(), condition, fresh=noise)
         t = torch.full((len(x0),), int(at * schedule.num_timesteps), device=x0.device)
-        noise = seeded_noise([seed + 1_000_000 for seed in seeds], x0.shape[1:], x0.device)
-        x_t = schedule.add_noise(x0, noise, t)
+        again = seeded_noise([seed + 1_000_000 for seed in seeds], x0.shape[1:], x0.device)
+        x_t = schedule.add_noise(x0, again, t)
         views = {"student": x0, "teacher x0": self.networks.teacher(x_t, t, condition).x0}
         if self.scores.with_fake_score:
             views["fake score x0"] = self.networks.fake_score(x_t, t, condition).x0
@@ -540,7 +552,7 @@ class OneStepDistillation(L.LightningModule):
         checkpoint["one_step"] = {
             "method": type(self.objective).__name__,
             "teacher": lasting_name(settings.teacher),
-            "start_timestep": settings.start_timestep,
+            **step_facts(settings.steps),
             "architecture": architecture(self.student),
             "weights": self.ema is not None,
             "student_steps": self.student_steps,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.hashing import hash_file, hash_texts
 from datamodules.picture_files import Frame, read_pictures
+from lightning_modules.diffusion.steps import step_facts
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import METHODS, Method, make_method
@@ -76,31 +77,42 @@ OFF = Guidance()
 class Model:
     """A model that draws.
 
-    One step of a known family is taken by our own generator, from the student's start (a stock folder's
-    last timestep). More steps, models that come with a few-step sampler, and other pipelines are drawn by the
-    stock pipeline with its own sampler.
+    The steps that a student of ours was trained for, and one step of any model of a known family, are taken
+    by our own generator, from the student's start (a stock folder's last timestep). More steps, models that
+    come with a few-step sampler, and other pipelines are drawn by the stock pipeline with its own sampler.
 
     Args:
         source: what draws.
-        steps: network steps.
+        steps: network steps; None: all that the student was trained for, 1 of any other model.
         device: where.
 
     Attributes:
         facts: what is known of it: `weights`, `student_steps`, `sampler`, `start_timestep`.
+
+    Raises:
+        UserError: a student of several steps was trained for fewer.
     """
 
     def __init__(
-        self, source: LoadedStudent | DiffusionPipeline, steps: int = 1, device: torch.device | str = "cpu"
+        self,
+        source: LoadedStudent | DiffusionPipeline,
+        steps: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.steps = steps
+        self.steps = steps or 1
         self.generator: OneStepGenerator | None = None
         self.facts: dict[str, Any] = {"weights": "as stored"}
         if isinstance(source, LoadedStudent):
             student = source
             self.facts = {"weights": student.weights, "student_steps": student.facts.get("student_steps")}
-            if steps == 1 and not has_few_step_sampler(student.parts.scheduler):
-                self.generator = make_generator(student.parts, student.start_timestep).eval().to(device)
-                self.facts |= {"sampler": "one step", "start_timestep": student.start_timestep}
+            several, own = len(student.steps) > 1, student.steps
+            if several:
+                own = own.fewer(steps or len(own))
+            if several or (self.steps == 1 and not has_few_step_sampler(student.parts.scheduler)):
+                self.steps = len(own)
+                self.generator = make_generator(student.parts, own).eval().to(device)
+                sampler = "one step" if len(own) == 1 else "few steps"
+                self.facts |= {"sampler": sampler, **step_facts(own)}
                 return
             source = stock_pipeline(student.parts)
         self.pipeline = source.to(device)
@@ -148,7 +160,7 @@ class Model:
 
 def open_model(
     name: str,
-    steps: int = 1,
+    steps: int | None = None,
     device: torch.device | str = "cpu",
     weights: Weights | None = None,
     teacher: str | None = None,
@@ -157,7 +169,7 @@ def open_model(
 
     Args:
         name: a .ckpt file, a folder or a hub name.
-        steps: network steps.
+        steps: network steps; None: see `Model`.
         device: where it draws.
         weights: which of a checkpoint's; None: the average if there is one.
         teacher: where a checkpoint's teacher lies now; None: where it was in training.
@@ -178,7 +190,7 @@ class Recipe:
 
     Attributes:
         model: a .ckpt file, a folder or a hub name.
-        steps: network steps; guidance_scale: kappa form, 1 is off.
+        steps: network steps; None: see `Model`. guidance_scale: kappa form, 1 is off.
         weights: which of a checkpoint's; None: the average if there is one.
         teacher: where a checkpoint's teacher lies now; None: where it was in training.
         dtype: "float32", or "bfloat16": the networks run under autocast.
@@ -186,7 +198,7 @@ class Recipe:
     """
 
     model: str
-    steps: int = 1
+    steps: int | None = None
     guidance_scale: float = 1.0
     weights: Weights | None = None
     teacher: str | None = None
@@ -289,6 +301,7 @@ def model_drawer(
     """
     recipe.check(negatives is not None)
     model = open_model(recipe.model, recipe.steps, device, recipe.weights, recipe.teacher)
+    recipe = replace(recipe, steps=model.steps)
     # a guidance scale by itself is against the empty prompt, whatever the set's negative prompts
     unwanted = None if recipe.negative_guidance == "none" else negatives
 

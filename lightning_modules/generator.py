@@ -1,7 +1,8 @@
-"""One-step generation: prompts and noise -> latents -> pictures; one object for training and tools."""
+"""Generation in one step or a few: prompts and noise -> latents -> pictures, for training and tools."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.randomness import seeded_noise
 from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.steps import Steps, as_steps
 from lightning_modules.guidance.methods import Method
 from lightning_modules.guidance.prompting import NegativePrompts, negative_attention
-from lightning_modules.networks.backbones.calling import GUIDANCE, run_network, takes_guidance
+from lightning_modules.networks.backbones.calling import GUIDANCE, rescale, run_network, takes_guidance
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
@@ -27,50 +29,66 @@ class OneStepGenerator(nn.Module):
 
     x0 is read off the student's prediction at the start timestep T with the schedule's own constants: for
     epsilon-prediction x0 = (z - sigma_T eps) / alpha_T (SwiftBrush, arXiv 2312.05239, section 3.3). The
-    noise z is unit normal at any T; it is not scaled by sigma_T.
+    noise z is unit normal at any T; it is not scaled by sigma_T. Of several steps, each starts from the
+    former one's x0 with noise (see `Steps`).
 
     Args:
         student: the network; its weights are the module's only entries in a state dict (`student.*`).
         schedule: of the teacher.
-        start_timestep: T.
+        steps: where it is called; one timestep T is one step.
         prompt_encoder: frozen.
         decoder: frozen.
         latent_shape: (C, h, w).
 
     Raises:
-        UserError: T is not a timestep of the schedule.
+        UserError: a step is not at a timestep of the schedule.
     """
 
     def __init__(
         self,
         student: nn.Module,
         schedule: NoiseSchedule,
-        start_timestep: int,
+        steps: int | Steps,
         prompt_encoder: PromptEncoder,
         decoder: LatentDecoder,
         latent_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        if not 0 <= start_timestep < schedule.num_timesteps:
+        self.steps = as_steps(steps)
+        if not 0 <= self.start_timestep < schedule.num_timesteps:
             raise UserError(
-                f"start_timestep {start_timestep} is not one of the teacher's timesteps "
+                f"start_timestep {self.start_timestep} is not one of the teacher's timesteps "
                 f"0 to {schedule.num_timesteps - 1}. Set it to e.g. {schedule.num_timesteps - 1}."
             )
         self.student = student
         self.schedule = schedule
-        self.start_timestep = start_timestep
         self.prompt_encoder = prompt_encoder
         self.decoder = decoder
         self.latent_shape = latent_shape
+
+    @property
+    def start_timestep(self) -> int:
+        """T."""
+        return self.steps.start
+
+    @contextmanager
+    def taking(self, count: int) -> Iterator[None]:
+        """Only so many of the steps inside (see `Steps.fewer`)."""
+        whole = self.steps
+        self.steps = whole.fewer(count)
+        try:
+            yield
+        finally:
+            self.steps = whole
 
     @property
     def device(self) -> torch.device:
         """Where the student is."""
         return next(self.student.parameters()).device
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Start noise [B, C, h, w], float32, one seed per picture."""
-        return seeded_noise(seeds, self.latent_shape, self.device)
+    def noise(self, seeds: Sequence[int], step: int = 0) -> Tensor:
+        """New noise of a step [B, C, h, w], of the first one the start, float32, one seed per picture."""
+        return seeded_noise(seeds, self.latent_shape, self.device, draw=step)
 
     def latents(
         self,
@@ -78,20 +96,27 @@ class OneStepGenerator(nn.Module):
         condition: Condition,
         guidance_scale: float | Tensor = 1.0,
         negative: Condition | None = None,
+        fresh: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """Student samples x0 [B, C, h, w] in at least float32; the gradient flows into the student.
 
         `guidance_scale` other than 1 mixes in the prediction without text (or for `negative`), in kappa form.
+        `fresh` gives new noise for each step after the first, where these want some.
         """
-        t = torch.full((len(noise),), self.start_timestep, dtype=torch.long, device=noise.device)
 
         def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return run_network(self.student, x_t, t, condition)
 
         embedded = GUIDANCE if takes_guidance(self.student) else None
-        return guided_prediction(
-            network, self.schedule, noise, t, condition, guidance_scale, negative, embedded
-        ).x0
+        x_t = noise
+        for k in range(len(self.steps)):
+            said = guided_prediction(
+                network, self.schedule, x_t, self.steps.at(k, noise), condition, guidance_scale, negative,
+                embedded, rescale(self.student),
+            )  # fmt: skip
+            if k + 1 < len(self.steps):
+                x_t = self.steps.next_input(k, said, self.schedule, noise, fresh)
+        return said.x0
 
     @torch.no_grad()
     def images(
@@ -121,9 +146,10 @@ class OneStepGenerator(nn.Module):
         pictures = []
         with self._away_from(shared, negative_method) as common:
             for part in batches:
-                condition, noise = self.prompt_encoder.encode(prompts[part]), self.noise(seeds[part])
+                condition, fresh = self.prompt_encoder.encode(prompts[part]), partial(self.noise, seeds[part])
                 with self._away_from(texts[part] if differ else [], negative_method) as own:
-                    latents = self.latents(noise, condition, guidance_scale, own if differ else common)
+                    away = own if differ else common
+                    latents = self.latents(fresh(), condition, guidance_scale, away, fresh)
                 pictures.append(self.decoder.decode(latents).float())
         return torch.cat(pictures)
 
@@ -143,13 +169,13 @@ class OneStepGenerator(nn.Module):
 
 
 def make_generator(
-    parts: TextToImageParts, start_timestep: int, student: nn.Module | None = None
+    parts: TextToImageParts, steps: int | Steps, student: nn.Module | None = None
 ) -> OneStepGenerator:
     """Generator from the parts of a pipeline; `student` takes the place of `parts.denoiser`."""
     return OneStepGenerator(
         student=parts.denoiser if student is None else student,
-        schedule=noise_schedule(parts.scheduler, parts.image_tokens),
-        start_timestep=start_timestep,
+        schedule=noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone),
+        steps=steps,
         prompt_encoder=parts.backbone.prompt_encoder(parts),
         decoder=LatentDecoder(parts.vae),
         latent_shape=parts.latent_shape,
@@ -163,4 +189,4 @@ def load_generator(path: str | Path, weights: Weights | None = None) -> OneStepG
         UserError: the path is missing or not such a thing.
     """
     loaded = load_student(path, weights)
-    return make_generator(loaded.parts, loaded.start_timestep).eval()
+    return make_generator(loaded.parts, loaded.steps).eval()

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerM
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from lightning_modules.networks.backbones import call_options, is_own_class
+from lightning_modules.networks.backbones import call_options, guidance_options, is_own_class
 from lightning_modules.networks.backbones.calling import embedded_guidance
 from lightning_modules.networks.loading import (
     TextToImageParts,
@@ -115,16 +115,16 @@ def pipeline_images(
         guidance_scale = embedded_guidance(getattr(pipeline, "unet", None)) or guidance_scale
     pictures = []
     for part in in_batches(prompts, seeds, batch_size):
-        options: dict[str, Any] = call_options(pipeline)
-        if isinstance(negative_prompt, str):
-            options["negative_prompt"] = [negative_prompt] * len(prompts[part])
-        elif negative_prompt is not None:
+        options: dict[str, Any] = call_options(pipeline) | guidance_options(pipeline, guidance_scale)
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
             options["negative_prompt"] = [text or "" for text in negative_prompt[part]]
+        elif (everywhere := negative_prompt or options.get("negative_prompt")) is not None:
+            options["negative_prompt"] = [everywhere] * len(prompts[part])
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
         try:
             output = pipeline(
-                prompt=prompts[part], num_inference_steps=steps, guidance_scale=guidance_scale,
-                generator=generators, output_type="pt", **options,
+                prompt=prompts[part], num_inference_steps=steps, generator=generators, output_type="pt",
+                **options,
             )  # fmt: skip
         except (TypeError, ValueError, AttributeError, IndexError) as error:  # too many steps, other inputs …
             raise UserError(

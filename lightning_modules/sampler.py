@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.randomness import StepRandom
+from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.roles import RoleNetwork
-from lightning_modules.objectives.base import Inputs, Objective
+from lightning_modules.objectives.base import Inputs, Objective, StepInput
 
 
 class StudentSampler:
@@ -21,7 +24,8 @@ class StudentSampler:
     Args:
         network: the student.
         role: the same as a function.
-        start_timestep: T.
+        schedule: of the teacher.
+        steps: where the student is called.
         latent_shape: (C, h, w).
     """
 
@@ -29,11 +33,12 @@ class StudentSampler:
         self,
         network: nn.Module,
         role: RoleNetwork,
-        start_timestep: int,
+        schedule: NoiseSchedule,
+        steps: Steps,
         latent_shape: tuple[int, int, int],
     ) -> None:
-        self._network, self._role = network, role
-        self.start_timestep, self.latent_shape = start_timestep, latent_shape
+        self._network, self._role, self._schedule = network, role, schedule
+        self.steps, self.latent_shape = steps, latent_shape
         self._attention = ExitStack()
 
     @contextmanager
@@ -59,21 +64,62 @@ class StudentSampler:
 
         With `negative` and a scale, attention goes away from those prompts by NASA (arXiv 2412.02687).
         """
+        t = self.steps.at(0, x_t) if t is None else t
+        return self._predict(x_t, condition, t, negative, negative_scale).x0
+
+    @torch.no_grad()
+    def arrive(
+        self,
+        condition: Condition,
+        random: StepRandom,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> StepInput:
+        """What a step is given that is drawn for the whole global batch, by way of the student's own steps.
+
+        Backward simulation (DMD2, arXiv 2405.14867, section 4.5): what the student sees in training is what
+        it sees in use.
+        """
+        k = int(random.shared_uniform("student_step") * len(self.steps))
+        x_t = start = random.normal("start", self.latent_shape)
+        for i in range(k):
+            said = self._predict(x_t, condition, self.steps.at(i, start), negative, negative_scale)
+            x_t = self.steps.next_input(
+                i, said, self._schedule, start, lambda step: random.normal(f"step_{step}", self.latent_shape)
+            )
+        return StepInput(x_t, self.steps.at(k, start), k)
+
+    def _predict(
+        self,
+        x_t: Tensor,
+        condition: Condition,
+        t: Tensor,
+        negative: Condition | None,
+        negative_scale: float | None,
+    ) -> Prediction:
         self._attention.close()
         if negative is not None and negative_scale is not None:
             self._attention.enter_context(negative_attention(self._network, negative, Nasa(negative_scale)))
-        if t is None:
-            t = torch.full((len(x_t),), self.start_timestep, dtype=torch.long, device=x_t.device)
-        return self._role(x_t, t, condition).x0
+        return self._role(x_t, t, condition)
 
 
 class _Recorder:
     """Takes note of the scales of negative prompts, and draws nothing."""
 
-    start_timestep, latent_shape = 0, (1, 1, 1)
+    steps, latent_shape = Steps((0,)), (1, 1, 1)
 
     def __init__(self) -> None:
         self.scales: list[float | None] = []
+
+    def arrive(
+        self,
+        condition: Condition,
+        random: StepRandom,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> StepInput:
+        noise = random.normal("start", self.latent_shape)
+        return StepInput(noise, self.steps.at(0, noise), 0)
 
     def __call__(
         self,

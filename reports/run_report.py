@@ -45,6 +45,11 @@ def row_title(row: str, report: Report) -> str:
     return f"Teacher, {steps_in_words(row)}" + (f", guidance {guidance:g}" if guidance else "")
 
 
+def student_row(steps: int) -> str:
+    """Title of a student's row."""
+    return f"Student, {steps_in_words(str(steps))}"
+
+
 def steps_in_words(row: str) -> str:
     """``steps_25`` as ``25 steps``."""
     steps = row.removeprefix("steps_")
@@ -52,10 +57,12 @@ def steps_in_words(row: str) -> str:
 
 
 def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of the table: the teacher's, the longest first, and what was measured."""
+    """The rows of the table: the teacher's, the longest first, the student's in fewer steps, and its own."""
     teacher = report.content["teacher_metrics"]
     ordered = sorted(teacher, key=lambda row: -int(row.removeprefix("steps_")))
     rows = [(row_title(row, report), teacher[row]) for row in ordered]
+    fewer = report.content.get("student_metrics", {})
+    rows += [(student_row(int(row.removeprefix("steps_"))), fewer[row]) for row in sorted(fewer)]
     return [*rows, (report.row, report.content["metrics"])]
 
 

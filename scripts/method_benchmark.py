@@ -48,6 +48,7 @@ from callbacks.metrics.teacher import Teacher
 from commands.sweeping.trial_process import environment, fit_command
 from common.files import asset_path, write_text_atomically
 from datamodules.prompts import CAPTIONS, EVAL_CAPTIONS, read_prompts
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.generator import load_generator
 from reports.sheets import labelled_grid, save_png
@@ -108,7 +109,7 @@ class Judge:
             rows = Teacher(str(asset_path(TEACHER))).rows
             found = {name: self.measure(in_passes(draw)) for name, (draw, _) in rows.items()}
             start = load_generator(asset_path(TEACHER)).eval()
-            start.start_timestep = START
+            start.steps = Steps((START,))
             found["start"] = self.measure(in_passes(start.images))
             torch.save(found, kept)
         self.teacher: dict[str, Any] = torch.load(kept, weights_only=True)

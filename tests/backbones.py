@@ -18,13 +18,19 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -33,6 +39,12 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -80,7 +92,19 @@ SCHEDULERS["sana"] = ("DPMSolverMultistepScheduler", {
     "algorithm_type": "dpmsolver++", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
     "solver_order": 2, "solver_type": "midpoint", "use_flow_sigmas": True, "flow_shift": 3.0,
     "final_sigmas_type": "zero", "timestep_spacing": "linspace"})  # fmt: skip
-FLOWS = ("sd3", "flux", "sana")
+SCHEDULERS["zimage"] = ("FlowMatchEulerDiscreteScheduler", {
+    "num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False})  # fmt: skip
+SCHEDULERS["klein"] = (
+    "FlowMatchEulerDiscreteScheduler",
+    {**SCHEDULERS["flux"][1], "time_shift_type": "exponential"},
+)
+SCHEDULERS["qwen"] = ("FlowMatchEulerDiscreteScheduler", {
+    "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": True, "base_image_seq_len": 256,
+    "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02,
+    "time_shift_type": "exponential"})  # fmt: skip
+FLOWS = ("sd3", "flux", "sana", "zimage", "klein", "qwen")
+SIZED = ("FluxPipeline", "ZImagePipeline", "Flux2KleinPipeline", "QwenImagePipeline")
+"""Pipelines whose calls name a size: their own default is 1024."""
 TRAINED = ("sd15", "sd21_v", "zero_snr", "sdxl", "pixart", "pixart_1024", *FLOWS)
 """Models that teach."""
 
@@ -99,6 +123,12 @@ def write_backbone(name: str, folder: Path) -> Path:
             _flux(folder)
         elif name == "sana":
             _sana(folder)
+        elif name == "zimage":
+            _zimage(folder)
+        elif name == "klein":
+            _klein(folder)
+        elif name == "qwen":
+            _qwen(folder)
         else:
             _sd(folder, name)
     kind, settings = SCHEDULERS[name]
@@ -117,7 +147,7 @@ def stock_pipeline_of(folder: Path, **parts: Any) -> DiffusionPipeline:
 
 def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """What calls of miniatures need that are not of the size their pipeline takes or knows by itself."""
-    if type(pipeline).__name__ == "FluxPipeline":
+    if type(pipeline).__name__ in SIZED:
         return {"height": PICTURE, "width": PICTURE}
     if type(pipeline).__name__ == "SanaPipeline":  # it draws nothing smaller
         return {"height": 32, "width": 32, "use_resolution_binning": False}
@@ -277,6 +307,100 @@ def _sana(folder: Path) -> None:
         folder, "SanaPipeline", "sana", transformer=SanaTransformer2DModel, vae="AutoencoderDC",
         text_encoder=Gemma2Model, tokenizer="GemmaTokenizer",
     )  # fmt: skip
+
+
+def _zimage(folder: Path) -> None:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=24, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 4, 4], axes_lens=[640, 16, 16],
+    )  # fmt: skip
+    vae = make_vae()
+    vae.register_to_config(shift_factor=0.1)
+    _save(folder, transformer=transformer, vae=vae)
+    _qwen_tokenizer(folder / "tokenizer")
+    Qwen3Model(_qwen3(2)).save_pretrained(folder / "text_encoder")
+    _index(
+        folder, "ZImagePipeline", "zimage", transformer=ZImageTransformer2DModel, vae="AutoencoderKL",
+        text_encoder=Qwen3Model, tokenizer="Qwen2Tokenizer",
+    )  # fmt: skip
+
+
+def _klein(folder: Path) -> None:
+    """FLUX.2-klein-base: blocks of 2 x 2 codes, text from the 9th, 18th and 27th layer."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=4,
+        sample_size=PICTURE,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    _save(folder, transformer=transformer, vae=vae)
+    _qwen_tokenizer(folder / "tokenizer")
+    Qwen3ForCausalLM(_qwen3(27, heads=1)).save_pretrained(folder / "text_encoder")
+    _index(
+        folder, "Flux2KleinPipeline", "klein", transformer=Flux2Transformer2DModel, vae="AutoencoderKLFlux2",
+        text_encoder=Qwen3ForCausalLM, tokenizer="Qwen2Tokenizer", is_distilled=False,
+    )  # fmt: skip
+
+
+def _qwen(folder: Path) -> None:
+    """Qwen-Image; the published network names no picture size."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    transformer.register_to_config(sample_size=8)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075], latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
+    )  # fmt: skip
+    _save(folder, transformer=transformer, vae=vae)
+    _qwen_tokenizer(folder / "tokenizer")
+    text: dict[str, Any] = {
+        **_qwen3(1).to_dict(), "model_type": "qwen2_5_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    _index(
+        folder, "QwenImagePipeline", "qwen", transformer=QwenImageTransformer2DModel,
+        vae="AutoencoderKLQwenImage", text_encoder=Qwen2_5_VLForConditionalGeneration,
+        tokenizer="Qwen2Tokenizer",
+    )  # fmt: skip
+
+
+def _qwen3(layers: int, heads: int = 2) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(_qwen_words()) + 3, hidden_size=8 * heads, intermediate_size=16,
+        num_hidden_layers=layers, head_dim=8, num_attention_heads=heads, num_key_value_heads=1,
+        max_position_embeddings=4096, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _qwen_words() -> dict[str, int]:
+    return {letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}
+
+
+def _qwen_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes in Qwen's format, with the frame of its chat template."""
+    tokenizer = Qwen2Tokenizer(vocab=_qwen_words(), merges=[], model_max_length=4096)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{%- for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+        "{%- endif %}{%- endif %}"
+    )
+    tokenizer.save_pretrained(folder)
 
 
 # --- PixArt-alpha -----------------------------------------------------------------------------------------

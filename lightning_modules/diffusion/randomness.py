@@ -21,15 +21,20 @@ def _hash(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def seeded_noise(
+    seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu", draw: int = 0
+) -> Tensor:
     """Unit normal noise [B, *shape], float32: ``torch.randn`` of a CPU generator seeded with ``seeds[i]``.
 
-    The same seed gives the same noise whatever batch it is in, and stock diffusers makes the same one.
+    The same seed gives the same noise whatever batch it is in, and stock diffusers makes the same one; and
+    then those of further ``draw``s between its steps.
     """
     noise = torch.empty(len(seeds), *shape)
     generator = torch.Generator()
     for row, seed in zip(noise, seeds, strict=True):
-        torch.randn(tuple(shape), generator=generator.manual_seed(int(seed)), out=row)
+        generator.manual_seed(int(seed))
+        for _ in range(draw + 1):
+            torch.randn(tuple(shape), generator=generator, out=row)
     return to_device(noise, device)
 
 

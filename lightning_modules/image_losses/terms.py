@@ -55,7 +55,9 @@ class ImageTerms(nn.Module):
         autoencoder = parts.vae
         if settings.decoder is not None:
             autoencoder = load_autoencoder(settings.decoder)
-            if (own := autoencoder.config.latent_channels) != (needed := parts.vae.config.latent_channels):
+            if (own := autoencoder.config.latent_channels) != (
+                needed := parts.backbone.latent_channels(parts.vae)
+            ):
                 raise UserError(
                     f"the decoder {settings.decoder} has {own} latent channels, the teacher {parts.path} has "
                     f"{needed}: give a decoder that was made for the teacher's latents"

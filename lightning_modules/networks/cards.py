@@ -55,11 +55,13 @@ def model_card(
         load: further arguments with which the folder is opened, as Python text.
     """
     rows = "\n".join(f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |" for name, value in facts.items())
+    steps = facts.get("timesteps") or [facts.get("start_timestep")]
+    count = "one step" if len(steps) == 1 else f"{len(steps)} steps"
     picture = ""
     if more.picture is not None:
         step = int(more.picture.stem.removeprefix("step_"))
         picture = (
-            f"![samples]({PICTURE})\nThe student's one step beside its teacher, after {step:,} updates.\n\n"
+            f"![samples]({PICTURE})\nThe student's {count} beside its teacher, after {step:,} updates.\n\n"
         )
     return f"""---
 {_hub_data(facts, source, more.metrics).to_yaml()}
@@ -69,22 +71,22 @@ def model_card(
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{load})
-image = pipe("a red apple", {call}).images[0]
+image = pipe(prompt="a red apple", {call}).images[0]
 image.save("apple.png")
 ```
 
-# {Path(name).name}: a one-step text-to-image model
+# {Path(name).name}: a text-to-image model of {count}
 
-A student distilled from a multi-step diffusion model. It draws a picture in **one** network evaluation:
+A student distilled from a multi-step diffusion model. {_steps_in_words(steps, facts)}
 always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
-folder, which holds the timestep the student starts from. A negative prompt has no guidance to act by in
-one step; it acts in cross-attention instead, by the code of the project that trained this model:
+folder, which holds the timestep the student starts from. A negative prompt has no guidance to act by
+there; it acts in cross-attention instead, by the code of the project that trained this model:
 
 ```python
 from lightning_modules.guidance import negative_prompting
 
 with negative_prompting(pipe, "blurry", method="nasa"):
-    image = pipe("a red apple", {call}).images[0]
+    image = pipe(prompt="a red apple", {call}).images[0]
 ```
 
 | | |
@@ -93,6 +95,16 @@ with negative_prompting(pipe, "blurry", method="nasa"):
 
 The licence is that of the teacher it was distilled from.
 {more.markdown}"""
+
+
+def _steps_in_words(steps: Sequence[Any], facts: dict[str, Any]) -> str:
+    if len(steps) == 1:
+        return "It draws a picture in **one** network evaluation:"
+    noise = {"fresh": "with new noise before each", "none": "without new noise between them"}
+    return (
+        f"It draws a picture in **{len(steps)}** network evaluations, at the timesteps "
+        f"{', '.join(map(str, steps))}, {noise[facts['step_noise']]}, without guidance:"
+    )
 
 
 def _cell(value: Any) -> str:
@@ -111,7 +123,11 @@ def _hub_data(facts: dict[str, Any], source: Path, metrics: Sequence[str]) -> Mo
         license=licence or "other",
         license_name=None if licence else "that-of-the-teacher",
         metrics=list(metrics) or None,
-        tags=["one-step", "distillation", *([str(facts["method"]).lower()] if "method" in facts else [])],
+        tags=[
+            "few-step" if "timesteps" in facts else "one-step",
+            "distillation",
+            *([str(facts["method"]).lower()] if "method" in facts else []),
+        ],
     )
 
 

@@ -1,11 +1,12 @@
 """Decodes latents to pictures, and back."""
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from common.errors import UserError, first_line
 from lightning_modules.diffusion.broadcast import at_least_float32
+from lightning_modules.networks.backbones.codec import codes_of, decoded, encoded, latents_of
 from lightning_modules.networks.loading import no_progress_bars
 from lightning_modules.networks.model_names import asset_path, may_be_hub_name, model_name
 from lightning_modules.networks.weights import hide_from_state_dict
@@ -21,7 +22,7 @@ class LatentDecoder(nn.Module):
         slice_size: most pictures at once, to bound memory.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny, slice_size: int = 16) -> None:
+    def __init__(self, vae: nn.Module, slice_size: int = 16) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         self.slice_size = slice_size
@@ -29,24 +30,18 @@ class LatentDecoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], at least float32, in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
-        config, dtype = self.vae.config, next(self.vae.parameters()).dtype
-        # The UNet's latents are (code - shift) * scale, of unit deviation (arXiv 2112.10752, appendix G).
-        codes = (at_least_float32(latents) / config.scaling_factor + (config.get("shift_factor") or 0.0)).to(
-            dtype
-        )
-        slices = [self.vae.decode(part, return_dict=False)[0] for part in codes.split(self.slice_size)]
+        codes = codes_of(self.vae, at_least_float32(latents)).to(next(self.vae.parameters()).dtype)
+        slices = [decoded(self.vae, part) for part in codes.split(self.slice_size)]
         return (at_least_float32(torch.cat(slices)) / 2 + 0.5).clamp(0.0, 1.0)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] at the UNet's scale of pictures [B, 3, H, W] in [0, 1]: the means, no noise.
 
-        For an AutoencoderKL or AutoencoderDC; the inverse of `decode` as far as the autoencoder goes.
+        For any but an AutoencoderTiny; the inverse of `decode` as far as the autoencoder goes.
         """
-        config, dtype = self.vae.config, next(self.vae.parameters()).dtype
-        slices = (images * 2 - 1).to(dtype).split(self.slice_size)
-        encoded = [self.vae.encode(part) for part in slices]
-        codes = torch.cat([e.latent_dist.mode() if hasattr(e, "latent_dist") else e.latent for e in encoded])
-        return (at_least_float32(codes) - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        slices = (images * 2 - 1).to(next(self.vae.parameters()).dtype).split(self.slice_size)
+        codes = torch.cat([encoded(self.vae, part) for part in slices])
+        return latents_of(self.vae, at_least_float32(codes))
 
     def train(self, mode: bool = True) -> "LatentDecoder":
         """Stay in evaluation mode: the autoencoder is never trained."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.hashing import hash_json
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.backbones import backbone_of
 from lightning_modules.networks.loading import find_model, read_json, read_weights, weight_files
-from lightning_modules.networks.pipeline_folder import one_step_scheduler
+from lightning_modules.networks.pipeline_folder import student_scheduler
 from lightning_modules.networks.student import LoadedStudent, is_checkpoint, mismatch
 from lightning_modules.networks.weights import difference, other_value
 
@@ -45,10 +46,10 @@ def merge_students(
             f"The merging weight {weight:g} lies outside [0, 1]: that extrapolates beyond both models.",
             stacklevel=2,
         )
-    start = check_mergeable(first, second)
+    steps = check_mergeable(first, second)
     student = copy.deepcopy(first.parts.denoiser)
     student.load_state_dict(merged_weights(first.parts.denoiser, second.parts.denoiser, weight, dtype))
-    scheduler = one_step_scheduler(first.parts.scheduler, start)
+    scheduler = student_scheduler(first.parts.scheduler, steps)
     facts = {
         "teacher": first.facts.get("teacher", first.parts.path),
         "weights": "merged",
@@ -59,7 +60,7 @@ def merge_students(
         known = {"weights": side.weights, "student_steps": side.facts.get("student_steps")}
         facts |= {f"{word}_{name}": value for name, value in known.items() if value is not None}
     parts = replace(first.parts, denoiser=student, scheduler=scheduler)
-    return LoadedStudent(parts, start, "merged", facts)
+    return LoadedStudent(parts, steps, "merged", facts)
 
 
 def merged_weights(
@@ -94,18 +95,18 @@ def interpolate(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return torch.where(first == second, first.double(), mixed)
 
 
-def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
-    """The start timestep of the merged student, if the two can be merged at all.
+def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> Steps:
+    """The steps of the merged student, if the two can be merged at all.
 
     Warns where a difference is harmless: another autoencoder of the same latent scale, another picture size
     (the first one's is kept), a multi-step model that takes the other's start timestep.
 
     Raises:
-        UserError: architecture (names the first weight or setting), prediction type, start timestep, noise
+        UserError: architecture (names the first weight or setting), prediction type, steps, noise
             schedule, text encoder, tokenizer or scale of the latents differ.
     """
-    start = _start_timestep(first, second)
-    odd = mismatch(first.parts, second.parts, start, _WORDS)
+    steps = _steps(first, second)
+    odd = mismatch(first.parts, second.parts, steps.start, _WORDS)
     odd = odd or _other_text(first, second) or _other_latents(first, second)
     if odd is not None:
         raise UserError(
@@ -120,25 +121,29 @@ def check_mergeable(first: LoadedStudent, second: LoadedStudent) -> int:
         )
     if found := _other_weights(first.parts.vae, second.parts.vae):
         _warn(f"The two models have different autoencoders (vae): {found}. The merged one keeps the first's.")
-    return start
+    return steps
 
 
-def _start_timestep(first: LoadedStudent, second: LoadedStudent) -> int:
-    """Where both start; a plain multi-step folder (no facts) starts wherever the other does."""
-    starts = [side.start_timestep for side in (first, second) if side.facts]
-    starts = starts or [first.start_timestep, second.start_timestep]
-    if len(set(starts)) > 1:
+def _steps(first: LoadedStudent, second: LoadedStudent) -> Steps:
+    """Where both are called; a plain multi-step folder (no facts) is called wherever the other is."""
+    own = [side.steps for side in (first, second) if side.facts] or [first.steps, second.steps]
+    if own[0].start != own[-1].start:
         raise UserError(
-            f"The first model starts at timestep {starts[0]}, the second at {starts[1]}: their weights "
+            f"The first model starts at timestep {own[0].start}, the second at {own[1].start}: their weights "
             "answer different questions. Merge students that were trained with one start_timestep."
         )
+    if own[0] != own[-1]:
+        raise UserError(
+            f"The first model is called at {list(own[0].timesteps)} with {own[0].noise} noise, the second at "
+            f"{list(own[1].timesteps)} with {own[1].noise} noise: merge students of the same steps."
+        )
     for word, side in zip(_WORDS, (first, second), strict=True):
-        if side.start_timestep != starts[0]:
+        if side.start_timestep != own[0].start:
             _warn(
                 f"The {word} model is a multi-step model without a start timestep of its own; "
-                f"it is started at {starts[0]}, as the other one."
+                f"it is started at {own[0].start}, as the other one."
             )
-    return starts[0]
+    return own[0]
 
 
 def _warn(text: str) -> None:

@@ -24,7 +24,7 @@ from common.files import missing_advice
 from common.hashing import hash_folder, hash_texts
 from datamodules.tables import read_json as read_json
 from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
-from lightning_modules.networks.backbones import TextToImageParts, backbone_of
+from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
 from lightning_modules.networks.model_names import asset_path as asset_path
 
@@ -152,25 +152,25 @@ def load_scheduler(path: str | Path) -> SchedulerMixin:
     return scheduler
 
 
-def flow_shift(scheduler: SchedulerMixin, tokens: int | None = None) -> float:
+def flow_shift(scheduler: SchedulerMixin, tokens: int | None = None, family: Backbone | None = None) -> float:
     """The shift of a scheduler of rectified flow.
 
     Args:
         scheduler: any of diffusers'.
-        tokens: of a latent; a shift that depends on the resolution is linear in them, as in the pipelines.
+        tokens: of a latent; a shift that depends on the resolution follows them.
+        family: whose pipeline says how.
 
     Raises:
-        UserError: the shift depends on the resolution in a way not known here, or on unknown tokens.
+        UserError: the shift depends on the resolution, but tokens or family are not known.
     """
     config = scheduler.config
     if "flow_shift" in config:  # SANA's DPM-Solver
         return float(config.flow_shift)
     if not config.get("use_dynamic_shifting", False):
         return float(config.shift)
-    if tokens is None:
+    if tokens is None or family is None:
         raise UserError("The scheduler's shift depends on the resolution (use_dynamic_shifting); give it.")
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    mu = family.flow_mu(config, tokens)
     return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
 
@@ -180,13 +180,15 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return flow or type(scheduler).__name__.startswith("FlowMatch")
 
 
-def noise_schedule(scheduler: SchedulerMixin, tokens: int | None = None) -> NoiseSchedule:
+def noise_schedule(
+    scheduler: SchedulerMixin, tokens: int | None = None, family: Backbone | None = None
+) -> NoiseSchedule:
     """The schedule (alphas and prediction type) of a diffusers scheduler, read from it, never assumed.
 
-    `tokens` of a latent matter for a shift that depends on the resolution alone.
+    `tokens` of a latent and the `family` matter for a shift that depends on the resolution alone.
     """
     if is_flow(scheduler):
-        config, shift = scheduler.config, flow_shift(scheduler, tokens)
+        config, shift = scheduler.config, flow_shift(scheduler, tokens, family)
         return RectifiedFlow(config.num_train_timesteps, shift, config.get("shift_terminal"))
     name = type(scheduler).__name__
     table = getattr(scheduler, "alphas_cumprod", None)

@@ -265,7 +265,7 @@ from diffusers import {scheduler}, DiffusionPipeline
 pipe = {pipeline}
 pipe.scheduler = {scheduler}.from_pretrained("{output}", subfolder="scheduler")
 {adopt}
-image = pipe("a red apple", {call}).images[0]
+image = pipe(prompt="a red apple", {call}).images[0]
 ```
 
 {note}"""

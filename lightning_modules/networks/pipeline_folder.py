@@ -1,8 +1,9 @@
-"""Writes a one-step student as a complete diffusers pipeline folder.
+"""Writes a student as a complete diffusers pipeline folder.
 
 Stock diffusers reproduces it: one DDIM step (arXiv 2010.02502, eq. 12) from the last timestep of the exported
 schedule to alpha = 1 returns the predicted x0, which is all that a one-step generator computes; on rectified
-flow one Euler step from sigma = 1 to 0.
+flow one Euler step from sigma = 1 to 0. Several steps are those of the same samplers, or, with new noise
+between them, of a consistency model.
 """
 
 import copy
@@ -13,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 from torch import nn
 
 from common.errors import UserError
 from common.files import check_output_folder, written_at_once
+from lightning_modules.diffusion.steps import Steps, as_steps, step_facts
 from lightning_modules.networks.backbones.calling import embedded_guidance
 from lightning_modules.networks.cards import PICTURE, RunNotes, model_card, shown_name, without_place
 from lightning_modules.networks.loading import (
@@ -45,12 +55,46 @@ def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteSchedule
     return FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps, flow_shift(scheduler))
 
 
+def student_scheduler(scheduler: SchedulerMixin, steps: Steps) -> SchedulerMixin:
+    """The stock scheduler that takes a student's steps; fixed noise between them none does.
+
+    Its betas are the given scheduler's up to the start, so every alpha stays what it was; the start noise is
+    unit normal whatever the timestep, as in training. Several steps with new noise between them are those of
+    a consistency model, whose output is x0 alone (c_skip = 0, c_out = 1 in the limit of `timestep_scaling`);
+    those without it DPM-Solver's of first order, which are DDIM's (arXiv 2206.00927, section 4.1), at any
+    timesteps. On rectified flow Euler's method, or its consistency sampler.
+
+    Raises:
+        UserError: the schedule has no such steps.
+    """
+    if len(steps) == 1:
+        return one_step_scheduler(scheduler, steps.start)
+    if is_flow(scheduler):
+        euler = one_step_scheduler(scheduler, steps.start)
+        if euler.config.shift_terminal != euler_scheduler(scheduler).config.shift_terminal:
+            raise UserError(
+                "The teacher's schedule has a terminal sigma (shift_terminal), with which a student of "
+                "several steps is not supported: leave model.timesteps out."
+            )
+        return FlowMatchLCMScheduler.from_config(euler.config) if steps.noise == "fresh" else euler
+    single = one_step_scheduler(scheduler, steps.start).config
+    common = {name: single[name] for name in (
+        "num_train_timesteps", "trained_betas", "prediction_type", "timestep_spacing", "steps_offset"
+    )}  # fmt: skip
+    if steps.noise == "fresh":
+        return LCMScheduler(
+            **common, original_inference_steps=steps.start + 1, timestep_scaling=1e6, clip_sample=False
+        )
+    return DPMSolverMultistepScheduler(
+        **common, solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+
+
 def one_step_scheduler(scheduler: SchedulerMixin, start_timestep: int) -> SchedulerMixin:
     """DDIM scheduler whose single trailing step starts at `start_timestep` and ends at x0.
 
-    Its betas are the first `start_timestep` + 1 of the given scheduler's, so every alpha stays what it was.
-    The start noise is unit normal whatever the timestep, as in training. On rectified flow, Euler's one step
-    from the last timestep; a terminal sigma is left out (it would be 0 / 0 in one step).
+    On rectified flow, Euler's one step from the last timestep; a terminal sigma is left out (it would be
+    0 / 0 in one step).
     """
     if is_flow(scheduler):
         if start_timestep != scheduler.config.num_train_timesteps - 1:
@@ -89,7 +133,7 @@ def own_names(folder: Path) -> set[str]:
 def export_student(
     denoiser: nn.Module,
     parts: TextToImageParts,
-    start_timestep: int,
+    steps: int | Steps,
     output: str | Path,
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any] | None = None,
@@ -99,10 +143,13 @@ def export_student(
 ) -> Path:
     """Write student and the teacher's other parts as a stock pipeline folder; returns its path.
 
+    Raises:
+        UserError: there is something else in the folder, or no stock scheduler for the student.
+
     Args:
         denoiser: the student; not changed.
         parts: the teacher's parts (its `denoiser` is not used); its scheduler gives the schedule.
-        start_timestep: where the student starts.
+        steps: where the student is called.
         output: folder to write; a former export is replaced, anything else in it is refused.
         dtype: of the written weights.
         card: facts for the model card and for one_step.json, name to value (plain data).
@@ -110,10 +157,16 @@ def export_student(
         notes: what else the model card says.
         name: what the model card calls the model; the folder if None.
     """
-    scheduler = one_step_scheduler(parts.scheduler, start_timestep)
+    steps = as_steps(steps)
+    if len(steps) > 1 and steps.noise == "fixed":
+        raise UserError(
+            "No stock scheduler adds the same noise before every step (step_noise: fixed): this student can "
+            "be drawn with by generate and evaluate only."
+        )
+    scheduler = student_scheduler(parts.scheduler, steps)
     target = check_output_folder(Path(output), own_names)
     facts = {name: without_place(value) for name, value in (card or {}).items()}
-    facts |= {"start_timestep": start_timestep, "dtype": str(dtype).removeprefix("torch.")}
+    facts |= {**step_facts(steps), "dtype": str(dtype).removeprefix("torch.")}
     with written_at_once(target) as folder:
         cast = dataclasses.replace(
             parts,
@@ -123,12 +176,16 @@ def export_student(
         )
         save_pipeline(parts.backbone.pipeline(cast, scheduler), folder)
         (folder / MARKER).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        load, call, notes = load_words(parts), one_step_call(parts), notes or RunNotes()
+        load, call, notes = load_words(parts), student_call(parts, steps), notes or RunNotes()
         name = name or shown_name(Path(output))
         if notes.picture is not None:
             shutil.copyfile(notes.picture, folder / PICTURE)
         if adapter is not None:
-            told = {"num_inference_steps": 1, "call": call, "trained_timesteps": [start_timestep]}
+            told = {
+                "num_inference_steps": len(steps),
+                "call": call,
+                "trained_timesteps": list(steps.timesteps),
+            }
             write_lora(adapter, parts.backbone, folder / LORA, dtype, told)
             own = lora_card(adapter, parts.backbone, name, call, type(scheduler).__name__, load)
             notes = notes._replace(markdown=own + notes.markdown)
@@ -159,9 +216,21 @@ def load_words(parts: TextToImageParts) -> str:
     return "".join(f", {name}=None" for name in parts.left_out)
 
 
-def one_step_call(parts: TextToImageParts) -> str:
-    """Arguments of the stock pipeline's call that draws one picture, as Python text."""
-    options = {"num_inference_steps": 1, "guidance_scale": embedded_guidance(parts.denoiser) or 1.0}
+def student_call(parts: TextToImageParts, steps: Steps) -> str:
+    """Arguments of the stock pipeline's call that draws one picture, as Python text.
+
+    The number of steps, where these are what the scheduler takes in so many; else the steps themselves.
+    """
+    options: dict[str, Any] = {"num_inference_steps": len(steps)}
+    scheduler = student_scheduler(parts.scheduler, steps)
+    if len(steps) > 1 and is_flow(scheduler):
+        # before the shift, which the scheduler applies: u = (t + 1) / T
+        options = {"sigmas": [(t + 1) / scheduler.config.num_train_timesteps for t in steps.timesteps]}
+    elif len(steps) > 1:
+        scheduler.set_timesteps(len(steps))
+        if scheduler.timesteps.tolist() != list(steps.timesteps):
+            options = {"timesteps": list(steps.timesteps)}
+    options |= parts.backbone.guidance_options(embedded_guidance(parts.denoiser) or 1.0)
     options |= parts.backbone.call_options(parts)
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 

@@ -22,7 +22,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.networks.backbones.calling import GUIDANCE, run_network, takes_guidance
+from lightning_modules.networks.backbones.calling import GUIDANCE, rescale, run_network, takes_guidance
 from lightning_modules.networks.lora import LoraSettings, adapter_parameters, inject_adapter
 from lightning_modules.networks.weights import hide_from_state_dict
 
@@ -69,7 +69,7 @@ class RoleNetwork:
         with self._network() as network, captured(network, features) as outputs:
             embedded = GUIDANCE if takes_guidance(network) else None
             prediction = guided_prediction(
-                call, self._schedule, x_t, t, condition, guidance_scale, negative, embedded
+                call, self._schedule, x_t, t, condition, guidance_scale, negative, embedded, rescale(network)
             )
         # under guidance the pass with text is the second half
         return replace(prediction, features={name: out[-len(x_t) :] for name, out in outputs.items()})

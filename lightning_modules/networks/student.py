@@ -1,5 +1,5 @@
-"""Reads a one-step student from a training checkpoint, an exported folder, any model folder or one file,
-and makes the one that a training starts from.
+"""Reads a student of one step or a few from a training checkpoint, an exported folder, any model folder or
+one file, and makes the one that a training starts from.
 
 Files with one network are published to be put into the place of a multi-step model's: DMD2
 (arXiv 2405.14867) does so with SDXL's UNet, which starts at timestep 399.
@@ -20,6 +20,7 @@ from common.files import nearest_path
 from common.processes import say
 from lightning_modules.checkpoints import check_format, is_sharded
 from lightning_modules.checkpoints import read as read_content
+from lightning_modules.diffusion.steps import Steps, steps_of
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
     TextToImageParts,
@@ -41,7 +42,7 @@ from lightning_modules.networks.lora import (
     fold,
 )
 from lightning_modules.networks.model_names import lasting_name
-from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, one_step_scheduler
+from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, student_scheduler
 from lightning_modules.networks.weights import content_hash, difference, other_value, own_weights
 
 Weights = Literal["ema", "online"]
@@ -57,17 +58,22 @@ class LoadedStudent:
 
     Attributes:
         parts: `denoiser` is the student, `scheduler` the one it starts with, the rest the teacher's.
-        start_timestep: where it starts.
+        steps: where it is called.
         weights: "ema" or "online" for a checkpoint, what the card says for an export, "as stored" otherwise.
         facts: what is known about its origin (teacher, student_steps …), plain data.
         adapter: of a LoRA student's checkpoint, what was folded into its network; None for all others.
     """
 
     parts: TextToImageParts
-    start_timestep: int
+    steps: Steps
     weights: str
     facts: dict[str, Any]
     adapter: StudentAdapter | None = None
+
+    @property
+    def start_timestep(self) -> int:
+        """Where it starts."""
+        return self.steps.start
 
 
 def is_network_file(path: str | Path) -> bool:
@@ -134,7 +140,8 @@ def load_student(
     facts = read_json(folder / MARKER) if is_own_export(folder) else {}
     flow = parts.scheduler.config.get("num_train_timesteps", 1)
     start = (len(parts.scheduler.betas) if hasattr(parts.scheduler, "betas") else flow) - 1
-    return LoadedStudent(parts, start, str(facts.get("weights", "as stored")), facts)
+    steps = steps_of({**facts, "start_timestep": start})
+    return LoadedStudent(parts, steps, str(facts.get("weights", "as stored")), facts)
 
 
 def load_network_file(
@@ -170,8 +177,9 @@ def load_network_file(
     if found:
         raise UserError(f"{path} does not hold the network of {base}: {found}. Give another --base.")
     parts.denoiser.load_state_dict(weights)
-    parts.scheduler = one_step_scheduler(parts.scheduler, start_timestep)
-    return LoadedStudent(parts, start_timestep, "as stored", {"teacher": base, "network": path.name})
+    steps = Steps((start_timestep,))
+    parts.scheduler = student_scheduler(parts.scheduler, steps)
+    return LoadedStudent(parts, steps, "as stored", {"teacher": base, "network": path.name})
 
 
 def resolve_checkpoint(name: str, runs: str | Path = "runs") -> Path:
@@ -283,11 +291,11 @@ def _assembled(
         raise UserError(
             f"The teacher of {path} can't be loaded: {error} If it lies elsewhere now, give --teacher FOLDER."
         ) from error
-    start = int(facts["start_timestep"])
-    parts.scheduler = one_step_scheduler(parts.scheduler, start)
+    steps = steps_of(facts)
+    parts.scheduler = student_scheduler(parts.scheduler, steps)
     origin = {"teacher": facts["teacher"], "student_steps": facts.get("student_steps"), "weights": chosen}
     origin |= {name: facts[name] for name in ("method", "student_init", "trained_on") if name in facts}
-    return LoadedStudent(parts, start, chosen, origin, adapter)
+    return LoadedStudent(parts, steps, chosen, origin, adapter)
 
 
 def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
@@ -381,7 +389,7 @@ def mismatch(
         return found
     if odd := other_value(_settings(own.denoiser), _settings(wanted.denoiser), words):
         return odd
-    sides = [noise_schedule(parts.scheduler, parts.image_tokens) for parts in (own, wanted)]
+    sides = [noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone) for parts in (own, wanted)]
     kinds = [{"prediction_type": side.prediction_type} for side in sides]
     if odd := other_value(kinds[0], kinds[1], words):
         return odd

@@ -13,6 +13,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.steps import Steps
 
 NEGATIVE_PROMPTS, REAL_PICTURES = "negative_prompts", "real_pictures"
 """What an objective may need besides prompts (`Objective.needs`)."""
@@ -80,11 +81,32 @@ class StudentSample:
     real: Real | None = None
 
 
+class StepInput(NamedTuple):
+    """What step k of the student is given: x_t [B, C, H, W], without a gradient, and t [B]."""
+
+    x_t: Tensor
+    t: Tensor
+    k: int
+
+
 class Sampler(Protocol):
     """The student in `Objective.sample`: one call is one step to x0 [B, C, H, W]."""
 
-    start_timestep: int
+    steps: Steps
     latent_shape: tuple[int, int, int]
+
+    def arrive(
+        self,
+        condition: Condition,
+        random: StepRandom,
+        negative: Condition | None = None,
+        negative_scale: float | None = None,
+    ) -> StepInput:
+        """Input of the step whose turn it is, which is drawn, the same for the whole global batch.
+
+        The steps before it are taken without a gradient, with the negative prompts as in a call. Of a
+        one-step student it is the start noise.
+        """
 
     def __call__(
         self,
@@ -148,12 +170,14 @@ class TeacherFacts:
     Attributes:
         schedule: of the teacher.
         latent_shape: (C, h, w).
+        steps: of the student.
         feature_shape: the shape [C, …] of one sample's output of a layer, by the layer's name; raises
             ValueError if there is none of that name.
     """
 
     schedule: NoiseSchedule
     latent_shape: tuple[int, ...]
+    steps: Steps
     feature_shape: Callable[[str], tuple[int, ...]]
 
 
@@ -208,11 +232,10 @@ class Objective(nn.Module, ABC):
         return [Turn(role) for role in self.roles]
 
     def sample(self, student: Sampler, inputs: Inputs, random: StepRandom, role: str) -> StudentSample:
-        """The student's samples for a turn of `role`; by default in one step from noise at the start."""
-        noise = random.normal("start", student.latent_shape)
-        return StudentSample(
-            student(noise, inputs.condition), inputs.condition, inputs.negative, noise, real=inputs.real
-        )
+        """The student's samples for a turn of `role`; by default those of the step whose turn it is."""
+        at = student.arrive(inputs.condition, random)
+        x0 = student(at.x_t, inputs.condition, at.t)
+        return StudentSample(x0, inputs.condition, inputs.negative, *at, inputs.real)
 
     def loss(self, role: str, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """Loss terms of a turn of `role`.

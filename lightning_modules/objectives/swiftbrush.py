@@ -123,11 +123,11 @@ class SwiftBrush(Objective):
         self._check(facts.schedule)
 
     def sample(self, student: Sampler, inputs: Inputs, random: StepRandom, role: str) -> StudentSample:
-        """One step from noise; NASA-T: away from the negative prompts, at one α for the whole batch."""
-        noise = random.normal("start", student.latent_shape)
-        alpha = self.student_negative_scale(random)
-        x0 = student(noise, inputs.condition, negative=inputs.negative, negative_scale=alpha)
-        return StudentSample(x0, inputs.condition, inputs.negative, noise)
+        """The drawn step; NASA-T: away from the negative prompts, at one α for batch and steps."""
+        away = inputs.negative, self.student_negative_scale(random)
+        at = student.arrive(inputs.condition, random, *away)
+        x0 = student(at.x_t, inputs.condition, at.t, *away)
+        return StudentSample(x0, inputs.condition, inputs.negative, *at)
 
     def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"vsd": ½ MSE(x̂, sg[x̂ − g])}``: gradient g / numel at ``sample.x0``, value mean(g²) / 2."""

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.loading import load_parts
 
@@ -25,8 +26,8 @@ class StandIn(LightningModule):
         super().__init__()
         self.automatic_optimization = True
         self.parts = load_parts(str(path))
-        self.start_timestep = 999
-        self.generator = make_generator(self.parts, self.start_timestep)
+        self.steps = Steps((999,))
+        self.generator = make_generator(self.parts, self.steps)
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.student_steps = 0
         self.swapped = 0

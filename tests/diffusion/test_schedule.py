@@ -14,6 +14,7 @@ from common.errors import UserError
 from lightning_modules.diffusion.broadcast import expand_like
 from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.diffusion.weighting import alpha_squared, sigma_squared
+from lightning_modules.networks.backbones.flux import Flux
 from lightning_modules.networks.loading import noise_schedule
 
 
@@ -154,7 +155,7 @@ def test_a_shift_by_resolution_is_that_of_the_pipelines() -> None:
     flow: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     mu = calculate_shift(1024)
     flow.set_timesteps(sigmas=[1.0, 0.5, 0.25], mu=mu)
-    schedule = noise_schedule(flow, tokens=1024)
+    schedule = noise_schedule(flow, 1024, Flux())
     torch.testing.assert_close(schedule.alpha_sigma(torch.tensor([999.0, 499, 249]))[1], flow.sigmas[:3])
     with pytest.raises(UserError, match="depends on the resolution"):
         noise_schedule(flow)

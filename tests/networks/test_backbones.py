@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
@@ -19,8 +28,11 @@ from lightning_modules.guidance.methods import Nasa
 from lightning_modules.guidance.prompting import pipeline_network
 from lightning_modules.networks import loading
 from lightning_modules.networks.backbones.calling import GUIDANCE, run_network
+from lightning_modules.networks.backbones.codec import codes_of, latents_of
 from lightning_modules.networks.backbones.flux import pack, unpack
+from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import load_parts, noise_schedule
+from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
 
@@ -50,6 +62,18 @@ def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> Non
             (text, pooled, _), (null, null_pooled, _) = (pipe.encode_prompt(x, None) for x in (PROMPTS, [""]))
             null, null_pooled = null.expand_as(text), null_pooled.expand_as(pooled)
             expected = {"encoder_hidden_states": (text, null), "pooled_projections": (pooled, null_pooled)}
+        elif name == "zimage":
+            rows = pipe.encode_prompt(list(PROMPTS))
+            text, null = (torch.stack([F.pad(x, (0, 0, 0, 512 - len(x))) for x in side]) for side in rows)
+            expected = {"encoder_hidden_states": (text, null)}
+        elif name == "klein":
+            expected = {"encoder_hidden_states": tuple(pipe.encode_prompt(x)[0] for x in (PROMPTS, [""]))}
+        elif name == "qwen":
+            sides = [pipe.encode_prompt(x, max_sequence_length=512) for x in (PROMPTS, [" "])]
+            text, null = (F.pad(x, (0, 0, 0, 512 - x.shape[1])) for x, _ in sides)
+            mask = F.pad(sides[0][1], (0, 512 - sides[0][0].shape[1]))
+            null_mask = (torch.arange(512) < sides[1][0].shape[1]).long()[None]
+            expected = {"encoder_hidden_states": (text, null), "encoder_attention_mask": (mask, null_mask)}
         elif name == "sana":
             texts = [text or "a" for text in PROMPTS]  # the pipeline has an instruction for an empty prompt
             default = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
@@ -65,7 +89,8 @@ def test_conditions_are_the_pipelines(name: str, backbone_folder: Folder) -> Non
         torch.testing.assert_close(condition.tensors[key], given, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(condition.null[key].expand_as(without), without, rtol=1e-6, atol=1e-6)
     assert condition.tensors.keys() - expected.keys() == {
-        "sdxl": {"time_ids"}, "pixart_1024": {"resolution", "aspect_ratio"}
+        "sdxl": {"time_ids"}, "zimage": {"encoder_attention_mask"},
+        "pixart_1024": {"resolution", "aspect_ratio"},
     }.get(name, set())  # fmt: skip
 
 
@@ -92,13 +117,17 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_fold
     def recorded(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         x_t, *args = args or [kwargs["hidden_states"]]
-        calls.append((x_t, kwargs.get("timestep", args[0] if args else None), output[0]))
+        taken = [torch.stack(x) if isinstance(x, list) else x for x in (x_t, output[0])]
+        calls.append((taken[0], kwargs.get("timestep", args[0] if args else None), taken[1]))
         return output
 
     network.forward = recorded
     torch.manual_seed(0)
     texts = [text or "a" for text in PROMPTS]
-    pipe(texts, num_inference_steps=3, guidance_scale=8.5, output_type="latent", **call_options(pipe))
+    guidance = (
+        {"true_cfg_scale": 8.5, "negative_prompt": [" "] * 3} if name == "qwen" else {"guidance_scale": 8.5}
+    )
+    pipe(prompt=list(texts), num_inference_steps=3, output_type="latent", **guidance, **call_options(pipe))
     condition = encode(backbone_folder(name), texts)
     if name == "flux":  # the scale is an input; packed tokens, and times from 0 to 1
         scale = torch.full((len(PROMPTS),), 8.5)
@@ -106,23 +135,59 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_fold
         calls = [(unpack(x_t, 8, 8), t * 1000, unpack(output, 8, 8)) for x_t, t, output in calls]
     elif name != "lcm":
         condition = condition.without_text().concat(condition)
+    if name in ("klein", "qwen"):  # two calls, and as FLUX
+        pairs = zip(calls[1::2], calls[::2], strict=True)
+        calls = [tuple(torch.cat(both) for both in zip(*pair, strict=True)) for pair in pairs]
+        side = (lambda x: unpack(x, 8, 8)) if name == "qwen" else (lambda x: x.mT.unflatten(2, (4, 4)))
+        calls = [(side(x_t), t * 1000, side(output)) for x_t, t, output in calls]
+    if name == "zimage":  # with text first; inverted time, negated output, of one frame
+        calls = [
+            (x_t.squeeze(2).roll(3, 0), 1000 - t * 1000, -output.squeeze(2).roll(3, 0))
+            for x_t, t, output in calls
+        ]
     if name == "sana":  # half the time, by its own scale
         calls = [(x_t, t * 2, output) for x_t, t, output in calls]
     parts = load_parts(backbone_folder(name))
     for x_t, t, expected in calls:
         with torch.no_grad():
             output = run_network(parts.denoiser, x_t, torch.as_tensor(t).expand(len(x_t)), condition)
-        torch.testing.assert_close(output, expected[:, :4], rtol=1e-5, atol=1e-5)
-    assert expected.shape[1] == (8 if name.startswith("pixart") else 4) and len(calls) >= 3
+        torch.testing.assert_close(output, expected[:, : output.shape[1]], rtol=1e-5, atol=1e-5)
+    channels = {"pixart": 8, "pixart_1024": 8, "klein": 16}.get(name, 4)
+    assert expected.shape[1] == channels and len(calls) >= 3
     assert parts.denoiser.config.get("time_cond_proj_dim") == (6 if name == "lcm" else None)
     if name not in FLOWS:
         return
     # the same times by the schedule: Euler's are those of sigma
-    schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens)
+    schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
     times = torch.stack([call[1].flatten()[0] for call in calls])
     torch.testing.assert_close(
         schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("zimage", {"guidance_scale": 3.5}),
+        ("klein", {"guidance_scale": 4.5}),
+        ("qwen", {"true_cfg_scale": 4.5, "negative_prompt": [" ", " "]}),
+    ],
+)
+def test_guidance_is_the_pipelines(name: str, options: dict[str, Any], backbone_folder: Folder) -> None:
+    """One guided step: Z-Image counts from 0, Qwen-Image keeps the norm of each token."""
+    parts = load_parts(backbone_folder(name))
+    ours = make_generator(parts, 999).images(["a Red cat", "a dog"], [1, 2], guidance_scale=4.5)
+    pipe: Any = stock_pipeline_of(backbone_folder(name))
+    pipe.scheduler = one_step_scheduler(parts.scheduler, 999)
+    options |= {"num_inference_steps": 1, "output_type": "pt", **call_options(pipe)}
+    noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    stock = pipe(prompt=["a Red cat", "a dog"], generator=noise, **options).images
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
+    z = torch.randn(2, *parts.latent_shape)
+    codes = codes_of(parts.vae, z)
+    assert (codes.flatten() - z.flatten()).abs().max() > 0.1
+    torch.testing.assert_close(latents_of(parts.vae, codes), z, rtol=1e-5, atol=1e-5)
+    assert LatentDecoder(parts.vae).encode(ours).shape == z.shape
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
@@ -245,12 +310,19 @@ def test_packing_is_flux_own() -> None:
 
 
 def test_published_sizes() -> None:
-    """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1."""
+    """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1, 12.3 GB of
+    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image."""
     with torch.device("meta"):
         medium = SD3Transformer2DModel(
             sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
             pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
         )  # fmt: skip
         flux = FluxTransformer2DModel(guidance_embeds=True)
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (medium, flux)]
-    assert sizes == [2_243_171_520, 11_901_408_320]
+        z_image, qwen = ZImageTransformer2DModel(), QwenImageTransformer2DModel()
+        klein = Flux2Transformer2DModel(
+            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+            guidance_embeds=False,
+        )  # fmt: skip
+    networks = (medium, flux, z_image, klein, qwen)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert sizes == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.interpolation import (
     check_mergeable,
     interpolate,
@@ -39,7 +40,7 @@ def student(tiny_sd: Path) -> Callable[..., LoadedStudent]:
     def make(seed: int, start: int = 625, **facts: Any) -> LoadedStudent:
         parts = load_parts(tiny_sd)
         parts.denoiser = copy.deepcopy(other_unet(tiny_sd, seed))
-        return LoadedStudent(parts, start, "ema", {**FACTS, **facts})
+        return LoadedStudent(parts, Steps((start,)), "ema", {**FACTS, **facts})
 
     return make
 
@@ -199,7 +200,7 @@ def test_other_architectures_are_named(student: Callable[..., LoadedStudent]) ->
     with pytest.raises(UserError, match="attention_head_dim is 2 in the first and 4 in the second"):
         check_mergeable(student(1), heads)
     same = rebuilt(student(2), attention_head_dim=(2, 2), upcast_attention=True)  # the same function
-    assert check_mergeable(student(1), same) == 625
+    assert check_mergeable(student(1), same) == Steps((625,))
     with pytest.warns(UserWarning, match=r"latents of 8 \(first\) and 16"):
         check_mergeable(student(1), rebuilt(student(2), sample_size=16))
 
@@ -230,7 +231,7 @@ def test_other_text_encoders_are_refused_and_rounded_ones_accepted(
     rounded = student(2)
     rounded.parts.text_encoders[0].bfloat16().float()
     rounded.parts.vae.half().float()
-    assert check_mergeable(first, rounded) == 625
+    assert check_mergeable(first, rounded) == Steps((625,))
     trained = student(2)
     next(trained.parts.text_encoders[0].parameters()).data[3] += 0.1
     with pytest.raises(

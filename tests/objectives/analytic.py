@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.objectives.base import Objective, Real, StudentSample, TeacherFacts
 
 SHAPE = (4, 2, 4, 4)  # B equal to height and width
@@ -23,7 +24,7 @@ def step_random(batch_size: int = 4, step: int = 0) -> StepRandom:
 
 def facts(schedule: NoiseSchedule) -> TeacherFacts:
     """Features are x_t, as `GaussianScores` has them."""
-    return TeacherFacts(schedule, SHAPE[1:], lambda name: SHAPE[1:])
+    return TeacherFacts(schedule, SHAPE[1:], Steps((999,)), lambda name: SHAPE[1:])
 
 
 def built(objective: Objective, schedule: NoiseSchedule) -> Any:

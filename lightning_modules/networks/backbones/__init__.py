@@ -8,12 +8,18 @@ from diffusers import DiffusionPipeline
 from common.errors import UserError
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.flux import Flux
+from lightning_modules.networks.backbones.flux2 import Flux2Klein
 from lightning_modules.networks.backbones.pixart import PixArtAlpha, plain_call
+from lightning_modules.networks.backbones.qwen_image import QwenImage
 from lightning_modules.networks.backbones.sana import Sana
 from lightning_modules.networks.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_modules.networks.backbones.stable_diffusion_3 import StableDiffusion3
+from lightning_modules.networks.backbones.z_image import ZImage
 
-__all__ = ["BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "call_options", "is_own_class"]
+__all__ = [
+    "BACKBONES", "Backbone", "TextToImageParts", "backbone_of", "call_options", "guidance_options",
+    "is_own_class",
+]  # fmt: skip
 BACKBONES: tuple[Backbone, ...] = (
     StableDiffusion(),
     StableDiffusionXL(),
@@ -21,6 +27,9 @@ BACKBONES: tuple[Backbone, ...] = (
     StableDiffusion3(),
     Flux(),
     Sana(),
+    ZImage(),
+    Flux2Klein(),
+    QwenImage(),
 )
 
 
@@ -56,3 +65,9 @@ def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
     network = getattr(pipeline, backbone.denoiser[0])
     parts = TextToImageParts(backbone, network, pipeline.vae, [], [], pipeline.scheduler, {}, "")
     return backbone.call_options(parts)
+
+
+def guidance_options(pipeline: DiffusionPipeline, kappa: float) -> dict[str, Any]:
+    """Arguments by which a call of a stock pipeline is guided with this κ."""
+    backbone = _BY_PIPELINE.get(type(pipeline).__name__)
+    return {"guidance_scale": kappa} if backbone is None else backbone.guidance_options(kappa)

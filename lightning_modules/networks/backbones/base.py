@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,16 +41,20 @@ class TextToImageParts:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of one latent, from the network's configuration, or else the autoencoder's."""
-        size = self.denoiser.config.get("sample_size") or self.vae.config.sample_size // self.vae_factor
+        size = self.denoiser.config.get("sample_size") or self._side_of_vae or self.backbone.side
+        assert size is not None  # `check_fit`
         height, width = (size, size) if isinstance(size, int) else size
         channels = self.denoiser.config.in_channels // self.backbone.packing**2
         return int(channels), int(height), int(width)
 
     @property
+    def _side_of_vae(self) -> int:
+        return int(self.vae.config.get("sample_size") or 0) // self.vae_factor
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per place of a latent, along a side."""
-        config = self.vae.config
-        return 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
+        return self.backbone.vae_factor(self.vae)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -66,8 +71,7 @@ class TextToImageParts:
     @property
     def image_tokens(self) -> int:
         """How many patches of a latent a transformer sees (a resolution-dependent shift follows them)."""
-        side = self.denoiser.config.get("patch_size", 1) * self.backbone.packing
-        return self.latent_shape[1] * self.latent_shape[2] // side**2
+        return self.latent_shape[1] * self.latent_shape[2] // self.backbone.patch(self.denoiser) ** 2
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -85,6 +89,7 @@ class Backbone(ABC):
         text_encoders, tokenizers: name and class of each, in the order the pipeline uses them.
         optional: those of them that a folder may leave out (null in model_index.json).
         packing: places of a latent, along a side, that the pipeline puts into one token of the network.
+        side: places of a latent, along a side, where neither network nor autoencoder names a size.
         conditions: settings by which a denoising network takes further inputs, and the values whose inputs
             the family gives.
     """
@@ -96,6 +101,7 @@ class Backbone(ABC):
     tokenizers: ClassVar[dict[str, Any]]
     optional: ClassVar[tuple[str, ...]] = ()
     packing: ClassVar[int] = 1
+    side: ClassVar[int | None] = None
     conditions: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,30 @@ class Backbone(ABC):
     @abstractmethod
     def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
         """Width of the encoded text, and the one the network takes (None: not known)."""
+
+    def vae_factor(self, vae: Any) -> int:
+        """Pixels per place of a latent, along a side."""
+        channels = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+        return int(2 ** (len(channels) - 1))
+
+    def latent_channels(self, vae: Any) -> int:
+        """Channels of a latent."""
+        return int(vae.config.latent_channels)
+
+    def patch(self, denoiser: Any) -> int:
+        """Places of a latent, along a side, that are one token of the network."""
+        return int(denoiser.config.get("patch_size", 1)) * self.packing
+
+    def flow_mu(self, config: Mapping[str, Any], tokens: int) -> float:
+        """The parameter μ of a shift that depends on the resolution: linear in the tokens of a latent."""
+        slope = (config["max_shift"] - config["base_shift"]) / (
+            config["max_image_seq_len"] - config["base_image_seq_len"]
+        )
+        return float(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
+
+    def guidance_options(self, kappa: float) -> dict[str, Any]:
+        """Arguments by which a call of the stock pipeline is guided with this κ."""
+        return {"guidance_scale": kappa}
 
     def extras(self, parts: TextToImageParts) -> dict[str, Any]:
         """Further arguments of the stock pipeline's constructor."""
@@ -150,7 +180,7 @@ class Backbone(ABC):
                 )
         # networks without positions of their own (FLUX) leave it to the autoencoder
         sizes = config if "sample_size" in config else parts.vae.config
-        if sizes.get("sample_size") is None:
+        if sizes.get("sample_size") is None and self.side is None:
             raise UserError(
                 f"The part {part!r} in {parts.path} names no picture size: set sample_size in its "
                 "config.json to the side of the latents it was trained on."
@@ -170,7 +200,7 @@ class Backbone(ABC):
                     f"but the text encoder takes {longest} tokens. "
                     f"Set model_max_length in {name}/tokenizer_config.json."
                 )
-        latents = parts.vae.config.latent_channels, parts.latent_shape[0]
+        latents = self.latent_channels(parts.vae), parts.latent_shape[0]
         widths = {" and ".join(self.text_encoders): self.text_width(parts), "vae": latents}
         for name, (given, expected) in widths.items():
             if expected is not None and given != expected:

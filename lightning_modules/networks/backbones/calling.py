@@ -7,6 +7,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.guided import Rescale
 
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Parts of a condition that SDXL's UNet and PixArt's transformer take in one dictionary."""
@@ -54,6 +55,12 @@ def embedded_guidance(network: nn.Module | None) -> float | None:
 def takes_guidance(network: nn.Module) -> bool:
     """Whether guidance was distilled into the network, so that kappa is an input of one pass (FLUX.1-dev)."""
     return bool(getattr(network, "config", {}).get("guidance_embeds", False))
+
+
+@singledispatch
+def rescale(network: nn.Module) -> Rescale | None:
+    """What becomes of the network's guided output [B, C, h, w], given that with text; None: it stays."""
+    return None
 
 
 def _guidance_embedding(network: nn.Module, scale: float, like: Tensor) -> Tensor:

@@ -19,6 +19,15 @@ class TextLookup(Protocol):
         """What `PromptEncoder.embed_texts` gives [B, …], on this device, real numbers in this type."""
 
 
+def chat_texts(tokenizer: Any, prompts: list[str], thinking: bool) -> list[str]:
+    """Each prompt as a question in a chat, by the tokenizer's template; `thinking` is Qwen 3's switch."""
+    template = tokenizer.apply_chat_template
+    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [
+        template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinking) for chat in chats
+    ]
+
+
 class PromptEncoder(nn.Module, ABC):
     """Frozen tokenizers and text encoders of one family; a subclass defines `embed_texts`.
 
