@@ -227,8 +227,9 @@ def made_report(**changes: Any) -> Report:
 
 def test_findings_and_table() -> None:
     found = " | ".join(findings(made_report()))
-    assert "Better: 25 times as fast" in found and "Better: 75 % of" in found
-    assert "Better: Fréchet distance 25 % of the teacher's in one step" in found
+    assert "Better: 25 times as fast" in found and "Better: CLIP score has closed 75 % of" in found
+    assert "Better: Fréchet distance 10, 0.25 times the teacher's in one step (40)" in found
+    assert "Worse: Fréchet distance 10, 2.00 times the teacher's in 25 steps (5)" in found
     worse = made_report()
     for name, value in (("frechet_distance", 80), ("clip_score", 0.05)):
         worse.content["metrics"][name]["value"] = value
@@ -239,11 +240,12 @@ def test_findings_and_table() -> None:
         row["milliseconds_per_image"]["details"]["spread"] = ends
     assert findings(worse) == [
         "Better: 25 times as fast as the teacher in 25 steps (18 to 55)",
-        "Worse: Fréchet distance 200 % of the teacher's in one step",
-        "Worse: -25 % of the teacher's CLIP-score gap between one and many steps closed",
+        "Worse: Fréchet distance 80, 2.00 times the teacher's in one step (40)",
+        "Worse: Fréchet distance 80, 16.00 times the teacher's in 25 steps (5)",
+        "Worse: CLIP score has closed -25 % of the gap between the teacher's one and many steps",
     ]
     page = render_html(worse)
-    assert page.count('<li class="worse">') == 2 and page.count('<li class="better">') == 1
+    assert page.count('<li class="worse">') == 3 and page.count('<li class="better">') == 1
     lines = render_text_table(made_report()).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "Teacher, 25 steps, guidance 4.5", "Teacher, 1 step", "Student, 1 step",
