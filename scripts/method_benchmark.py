@@ -14,9 +14,9 @@ are drawn first (their cost is not in the budget). Rates and all else are those 
 have not been searched for. The student's average then draws the 1,024 held-out captions: frechet_distance
 and clip_score as everywhere; precision and recall among the teacher's pictures of the same captions (25
 steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a prompt, of 128 prompts;
-all by the scoring CLIP's features. A student of several steps draws in fewer of them, too; its update is as long
-as its drawn step is late, so that the mean over them counts. Writes results.json, results.md and pictures.png
-(for the table of steps, steps.json and so on), and keeps the checkpoints of students of several steps.
+all by the scoring CLIP's features. A student of several steps draws in fewer of them, too; its update takes
+longer the later the drawn step is, and the mean counts. Writes results.json, results.md and pictures.png
+(of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of several steps.
 """
 
 from __future__ import annotations
@@ -152,17 +152,24 @@ class Judge:
         self.teacher: dict[str, Any] = found
 
     @torch.no_grad()
-    def measure(self, draw: Callable[[list[str], list[int]], Tensor]) -> dict[str, Any]:
+    def measure(
+        self, draw: Callable[[list[str], list[int]], Tensor], diversity: bool = True
+    ) -> dict[str, Any]:
         """Values, features of the held-out captions' pictures, and the first few of these."""
         pictures = draw(self.captions, list(range(len(self.captions))))
         results = evaluate_model(lambda _, seeds: pictures[seeds], self.captions, self.metrics, 64)
         values = {metric.name: float(results[metric.name]["value"]) for metric in self.metrics}
+        if diversity:
+            values["diversity"] = self.diversity(draw)
+        return {"values": values, "features": self.features(pictures), "pictures": pictures[:SHOWN]}
+
+    def diversity(self, draw: Callable[[list[str], list[int]], Tensor]) -> float:
+        """1 − the mean cosine among four pictures of a prompt."""
         several = [caption for caption in self.captions[:128] for _ in range(4)]
         seeds = [10_000 + place for place in range(len(several))]
         features = normalize(self.features(draw(several, seeds)), dim=1)
         cosines = (groups := features.unflatten(0, (-1, 4))) @ groups.mT
-        values["diversity"] = 1 - float((cosines.sum((1, 2)) - 4).mean() / 12)
-        return {"values": values, "features": self.features(pictures), "pictures": pictures[:SHOWN]}
+        return 1 - float((cosines.sum((1, 2)) - 4).mean() / 12)
 
     def features(self, pictures: Tensor) -> Tensor:
         """[N, D], float64."""
@@ -270,7 +277,7 @@ def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path
     timing = json.loads((run / "report.json").read_text())["timing"]
     for count in sorted({count for count in DRAWN_IN if count <= cell.of.steps}):
         with generator.taking(count):
-            result = judge.measure(in_passes(generator.images))
+            result = judge.measure(in_passes(generator.images), diversity=count == cell.of.steps)
         result["values"] |= {
             "updates": updates, "seconds": timing["seconds_per_step"], "memory": timing["peak_memory_gib"]
         }  # fmt: skip
