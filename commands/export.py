@@ -136,8 +136,8 @@ def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
             value is not None for value in (options.base, options.prediction_type, options.schedule, *places)
         ):
             raise UserError(
-                "--base, --start-timestep, --timesteps, --step-noise, --prediction-type and --schedule are for "
-                "a network alone (.safetensors, .bin, .pt)."
+                "--base, --start-timestep, --timesteps, --step-noise, --prediction-type and --schedule are "
+                "for a network alone (.safetensors, .bin, .pt)."
             )
         path = student_path(name)
         if not is_checkpoint(path) and not is_own_export(asset_path(path)):

@@ -16,9 +16,9 @@ from transformers import CLIPImageProcessor
 import cli
 from common.errors import UserError
 from lightning_modules.checkpoints import read
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.clip_models import TransformersClip
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.student import load_network_file, load_student
 from lightning_modules.pipelines import load_any_pipeline
 
