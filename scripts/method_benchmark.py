@@ -238,12 +238,14 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
     """
     kept = folder / "operations" / f"{method}.json"
     if not kept.is_file():
-        counter, count = FlopCounterMode(display=False), Cell(method, 0).of.steps
+        total, count = 0, Cell(method, 0).of.steps
         step, uniform = OneStepDistillation.training_step, StepRandom.shared_uniform
 
         def counted(module: OneStepDistillation, *batch: Any) -> None:
-            with counter:
+            nonlocal total
+            with FlopCounterMode(display=False) as counter:
                 step(module, *batch)
+            total += counter.get_total_flops()
 
         def in_turn(random: StepRandom, name: str) -> float:
             return random.step / count if name == "student_step" else uniform(random, name)
@@ -254,7 +256,7 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
             patch.object(StepRandom, "shared_uniform", in_turn),
         ):
             cli.main(["fit", *configure(Cell(method, 0), count, place, samples, batch_size)])
-        write_text_atomically(kept, json.dumps(counter.get_total_flops() / count))
+        write_text_atomically(kept, json.dumps(total / count))
         shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
 
