@@ -63,12 +63,21 @@ REFERENCE = "assets/cache/emoji-reference.safetensors"
 
 
 class Method(NamedTuple):
-    """A row: title, configuration, whether it sees samples of the teacher, steps of the student."""
+    """A row.
+
+    Attributes:
+        title: in the table.
+        config: the configuration's name.
+        samples: whether it sees samples of the teacher.
+        steps: of the student.
+        origin: row whose student of the same seed it starts from, and draws the samples; "": the teacher.
+    """
 
     title: str
     config: str
     samples: bool = False
     steps: int = 1
+    origin: str = ""
 
 
 METHODS = {
@@ -92,6 +101,9 @@ STEPS = {
     "tdm": Method("TDM", "emoji_tdm_4step"),
     "pgsb": METHODS["pgsb"],
     "dmd2": METHODS["dmd2"],
+    "sida": METHODS["sida"],
+    "sida_from_4step": Method("SiDA, from PG-SB's 4 steps", "emoji_sida", samples=True, origin="pgsb_4step"),
+    "pgsb_from_4step": Method("PG-SB, from its 4 steps", "emoji_pgsb", origin="pgsb_4step"),
 }
 TABLES = {"methods": METHODS, "steps": STEPS}
 SEEDS, START, SAMPLES, HELD_OUT, SHOWN = (0, 1), 625, 2048, 1024, 6
@@ -191,20 +203,36 @@ def in_passes(draw: Callable[[list[str], list[int]], Tensor]) -> Callable[[list[
     )
 
 
-def draw_samples(place: Path) -> None:
-    """The teacher's samples, drawn once for all budgets."""
-    cli.main([
-        "draw-teacher", f"--model={asset_path(TEACHER)}", f"--prompts={CAPTIONS}", f"--output={place}",
-        f"--count={SAMPLES}",
-    ])  # fmt: skip
+def draw_samples(cell: Cell, folder: Path) -> Path:
+    """Where the samples are that the cell learns from; draws them: the teacher's once for all budgets."""
+    origin = origin_of(cell, folder)
+    place = folder.parent / "teacher-samples" if origin is None else folder / cell.name / "samples"
+    if cell.of.samples:
+        cli.main([
+            "draw-teacher", f"--model={origin or asset_path(TEACHER)}", f"--prompts={CAPTIONS}",
+            f"--output={place}", f"--count={SAMPLES}",
+        ])  # fmt: skip
+    return place
 
 
-def changes(cell: Cell, updates: int, samples: Path, batch_size: int) -> dict[str, Any]:
+def origin_of(cell: Cell, folder: Path) -> Path | None:
+    """The checkpoint that the cell starts from, None for the teacher."""
+    if not cell.of.origin:
+        return None
+    (last,) = (folder / Cell(cell.of.origin, cell.seed).name).glob("version_*/checkpoints/last.ckpt")
+    return last
+
+
+def changes(
+    cell: Cell, updates: int, samples: Path, batch_size: int, origin: Path | None = None
+) -> dict[str, Any]:
     """What the cell's configuration has instead of the method's own one."""
     data: dict[str, Any] = {"batch_size": batch_size, "eval_size": 64}
     if cell.of.samples:
         data["real"] = {"folder": str(samples), "batch_size": batch_size}
-    start = {"start_timestep": START, "timesteps": None} if cell.of.steps == 1 else {}
+    start: dict[str, Any] = {"start_timestep": START, "timesteps": None} if cell.of.steps == 1 else {}
+    if origin is not None:
+        start["student_init"] = str(origin)
     return {
         "seed_everything": cell.seed,
         "model": {"init_args": {**start, "ema_decay": 0.95, "seed": cell.seed}},
@@ -222,7 +250,8 @@ def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size:
     """The options of the cell's `fit` in this folder; writes its own part of the configuration."""
     place = folder / cell.name
     place.mkdir(parents=True, exist_ok=True)
-    own = yaml.safe_dump(changes(cell, updates, samples, batch_size), sort_keys=False)
+    origin = origin_of(cell, folder)
+    own = yaml.safe_dump(changes(cell, updates, samples, batch_size, origin), sort_keys=False)
     (place / "cell.yaml").write_text(own)
     method = asset_path(f"configs/experiment/{cell.of.config}.yaml")
     return [
@@ -234,8 +263,11 @@ def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size:
 def operations(method: str, folder: Path, samples: Path, batch_size: int) -> float:
     """Floating-point operations of one student update with all that it plans beside it; counted once.
 
-    Of a student of K steps the mean of K updates, in each of which another step is drawn.
+    Of a student of K steps the mean of K updates, in each of which another step is drawn. Where a student
+    starts makes no difference.
     """
+    rows = METHODS | STEPS
+    method = next(name for name, row in rows.items() if _costs(row) == _costs(rows[method]))
     kept = folder / "operations" / f"{method}.json"
     if not kept.is_file():
         total, count = 0, Cell(method, 0).of.steps
@@ -259,6 +291,10 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
         write_text_atomically(kept, json.dumps(total / count))
         shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
+
+
+def _costs(row: Method) -> tuple[str, int]:
+    return row.config, row.steps
 
 
 def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path, batch_size: int) -> bool:
@@ -351,10 +387,9 @@ def main(words: Sequence[str] | None = None) -> None:
     conditions = [one.split("=", 1) for one in options.only]
     cells = [Cell(method, seed) for seed in SEEDS for method in TABLES[options.table]]
     cells = [cell for cell in cells if all(str(getattr(cell, key)) == value for key, value in conditions)]
-    judge, whole, samples = Judge(folder), True, folder.parent / "teacher-samples"
+    judge, whole = Judge(folder), True
     for cell in () if options.report_only else cells:
-        if cell.of.samples:
-            draw_samples(samples)
+        samples = draw_samples(cell, folder)
         costs = [
             operations(name, folder, samples, options.batch_size) for name in ("swiftbrush", cell.method)
         ]
