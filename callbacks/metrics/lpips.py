@@ -77,7 +77,7 @@ class LpipsExtractor(FeatureExtractor):
         if self.size is not None and min(x.shape[-2:]) > self.size:
             x = TF.resize(x, [self.size], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         shift, scale = (x.new_tensor(values)[:, None, None] for values in (_SHIFT, _SCALE))
-        x, parts = (2 * x - 1 - shift) / scale, []
+        x, parts = (2 * x - 1 - shift) / scale, list[Tensor]()
         for place, layer in enumerate(self.model.classifier):
             x = layer(x)
             if place in self.layers:

@@ -76,15 +76,16 @@ class TaskAccuracy(ImageMetric):
                     known[entry["prompt"], tag] = {}
         self._wanted = []
         for caption, tag in zip(captions, groups or [""] * len(captions)):
-            entry = known.get((caption, tag))
-            if not entry:
-                several = f" or in other tasks than {tag!r}" if tag else ""
+            wanted = known.get((caption, tag))
+            if not wanted:
+                what = "no prompt" if wanted is None else "in several lines that differ"
                 raise UserError(
-                    f"{self.name}: {caption!r} is " + ("in several lines" if entry == {} else "no prompt")
-                    + f" of {self.prompts}{several if entry is None else ''}, so nothing says what its "
-                    f"pictures must show: draw the benchmark's prompts (--config {self.configuration})"
-                )  # fmt: skip
-            self._wanted.append(entry)
+                    f"{self.name}: {caption!r} is {what} of {self.prompts}"
+                    + (f" in the task {tag!r}" if tag else "")
+                    + ", so nothing says what its pictures must show: draw the benchmark's prompts "
+                    f"(--config {self.configuration})"
+                )
+            self._wanted.append(wanted)
 
     def setup_states(self, width: int) -> None:
         """Right pictures and pictures seen, for each task."""
