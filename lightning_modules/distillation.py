@@ -46,7 +46,13 @@ from lightning_modules.parallel import (
     without_sync,
 )
 from lightning_modules.sampler import StudentSampler, check_negative_scale
-from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype, keep_freed_memory
+from lightning_modules.trainer_settings import (
+    cast_frozen,
+    channels_last,
+    check_trainer,
+    frozen_dtype,
+    keep_freed_memory,
+)
 
 Batch = dict[str, Any]
 SHOWN_PROMPTS = 3
@@ -295,6 +301,9 @@ class OneStepDistillation(L.LightningModule):
             keep_freed_memory()
         if isinstance(self.trainer.strategy, FullySharded):
             same_on_all_processes(p for p in self.parameters() if p.requires_grad)
+        elif self.device.type == "cpu":
+            assert self.student is not None
+            channels_last([self.student, *self.scores.networks()])
         if self.real_pictures is not None:
             self.print(self.real_pictures.notice)
 
