@@ -107,11 +107,11 @@ class RandomTexts:
 
 
 @contextmanager
-def random_model(name: str, setting: Setting) -> Iterator[None]:
-    """Whatever is loaded inside is this model with random weights."""
+def random_model(name: str, setting: Setting, side: int | None = None) -> Iterator[None]:
+    """Whatever is loaded inside is this model with random weights, with latents of this side."""
 
     def load(path: Any, **unused: Any) -> Any:
-        return random_parts(name, setting.device)
+        return random_parts(name, setting.device, side=side)
 
     def no_encoders(encoder: Any, *unused: Any) -> None:
         encoder.look_up_in(RandomTexts(MODELS[name].text))
@@ -120,8 +120,8 @@ def random_model(name: str, setting: Setting) -> Iterator[None]:
         patch("lightning_modules.build.load_parts", load),
         patch("benchmarks.reference_loop.load_parts", load),
         patch("lightning_modules.build.use_prompt_cache", no_encoders),
-        # on a processor compiling itself would take most of the time
-        patch.object(compiling, "BACKEND", compiling.BACKEND if setting.gpu else "aot_eager"),
+        # on a processor compiling would take most of the time
+        patch.object(compiling, "BACKEND", compiling.BACKEND if setting.gpu else "eager"),
     ):
         yield
 
@@ -195,28 +195,75 @@ def peak_table(found: list[Numbers]) -> str:
     return table(["", "batch", "most memory, GiB", "plain loop", "computed by memory.py"], rows)
 
 
+class Seconds(L.Callback):
+    """Time of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def on_train_batch_start(self, *unused: Any) -> None:
+        """Begin."""
+        self.began = timer()
+
+    def on_train_batch_end(self, *unused: Any) -> None:
+        """End."""
+        self.steps.append(timer() - self.began)
+
+
+def growth(setting: Setting) -> Numbers:
+    """This project's step by batch, by side of latents, and with all three roles on one base."""
+    name, lora = setting.model("sd21"), {"rank": RANK, "alpha": RANK, "share_base": True}
+    own = MODELS[name].latent[1]
+    ways = [(4, own, 2), (1, own, 2), (16, own, 2), (4, own // 2, 2), (4, 3 * own // 2, 2), (4, own, 3)]
+    found = []
+    for batch, side, roles in ways:
+        callback = Seconds()
+        with random_model(name, setting, side):
+            changes = {"student_lora": lora} if roles == 3 else {}
+            train_step.train(options(setting, batch, **changes), callback, 5)
+        seconds = statistics.median(callback.steps[2:])
+        found.append({"batch": batch, "side": side, "roles": roles, "seconds": seconds})
+        release()
+    return {"model": MODELS[name].title, "ways": found}
+
+
+def growth_table(found: list[Numbers]) -> str:
+    """Milliseconds a step."""
+    head = ["", "batch", "side of latents", "roles on one base", "ms a step", "times the first row"]
+    rows = [
+        [
+            model["model"], f"{one['batch']}", f"{one['side']}", f"{one['roles']}",
+            f"{1000 * one['seconds']:,.0f}", f"{one['seconds'] / model['ways'][0]['seconds']:.2f}",
+        ]
+        for model in found
+        for one in model["ways"]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 class Waiting(L.Callback):
     """Takes note of each place at which the program waits for the GPU, in the later steps."""
 
     def __init__(self, gpu: bool, first: int = 3) -> None:
         self.gpu, self.first = gpu, first
-        self.steps, self.places = 0, Counter[str]()
-        self._caught = warnings.catch_warnings(record=True)
+        self.begun, self.steps, self.places = 0, 0, Counter[str]()
 
-    def on_train_batch_start(self, trainer: L.Trainer, *unused: Any) -> None:
+    def on_train_batch_start(self, *unused: Any) -> None:
         """Begin to listen."""
-        if trainer.global_step >= self.first and self.gpu:
-            self._found = self._caught.__enter__()
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
+        self.begun += 1
+        if self.begun <= self.first or not self.gpu:
+            return
+        self._caught = warnings.catch_warnings(record=True)
+        self._found = self._caught.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *unused: Any) -> None:
+    def on_train_batch_end(self, *unused: Any) -> None:
         """Stop."""
-        if trainer.global_step <= self.first or not self.gpu:
+        if self.begun <= self.first or not self.gpu:
             return
         torch.cuda.set_sync_debug_mode("default")
         self._caught.__exit__(None, None, None)
-        self._caught = warnings.catch_warnings(record=True)
         self.steps += 1
         waits = [one for one in self._found if "synchroniz" in str(one.message)]
         self.places.update(f"{Path(one.filename).name}:{one.lineno}" for one in waits)
@@ -269,13 +316,18 @@ measured_rates: Numbers = {}
 
 
 def rates(setting: Setting) -> Numbers:
-    """Operations a second of a product of large random matrices, bytes a second of a large copy; once."""
+    """Operations a second of a large matrix product and of a convolution, bytes a second of a large copy."""
     if not measured_rates:
         kind, size = (torch.bfloat16, 8192) if setting.gpu else (torch.float32, 1024)
         a, b = (torch.randn(size, size, device=setting.device).to(kind) for _ in range(2))
         source = torch.randn(2**28 if setting.gpu else 2**24, device=setting.device)
         target = torch.empty_like(source)
         measured_rates["flops"] = 2 * size**3 / median_seconds(lambda: a @ b)
+        batch, channels, side = (16, 320, 64) if setting.gpu else (16, 96, 8)
+        x = torch.randn(batch, channels, side, side, device=setting.device).to(kind)
+        weight = torch.randn(channels, channels, 3, 3, device=setting.device).to(kind)
+        seconds = median_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
+        measured_rates["convolution"] = 2 * x.numel() * weight[0].numel() / seconds
         measured_rates["bytes"] = 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
     return dict(measured_rates)
 
@@ -293,8 +345,12 @@ def median_seconds(call: Callable[[], Any], count: int = 20) -> float:
 
 def rates_table(found: list[Numbers]) -> str:
     """TFLOP/s and GB/s."""
-    rows = [[f"{one['flops'] / 1e12:,.2f}", f"{one['bytes'] / 1e9:,.0f}"] for one in found]
-    return table(["matrix product, TFLOP/s", "copy, read and written, GB/s"], rows)
+    rows = [
+        [f"{one['flops'] / 1e12:,.3f}", f"{one['convolution'] / 1e12:,.3f}", f"{one['bytes'] / 1e9:,.0f}"]
+        for one in found
+    ]
+    head = ["matrix product, TFLOP/s", "convolution, 3×3", "copy, read and written, GB/s"]
+    return table(head, rows)
 
 
 def generation(setting: Setting, batch: int) -> Numbers:
@@ -335,8 +391,9 @@ def layouts_table(found: list[Numbers]) -> str:
 
 
 SECTIONS: dict[str, Callable[[list[Numbers]], str]] = {
-    "Rates": rates_table, "Training step": step_table, "Generation": generate.markdown, "Memory": peak_table,
-    "Waiting": waiting_table, "Layout": layouts_table, "Strategies": strategies_table,
+    "Rates": rates_table, "Training step": step_table, "Generation": generate.markdown,
+    "Memory": peak_table, "Growth": growth_table, "Waiting": waiting_table, "Layout": layouts_table,
+    "Strategies": strategies_table,
 }  # fmt: skip
 
 
@@ -377,6 +434,7 @@ PARTS = (
     step_part("pixart", 4),
     step_part("sd35m", 4, 90),
     step_part("sd21", 1, 150, compile="reduce-overhead"),
+    Part("Growth", "growth", growth, 90),
     Part("Layout", "layout", layouts),
     Part("Strategies", "strategies", strategies),
     step_part("pixart", 4, 150, compile=True),
@@ -429,17 +487,18 @@ class Worker:
         self.process = get_context("spawn").Process(target=serve, args=(other, setting))
         self.process.start()
         other.close()
-        self.pipe.recv()
+        self.ready = False
 
     def run(self, place: int, limit: int) -> Numbers:
         """Result of one part."""
-        self.pipe.send((place, limit))
         try:
+            self.ready = self.ready or bool(self.pipe.recv())
+            self.pipe.send((place, limit))
             if self.pipe.poll(limit + GRACE):
                 found: Numbers = self.pipe.recv()
                 return found
             return {"error": f"not done in {limit} s, and did not stop"}
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join(GRACE)
             return {"error": f"the process ended with {self.process.exitcode}"}
 

@@ -133,12 +133,15 @@ MODELS |= {
 }  # fmt: skip
 
 
-def random_parts(name: str, device: torch.device | str = "cpu", whole: bool = False) -> TextToImageParts:
+def random_parts(
+    name: str, device: torch.device | str = "cpu", whole: bool = False, side: int | None = None
+) -> TextToImageParts:
     """A model of this shape with random weights, the same at each call, made where they are wanted.
 
     Args:
         whole: the autoencoder of Stable Diffusion's size, and a text encoder of Stable Diffusion 2.1's (few
             channels in small models); else a small autoencoder and no text encoder.
+        side: of its latents; None: the model's own.
     """
     model, small = MODELS[name], not whole or name.endswith("_small")
     flow = model.network is SD3Transformer2DModel
@@ -149,7 +152,7 @@ def random_parts(name: str, device: torch.device | str = "cpu", whole: bool = Fa
     widths = (8,) * 4 if small else (128, 256, 512, 512)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        network = model.network(**model.shape)
+        network = model.network(**model.shape | ({} if side is None else {"sample_size": side}))
         for parameter in network.parameters():
             # zero-initialised outputs would make every score, and so every gradient, zero
             parameter.data.add_(0.01 * torch.randn_like(parameter))

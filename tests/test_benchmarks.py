@@ -151,7 +151,10 @@ def test_a_part_that_fails_or_hangs_is_noted() -> None:
 def test_the_next_part_begins_when_the_process_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything is saved after each part, and the page shows tables and what failed."""
     workers, saved = list[Any](), list[int]()
-    found: list[Any] = [{"numbers": {"flops": 5e13, "bytes": 2e9}, "took": 1}, {"error": "ended with -9"}]
+    found: list[Any] = [
+        {"numbers": {"flops": 5e13, "convolution": 2e13, "bytes": 2e9}, "took": 1},
+        {"error": "ended with -9"},
+    ]
 
     class Worker:
         def __init__(self, setting: gpu.Setting) -> None:
@@ -168,7 +171,7 @@ def test_the_next_part_begins_when_the_process_ends(monkeypatch: pytest.MonkeyPa
     results = gpu.run_all([0, 1, 2], SMALL, 100, lambda results: saved.append(len(results)))
     assert (len(workers), saved) == (2, [1, 2, 3, 3])
     text = gpu.markdown(results)
-    assert "| 50.00 | 2 |" in text and "- step sd21 16, compiled: ended with -9" in text
+    assert "| 50.000 | 20.000 | 2 |" in text and "- step sd21 16, compiled: ended with -9" in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
     gpu.put_into(page, text)
