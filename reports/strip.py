@@ -41,13 +41,13 @@ def read_strip(sheets: Mapping[int, Path]) -> Strip | None:
     steps = sorted(sheets)
     if len(steps) > _MOST_STEPS:
         steps = [steps[round(i * (len(steps) - 1) / (_MOST_STEPS - 1))] for i in range(_MOST_STEPS)]
-    found = {step: cards for step in steps if (cards := read_cards(sheets[step])) is not None}
+    found = {step: sheet for step in steps if (sheet := read_cards(sheets[step])) is not None}
     if not steps or steps[-1] not in found:
         return None
     last = found[steps[-1]]
     same: dict[int, Cards] = {step: one for step, one in found.items() if one.prompts == last.prompts}
     own, *others = last.views
-    cards = []
+    cards: list[tuple[str, list[str], list[str]]] = []
     for i, prompt in enumerate(last.prompts):
         frames = [_address(next(iter(one.views.values()))[i]) for one in same.values()]
         cards.append((prompt, frames, [_address(last.views[name][i]) for name in others]))

@@ -13,6 +13,8 @@ from callbacks.evaluation_share import EvaluationShare
 from commands.config_files import content_of
 from common.errors import UserError
 from tests.callbacks.networks import inception_file, pictures, save
+from tests.callbacks.standin import StandIn, StandInData
+from tests.callbacks.test_evaluation import trainer
 from tests.distributed_runs import run_processes
 from tests.test_sbv2_configs import EXPERIMENTS
 from tests.tiny_judges import open_clip_network
@@ -169,6 +171,24 @@ def test_two_processes_measure_what_one_does(
         assert expected.keys() == {"precision", "recall", "clip_score", "hpsv2"}
         assert measured(two, stage) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert (two / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(("share", "validated"), [(1e-9, [1]), (1.0, [1, 2, 3, 4]), (None, [1, 2, 3, 4])])
+def test_validations_that_take_too_long_are_left_out(
+    share: float | None, validated: list[int], tiny_sd: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The first is measured; how long the others would take is then known, in a run that continues, too."""
+    bound = EvaluationShare(share)
+    trainer(tmp_path, bound, max_steps=4, val_check_interval=1).fit(StandIn(tiny_sd), StandInData())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    found = {int(row["step"]) for row in rows if row.get("throughput/evaluation_share")}
+    assert found == set(validated)
+    assert capsys.readouterr().out.count("is left out: with it evaluations would take") == 4 - len(validated)
+    assert bound.waited == (4 if share == 1e-9 else -1) and 0 < bound.evaluating < bound.total
+    again = EvaluationShare(share)
+    again.load_state_dict(bound.state_dict())
+    assert again.state_dict() == bound.state_dict()
 
 
 def test_shares_are_shares() -> None:
