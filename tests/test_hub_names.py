@@ -26,10 +26,10 @@ HUB = {
     "xswu/HPSv2": "weights of HPSv2",
 }
 OTHERS = {  # first words of what is no hub name but looks like one: our files and metrics, and examples
-    "COCO", "DIR", "HPSv2", "NAME", "ViT-B", "ViT-B-32", "ViT-L", "checkpoints", "comfy", "counts",
-    "gradient_at_output", "group", "health", "host", "hpsv2", "image_losses", "latents", "lora", "me",
-    "memory", "objective", "objectives", "owner", "package", "run", "scheduler", "test", "throughput",
-    "tokenizer", "train", "unet", "val",
+    "COCO", "DIR", "HPSv2", "NAME", "ViT-B", "ViT-B-32", "ViT-L", "application", "checkpoints", "comfy",
+    "counts", "gradient_at_output", "group", "health", "host", "hpsv2", "image_losses", "latents", "lora",
+    "me", "memory", "objective", "objectives", "owner", "package", "run", "scheduler", "test", "text",
+    "throughput", "tokenizer", "train", "unet", "val",
 }  # fmt: skip
 NAME = re.compile(
     r"(?<![\w./<>{}$*~+-])([A-Za-z0-9][\w.-]*[A-Za-z0-9])/([A-Za-z0-9][\w.-]*[A-Za-z0-9])(?![\w/*{<$]|\.\w)"
