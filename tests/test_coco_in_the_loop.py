@@ -159,7 +159,7 @@ def test_two_processes_measure_what_one_does(
     teacher, metrics = backbone_folder("sd15"), judges(tmp_path / "judges", tiny_clip)[1:]
     options = [*with_coco(coco), "--trainer.callbacks.RunCheckpoint.monitor=val/hpsv2"]
     one = fit("sd15_swiftbrush", teacher, tmp_path / "one", metrics, *options)
-    together = ["--trainer.strategy=ddp_find_unused_parameters_true", "--trainer.devices=2"]
+    together = ["--trainer.strategy=ddp", "--trainer.devices=2"]
     run_processes(
         2,
         lambda: fit("sd15_swiftbrush", teacher, tmp_path / "two", metrics, *options, *together) and None,
