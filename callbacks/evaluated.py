@@ -82,7 +82,7 @@ def evaluating(trainer: Trainer, module: nn.Module, own_weights: bool = False) -
 
 
 def evaluation_captions(trainer: Trainer) -> list[str]:
-    """All evaluation captions of the run's data module, of which validation uses the first ones.
+    """All evaluation captions of the run's data module: those that reports are about.
 
     Raises:
         UserError: the run has no data module with ``eval_captions``.
@@ -97,17 +97,28 @@ def evaluation_captions(trainer: Trainer) -> list[str]:
     return captions
 
 
+def measured_captions(trainer: Trainer) -> list[str]:
+    """All captions of the present stage: of validations the data module's ``val_captions``, if any."""
+    captions = evaluation_captions(trainer)
+    if trainer.validating or trainer.sanity_checking:
+        return getattr(trainer.datamodule, "val_captions", captions)  # type: ignore[attr-defined]
+    return captions
+
+
 def evaluation_set(
     trainer: Trainer, size: int | None = None, seed: int = 0, frame: Frame | None = None
 ) -> EvaluationSet:
-    """The first captions of the run's data module (None: all); caption i is drawn from seed ``seed + i``.
+    """The first captions of the stage (None: all); caption i is drawn from seed ``seed + i``.
 
-    Group and negative prompt of each are the data module's ``eval_groups`` and ``eval_negatives``, if it has
-    these.
+    Group and negative prompt of each of its ``eval_captions`` are its ``eval_groups`` and
+    ``eval_negatives``, if it has these.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    captions = evaluation_captions(trainer)[:size]
-    groups, negatives = (getattr(data, name, None) for name in ("eval_groups", "eval_negatives"))
+    every = measured_captions(trainer)
+    captions, are_reported = every[:size], every is data.eval_captions
+    groups, negatives = (
+        getattr(data, name, None) if are_reported else None for name in ("eval_groups", "eval_negatives")
+    )
     return EvaluationSet(
         name="run",
         captions=captions,

@@ -8,7 +8,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluated import Student, as_student, evaluating, evaluation_captions, evaluation_set
+from callbacks.evaluated import (
+    Student,
+    as_student,
+    evaluating,
+    evaluation_captions,
+    evaluation_set,
+    measured_captions,
+)
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
@@ -302,7 +309,7 @@ class Evaluation(Callback):
             first_seed: caption i was drawn from ``first_seed + i``.
             guidance: of student and teacher. ``weights``: "ema" or "online".
         """
-        every = evaluation_captions(trainer)
+        every = measured_captions(trainer)
         sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
         if self.extractor is not None:
             sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}

@@ -120,7 +120,7 @@ class StartSummary(Callback):
         if isinstance(every, int) and every > 0 and trainer.enable_validation:
             validations = end // every - after // every
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        some, every_caption = (len(getattr(data, name, ())) for name in ("eval_prompts", "eval_captions"))
+        some, every_caption = (len(getattr(data, name, ())) for name in ("val_prompts", "eval_captions"))
         most = sum(trainer.num_val_batches) * getattr(data, "eval_batch_size", 0)
         pictures = validations * int(min(some // trainer.world_size, most))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -20,7 +20,14 @@ from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.picture_datasets import PictureDataset, holds_dataset
 from datamodules.real_pictures import RealPictures, RealPictureSource, RealSource
-from datamodules.sources import CAPTIONS, EVAL_CAPTIONS, Cleaning, PromptPools, listed_prompts
+from datamodules.sources import (
+    CAPTIONS,
+    EVAL_CAPTIONS,
+    VAL_CAPTIONS,
+    Cleaning,
+    PromptPools,
+    listed_prompts,
+)
 from datamodules.tables import read_texts
 from datamodules.teacher_samples import TeacherSamples
 
@@ -31,6 +38,26 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     if not prompts:
         raise UserError(f"prompts file {path} is empty; write one prompt a line into it")
     return prompts
+
+
+def _captions(given: str | Path | list[Any], name: str, column: str | None = None) -> list[str]:
+    """Captions of a file or a list."""
+    return listed_prompts(given, f"data.{name}") if isinstance(given, list) else read_prompts(given, column)
+
+
+def _first(captions: list[str], size: int | None, name: str) -> list[str]:
+    """As many of the first captions as are wanted.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if size is not None and size > len(captions):
+        limit = name.removesuffix("_captions") + "_size"
+        raise UserError(
+            f"data.{limit} is {size} but data.{name} has {len(captions)} captions; "
+            f"add captions, lower data.{limit}, or set it to null for all of them"
+        )
+    return captions[:size]
 
 
 class PromptStream(IterableDataset[dict[str, Any]]):
@@ -123,9 +150,12 @@ class PromptDataModule(LightningDataModule):
             of path, column and weight (see `PromptSource`). None: the bundled captions.
         batch_size: Prompts per student update, over all processes and accumulation.
         micro_batch_size: Prompts per process and pass. None: a process's whole share at once.
-        eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
+        eval_captions: Prompts for reports, test and predict: a file or a list. None: the bundled ones.
         eval_column: Column of them in a table. None: the only one called prompt, caption or text.
-        eval_size: How many of them validation and predict use, from the first on; test uses all. None: all.
+        eval_size: How many of them predict uses, from the first on, and validation of its own; test uses
+            all. None: all.
+        val_captions: Prompts for validations, by which best.ckpt is chosen: others than those that reports
+            are about. None: bundled ones beside the bundled `eval_captions`, else these.
         eval_set: A set of `datamodules.published_sets` or `datamodules.evaluation_sets` in place of
             `eval_captions`, with its crop and resize, groups and negatives; caption i is drawn from seed i.
             One that needs captions and has none (null) is as if it were not given.
@@ -171,6 +201,7 @@ class PromptDataModule(LightningDataModule):
         eval_set: EvaluationSource | None = None,
         eval_set_size: int | None = None,
         eval_reference: str | None = None,
+        val_captions: str | list[str] | list[Any] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_size": eval_size,
@@ -196,22 +227,20 @@ class PromptDataModule(LightningDataModule):
         if eval_set is not None and not self.lacks_eval_set:
             self.eval_set, name, size = eval_set.load(), "eval_set", eval_set_size
             captions = self.eval_set.captions
-        elif isinstance(eval_captions, list):
-            captions = listed_prompts(eval_captions, "data.eval_captions")
         else:
-            captions = read_prompts(eval_captions or EVAL_CAPTIONS, eval_column)
-        if size is not None and size > len(captions):
-            limit = name.removesuffix("_captions") + "_size"
-            raise UserError(
-                f"data.{limit} is {size} but data.{name} has {len(captions)} captions; "
-                f"add captions, lower data.{limit}, or set it to null for all of them"
-            )
+            captions = _captions(eval_captions or EVAL_CAPTIONS, name, eval_column)
         self.has_own_captions = eval_captions is not None or self.eval_set is not None
         self.eval_captions, self.eval_reference = captions, eval_reference
-        self.eval_prompts = captions[:size]
+        self.eval_prompts = _first(captions, size, name)
         self.eval_groups, self.eval_negatives, self.eval_frame = (
             getattr(self.eval_set, kind, None) for kind in ("groups", "negatives", "frame")
         )
+        if val_captions is None and not self.has_own_captions and not self.lacks_eval_set:
+            val_captions = str(VAL_CAPTIONS)
+        self.val_captions, self.val_prompts = captions, self.eval_prompts
+        if val_captions is not None:
+            self.val_captions = _captions(val_captions, "val_captions")
+            self.val_prompts = self.val_captions[:size]
         self._micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -270,8 +299,10 @@ class PromptDataModule(LightningDataModule):
     def describe(self) -> dict[str, str]:
         """What a run trains on and is measured on, in words."""
         bundled = "" if self.has_own_captions else ", the bundled ones, which describe emoji"
-        captions = f"{len(self.eval_prompts):,} of {len(self.eval_captions):,}{bundled}"
+        captions = f"{len(self.eval_captions):,}{bundled}"
         captions += f", {self.eval_set.name}" if self.eval_set is not None else ""
+        others = "the first" if self.val_captions is self.eval_captions else "others,"
+        captions += f"; validations: {others} {len(self.val_prompts):,}"
         return {"Prompts": self._prompts.describe(), "Evaluation captions": captions}
 
     def prepare_data(self) -> None:
@@ -311,10 +342,12 @@ class PromptDataModule(LightningDataModule):
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Each of the first `eval_size` captions of validations once over all processes."""
+        return self._evaluation(self.val_prompts)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of the first `eval_size` evaluation captions once over all processes."""
         return self._evaluation(self.eval_prompts)
-
-    predict_dataloader = val_dataloader
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Each of all evaluation captions once, so that `test` measures on as many as the end of `fit`."""

@@ -34,7 +34,8 @@ from datamodules.tables import describe, is_packed, read_texts
 
 CAPTIONS = ROOT / "assets" / "captions.txt"
 EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
-"""The bundled ones."""
+VAL_CAPTIONS = ROOT / "assets" / "choosing_captions.txt"
+"""The bundled ones: of training, reports, and validations."""
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
 _MOST_IN_MEMORY = 8 * IN_MEMORY_BYTES  # characters; packed sources may unpack to more than they promise

@@ -7,6 +7,8 @@ and without those that also describe a held-out picture (they name no background
 ``assets/eval_captions.txt``: the captions of the 1,024 held-out evaluation pictures, in their order.
 ``assets/emoji_geneval.jsonl``: prompts of GenEval's twin, 24 of each task, on 40 objects. Where object and
 background are both asked for, the two are a pair that no model has seen.
+``assets/choosing_captions.txt``: captions of the other held-out pictures, two of each but for repeats, none
+of them in the other files: a run chooses its best checkpoint by these, and reports on the former.
 """
 
 import json
@@ -43,11 +45,18 @@ def geneval_lines(names: list[str], objects: int = 40, of_each_task: int = 24) -
 def main() -> None:
     rng = random.Random("captions")
     EMOJI_FILE.write_text("".join(f"{line}\n" for line in geneval_lines(EmojiPictures().objects)))
-    held_out = EvaluationPictures().captions
+    evaluation = EvaluationPictures()
+    held_out = evaluation.captions
     training = {caption(key, rng): None for key in EmojiPictures().keys("a", "b") for _ in range(2)}
     captions = [text for text in training if text not in set(held_out)]
     rng.shuffle(captions)
-    for name, lines in {"captions.txt": captions, "eval_captions.txt": held_out}.items():
+    others = [key for key in EmojiPictures().keys("held_out") if key not in set(evaluation.keys)]
+    choosing = {caption(key, rng): None for _ in range(2) for key in others}
+    known = {*held_out, *training}
+    choose = [text for text in choosing if text not in known]
+    rng.shuffle(choose)
+    files = {"captions.txt": captions, "eval_captions.txt": held_out, "choosing_captions.txt": choose}
+    for name, lines in files.items():
         (ASSETS / name).write_text("".join(f"{line}\n" for line in lines))
         print(f"{len(lines):6d} captions -> assets/{name}")
 

@@ -184,5 +184,5 @@ def test_the_bundled_captions_are_for_the_bundled_teachers(tiny_sd: Path, tmp_pa
     named = PromptDataModule(str(CAPTIONS), batch_size=4)
     assert named.has_own_prompts and named.describe() == {
         "Prompts": f"8,484 from {CAPTIONS}",
-        "Evaluation captions": "256 of 1,024, the bundled ones, which describe emoji",
+        "Evaluation captions": "1,024, the bundled ones, which describe emoji; validations: others, 256",
     }

@@ -257,10 +257,12 @@ def write_run(run: Path, teacher: Path, **report: Any) -> Path:
         "data": "assets/captions.txt",
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "manifest.json").write_text(json.dumps({"guidance": {"steps_25": 4.5, "student": None}}))
+    judge = {"extractor": "a|clip", "reference": "1,024 real pictures (8ab387d9da6d)"}
     content = {
         "step": 40, "weights": "ema", "model": str(checkpoint),
         "metrics": {
-            "frechet_distance": {"value": 22.401986661, "num_images": 1024, "details": {}},
+            "frechet_distance": {"value": 22.401986661, "num_images": 1024, "details": judge},
             "clip_score": {"value": 0.5291290813, "num_images": 512, "details": {}},
         },
         "teacher_metrics": {"steps_25": {"clip_score": {"value": 0.25, "num_images": 512, "details": {}}}},
@@ -278,9 +280,10 @@ def test_the_card_has_the_runs_metrics_and_configuration(tiny_sd: Path, tmp_path
     run = tmp_path / "runs/mine/version_0"
     card = card_of(write_run(run, tiny_sd), tmp_path / "out")
     assert "of the ema weights at student step 40:" in card
-    assert "| metric | this student | teacher, steps 25 | images |" in card
+    assert "| metric | this student | teacher, 25 steps, guidance 4.5 | images |" in card
     assert "| frechet distance | 22.402 | – | 1024 |" in card
     assert "| clip score | 0.529129 | 0.25 | 512 |" in card
+    assert "- frechet distance: by the features of a\\|clip, against 1,024 real pictures (8ab" in card
     folded = "## Configuration\n\n<details><summary>config.yaml</summary>\n\n```yaml\n"
     config = yaml.safe_load(card.split(folded)[1].split("```")[0])
     assert config == {
@@ -297,7 +300,8 @@ def test_the_card_has_the_runs_metrics_and_configuration(tiny_sd: Path, tmp_path
     card = card_of(run / "checkpoints/last.ckpt", tmp_path / "out")
     body = card.split("---\n", 2)[2].strip()
     assert body.startswith(
-        "![samples](samples.png)\nThe student's one step beside its teacher, after 38 updates."
+        "# out: a text-to-image model of one step\n\n![samples](samples.png)\n"
+        "The student's one step beside its teacher, after 38 updates."
     )
     assert Image.open(tmp_path / "out/samples.png").width == 39
 

@@ -44,7 +44,7 @@ def shown_name(output: Path) -> str:
 def model_card(
     name: str, facts: dict[str, Any], call: str, source: Path, more: RunNotes, load: str = ""
 ) -> str:
-    """The text of README.md: data for the hub, a picture, the snippet that draws one, the facts as a table.
+    """The text of README.md: data for the hub, title, picture, the snippet that draws one, facts as a table.
 
     Args:
         name: what the model is loaded by: the exported folder, or its name on the hub.
@@ -67,6 +67,8 @@ def model_card(
 {_hub_data(facts, source, more.metrics).to_yaml()}
 ---
 
+# {Path(name).name}: a text-to-image model of {count}
+
 {picture}```python
 from diffusers import DiffusionPipeline
 
@@ -75,12 +77,11 @@ image = pipe(prompt="a red apple", {call}).images[0]
 image.save("apple.png")
 ```
 
-# {Path(name).name}: a text-to-image model of {count}
-
 A student distilled from a multi-step diffusion model. {_steps_in_words(steps, facts)}
 always use the numbers of that call (other values give worse pictures), and keep the scheduler of this
 folder, which holds the timestep the student starts from. A negative prompt has no guidance to act by
-there; it acts in cross-attention instead, by the code of the project that trained this model:
+there; it acts in cross-attention instead, by the code of the project that trained this model
+(`one-step-distillation`, which has to be installed for it):
 
 ```python
 from lightning_modules.guidance import negative_prompting
@@ -178,8 +179,10 @@ def _metrics(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
     same = (report.get("step"), report.get("weights")) == (facts["student_steps"], facts["weights"])
     if not same or not report.get("metrics"):
         return _validation(run, facts)
+    manifest = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
     try:
-        table = _table(report["metrics"], report["teacher_metrics"])
+        table = _table(report["metrics"], report["teacher_metrics"], manifest.get("guidance") or {})
+        table += "".join(f"\n- {_cell(line)}" for line in _circumstances(report)) + "\n"
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error!r}. Remove it, or run `fit` again.") from error
     head = f"The run's own evaluation of the {facts['weights']} weights at student step"
@@ -206,13 +209,36 @@ def _validation(run: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
     return f"{head}:\n\n| metric | this student |\n| --- | ---: |\n{rows}", names
 
 
-def _table(metrics: dict[str, Any], teacher: dict[str, Any]) -> str:
-    head = ["metric", "this student", *(f"teacher, {row.replace('_', ' ')}" for row in teacher), "images"]
+def _table(metrics: dict[str, Any], teacher: dict[str, Any], guidance: dict[str, Any]) -> str:
+    head = ["metric", "this student", *(_teacher_row(row, guidance.get(row)) for row in teacher), "images"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, result in metrics.items():
         beside = [_number(results[name]) if name in results else "–" for results in teacher.values()]
         lines.append([_cell(name.replace("_", " ")), _number(result), *beside, str(result["num_images"])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _teacher_row(row: str, guidance: float | None) -> str:
+    steps = row.removeprefix("steps_")
+    scale = "" if guidance is None else f", guidance {guidance:g}"
+    return f"teacher, {steps} {'step' if steps == '1' else 'steps'}{scale}"
+
+
+def _circumstances(report: dict[str, Any]) -> list[str]:
+    """What each number was measured with: network, real pictures, processor."""
+    lines = []
+    for name, result in report["metrics"].items():
+        told = result["details"]
+        if "extractor" in told:
+            real = told.get("reference", "none")
+            beside = "" if real == "none" else f", against {real}"
+            lines.append(f"{name.replace('_', ' ')}: by the features of {told['extractor']}{beside}")
+        elif "device" in told:
+            machine = report.get("environment", {})
+            device = ", ".join(machine.get("gpus") or [machine.get("processor", told["device"])])
+            batch = f"batch {told['batch_size']}"
+            lines.append(f"{name.replace('_', ' ')}: {told['statistic']}, {batch}, {device}")
+    return [*lines, "captions: the evaluation captions of the run's data, a picture each"]
 
 
 def _number(result: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ class StandInData(LightningDataModule):
 
     def __init__(self, captions: list[str] | None = None, size: int = 7) -> None:
         super().__init__()
-        self.eval_captions = CAPTIONS if captions is None else captions
+        self.eval_captions = self.val_captions = CAPTIONS if captions is None else captions
         self.size = size
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -76,13 +76,17 @@ class StandInData(LightningDataModule):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.val_captions)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.eval_captions)
+
+    def _evaluation(self, captions: list[str]) -> DataLoader[Any]:
         places = [*range(self.size), 0]
         batches = []
         for start in range(0, len(places), 3):
             chosen = places[start : start + 3]
             padding = torch.tensor([start + i == self.size for i in range(len(chosen))])
-            prompts = [self.eval_captions[i] for i in chosen]
+            prompts = [captions[i] for i in chosen]
             batches.append({"prompts": prompts, "indices": torch.tensor(chosen), "is_padding": padding})
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-
-    test_dataloader = val_dataloader

@@ -23,6 +23,8 @@ from datamodules.picture_files import Frame
 from tests.callbacks.networks import pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 
+CHOOSING = [f"{caption}, at night" for caption in CAPTIONS]  # of validations
+
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -62,7 +64,9 @@ def fitted(
         patch.setenv("ONE_STEP_CACHE", str(folder / "cache"))
         callback, module = evaluation(tiny_clip, reference), StandIn(tiny_sd)
         run = trainer(folder, callback)
-        run.fit(module, StandInData())
+        data = StandInData()
+        data.val_captions = CHOOSING
+        run.fit(module, data)
     return callback, module, run, folder
 
 
@@ -72,7 +76,7 @@ Fitted = tuple[Evaluation, StandIn, L.Trainer, Path]
 def test_validation_logs_every_picture_once_without_padding(fitted: Fitted, tiny_clip: Path) -> None:
     _, module, run, _ = fitted
     metric = ClipScore().bind(ClipExtractor(tiny_clip))
-    expected = evaluate_model(module.generator.images, CAPTIONS[:7], [metric], 7)["clip_score"]
+    expected = evaluate_model(module.generator.images, CHOOSING[:7], [metric], 7)["clip_score"]
     assert run.callback_metrics["val/clip_score"].item() == pytest.approx(expected["value"], abs=1e-5)
     assert run.callback_metrics["val/frechet_distance"].item() > 0
 

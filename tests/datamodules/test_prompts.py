@@ -1,7 +1,7 @@
 """The order, the sharing and the resuming of prompt streams, and the messages of bad files."""
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from common.errors import UserError
 from datamodules.order import PromptDraws, Texts
 from datamodules.prompts import EvaluationPrompts, PromptDataModule, PromptStream, read_prompts
+from datamodules.sources import CAPTIONS
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 
@@ -157,6 +158,22 @@ def test_validation_and_predict_use_the_first_captions_and_test_all() -> None:
 
     assert places(module.val_dataloader()) == places(module.predict_dataloader()) == [0, 1, 2]
     assert places(module.test_dataloader()) == list(range(10))
+
+
+def test_what_chooses_is_not_what_is_reported_on() -> None:
+    """Bundled captions: the pictures of the two files are others, and no student trains on either."""
+    module = PromptDataModule(batch_size=4)
+    assert (len(module.val_captions), len(module.eval_captions), len(module.val_prompts)) == (371, 1024, 256)
+    files = [set(module.val_captions), set(module.eval_captions), set(read_prompts(CAPTIONS))]
+    assert not any(one & other for one, other in combinations(files, 2))
+    batch = next(iter(module.val_dataloader()))
+    assert batch["prompts"] == module.val_captions[:64]
+    own = PromptDataModule(PROMPTS, 2, eval_captions=PROMPTS, val_captions=["a cup", "a ship"], eval_size=1)
+    assert next(iter(own.val_dataloader()))["prompts"] == ["a cup"]
+    assert next(iter(own.predict_dataloader()))["prompts"] == PROMPTS[:1]
+    assert "validations: others, 1" in own.describe()["Evaluation captions"]
+    with pytest.raises(UserError, match=r"data\.val_captions"):
+        PromptDataModule(PROMPTS, 2, eval_captions=PROMPTS, eval_size=2, val_captions=["a", ""])
 
 
 def test_bad_settings() -> None:
