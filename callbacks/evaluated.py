@@ -15,9 +15,11 @@ from lightning_modules.diffusion.steps import Steps
 
 
 class Generator(Protocol):
-    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt, from one seed for each."""
+    """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt and seed; in fewer of its steps, too."""
 
     def images(self, prompts: list[str], seeds: list[int]) -> Tensor: ...
+
+    def taking(self, count: int) -> AbstractContextManager[None]: ...
 
 
 class Parts(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluated import as_student, evaluating, evaluation_captions, evaluation_set
+from callbacks.evaluated import Student, as_student, evaluating, evaluation_captions, evaluation_set
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
@@ -21,6 +21,7 @@ from common.hashing import hash_texts
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
 from lightning_modules.networks.model_names import asset_path
+from reports.run_report import student_row
 
 Guidance = dict[str, float | None]
 
@@ -32,6 +33,7 @@ class FinalResults:
     Attributes:
         step: student updates done. ``weights``: "ema" or "online".
         metrics: results of the student; ``teacher_metrics``: of each of the teacher's rows, if it was asked.
+        fewer_steps: of a student of several steps, results in 1 and 2 of them (``steps_1``, ``steps_2``).
         manifest: what a comparable measurement must share with this one.
     """
 
@@ -40,6 +42,7 @@ class FinalResults:
     metrics: Results = field(default_factory=dict)
     teacher_metrics: dict[str, Results] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    fewer_steps: dict[str, Results] = field(default_factory=dict)
 
 
 class Evaluation(Callback):
@@ -194,17 +197,24 @@ class Evaluation(Callback):
         drawn = evaluation_set(trainer, self.final_size, self.seed, self.frame)
         place_metrics(self.metrics, trainer.strategy.root_device)
         with evaluating(trainer, module) as weights:
-            draw = student.generator.images
-            metrics = measure_set(draw, drawn, self.metrics, self.batch_size, "student, 1 step")
-            metrics["milliseconds_per_image"] = milliseconds_per_image(
-                draw, drawn.captions, self.timing_batch_size
-            )
+            count, fewer = len(student.steps), {}
+            metrics = self._student_row(student, drawn, count)
+            for less in (1, 2):
+                if less < count:
+                    with student.generator.taking(less):
+                        fewer[f"steps_{less}"] = self._student_row(student, drawn, less)
             rows = self._teacher_rows(trainer, student.parts.path, drawn) if self.teacher_rows else {}
         guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
         manifest = self.manifest(trainer, len(drawn), self.seed, guidance, weights)
-        self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest)
+        self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest, fewer)
         self._log_final(trainer, self.final)
         return self.final
+
+    def _student_row(self, student: Student, drawn: EvaluationSet, steps: int) -> Results:
+        draw = student.generator.images
+        found = measure_set(draw, drawn, self.metrics, self.batch_size, student_row(steps).lower())
+        found["milliseconds_per_image"] = milliseconds_per_image(draw, drawn.captions, self.timing_batch_size)
+        return found
 
     def _teacher_rows(self, trainer: Trainer, path: str, drawn: EvaluationSet) -> dict[str, Results]:
         rank_zero_info("Measuring the teacher (values are cached, times are taken on this machine) ...")

@@ -210,7 +210,7 @@ def publish(
     report = make_report(
         subject, found.metrics, facts | manifest, timing, pictures, machine=machine,
         seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
-        teacher=found.teacher_metrics, curves=curves,
+        teacher=found.teacher_metrics, fewer_steps=found.fewer_steps, curves=curves,
         row=student_row(len(student.steps)) + ("" if is_finished else ", at its last validation"),
     )  # fmt: skip
     path = write_report(report, folder)

@@ -79,7 +79,8 @@ def run(options: Options) -> None:
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
         write_pictures(model, jobs, options.seed, guidance, options.negative_prompt, folder)
-    print(f"{len(jobs)} pictures in {options.output}, all in {options.output / GRID}")
+    drawn = f"{len(jobs)} pictures" if len(jobs) > 1 else "1 picture"
+    print(f"{drawn} in {options.output}, all in {options.output / GRID}")
 
 
 def read_prompts(options: Options) -> list[str]:

@@ -71,6 +71,16 @@ class OneStepGenerator(nn.Module):
         """T."""
         return self.steps.start
 
+    @contextmanager
+    def taking(self, count: int) -> Iterator[None]:
+        """Only so many of the steps inside (see `Steps.fewer`)."""
+        whole = self.steps
+        self.steps = whole.fewer(count)
+        try:
+            yield
+        finally:
+            self.steps = whole
+
     @property
     def device(self) -> torch.device:
         """Where the student is."""

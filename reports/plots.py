@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -140,8 +141,8 @@ def line_figure(
     for i, one in enumerate(series):
         _add_curve(figure, one, i if one.number is None else one.number, most)
     ends = [min(xs), max(xs)] if max(xs) > min(xs) else [xs[0] - 1, xs[0] + 1]
-    for name, value in levels.items():
-        line = {"color": _LEVEL, "dash": "dash", "width": 1.5}
+    for (name, value), dash in zip(levels.items(), cycle(("dash", "dot", "dashdot")), strict=False):
+        line = {"color": _LEVEL, "dash": dash, "width": 1.5}
         figure.add_scatter(x=ends, y=[value, value], name=name, mode="lines", line=line)
     logarithmic = min(heights) > 0 and max(heights) / min(heights) > 300
     names = len(series) + len(levels)

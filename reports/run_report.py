@@ -57,10 +57,12 @@ def steps_in_words(row: str) -> str:
 
 
 def result_rows(report: Report) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of the table: the teacher's, the longest first, and what was measured."""
+    """The rows of the table: the teacher's, the longest first, the student's in fewer steps, and its own."""
     teacher = report.content["teacher_metrics"]
     ordered = sorted(teacher, key=lambda row: -int(row.removeprefix("steps_")))
     rows = [(row_title(row, report), teacher[row]) for row in ordered]
+    fewer = report.content.get("student_metrics", {})
+    rows += [(student_row(int(row.removeprefix("steps_"))), fewer[row]) for row in sorted(fewer)]
     return [*rows, (report.row, report.content["metrics"])]
 
 
@@ -183,17 +185,18 @@ def findings(report: Report) -> list[str]:
             (slow_least, slow_most), (fast_least, fast_most) = spreads
             speed += f" ({slow_least / fast_most:.3g} to {slow_most / fast_least:.3g})"
         said.append(_verdict(slow > fast) + speed)
-    if "frechet_distance" in student and "frechet_distance" in single:
-        ratio = student["frechet_distance"]["value"] / max(single["frechet_distance"]["value"], 1e-12)
-        said.append(
-            _verdict(ratio < 1) + f"Fréchet distance {100 * ratio:.0f} % of the teacher's in one step"
-        )
+    for name, row in (("one step", single), (f"{several.removeprefix('steps_')} steps", many)):
+        if "frechet_distance" in student and "frechet_distance" in row:
+            own, other = student["frechet_distance"]["value"], row["frechet_distance"]["value"]
+            ratio = own / max(other, 1e-12)
+            text = f"Fréchet distance {own:.3g}, {ratio:.2f} times the teacher's in {name} ({other:.3g})"
+            said.append(_verdict(ratio < 1) + text)
     if "clip_score" in student and "clip_score" in many and "clip_score" in single:
         gap = many["clip_score"]["value"] - single["clip_score"]["value"]
         if gap > 0:
             closed = (student["clip_score"]["value"] - single["clip_score"]["value"]) / gap
-            text = f"{100 * closed:.0f} % of the teacher's CLIP-score gap between one and many steps closed"
-            said.append(_verdict(closed > 0) + text)
+            text = f"CLIP score has closed {100 * closed:.0f} % of the gap between the teacher's one"
+            said.append(f"{_verdict(closed > 0)}{text} and many steps")
     return said
 
 

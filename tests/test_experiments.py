@@ -31,7 +31,8 @@ def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: 
     """All settings but models, prompts and the batch are the file's own."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
     family = name.split("_")[0]
-    teacher = backbone_folder(family if family in ("sdxl", "pixart") else "sd15")
+    likes = {"emoji": "sd15", "own": "sd15", "sd21": "sd15", "sd35": "sd3"}
+    teacher = backbone_folder(likes.get(family, family))
     prompts = json.dumps([f"a red cat {number}" for number in range(4)])
     options = ["--config", "configs/data/own_prompts.yaml"] if name in RECIPES else []
     options += [

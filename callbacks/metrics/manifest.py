@@ -23,6 +23,7 @@ def make_report(
     machine: Mapping[str, Any],
     seeds: str,
     teacher: Mapping[str, Results] | None = None,
+    fewer_steps: Mapping[str, Results] | None = None,
     curves: Path | None = None,
     evaluation_set: EvaluationSet | None = None,
     row: str = "Student, 1 step",
@@ -32,6 +33,7 @@ def make_report(
     Args:
         subject: what was measured: ``experiment``, ``step``, ``weights``, ``model``, ``config_path``.
         results: by metric; ``teacher``: the same for each of the teacher's rows.
+        fewer_steps: the same for the student in fewer of its steps.
         manifest: what a comparable measurement must share.
         timing: where the time went. ``machine``: accelerator, processes and more.
         pictures: titles to PNG files; ``curves``: a metrics.csv.
@@ -48,6 +50,8 @@ def make_report(
         "command": command_line(),
         "commit": commit(),
     }
+    if fewer_steps:
+        content["student_metrics"] = dict(fewer_steps)
     rows = [] if evaluation_set is None else published_rows(told, evaluation_set)
     published = tuple((name, row.model, row.values[name], row.source) for name, row in rows)
     return Report(content, dict(manifest), dict(pictures), curves, row, published)

@@ -40,6 +40,9 @@ class SiDLSG(Objective):
 
     Sums run over the values of a sample, means over the batch, as in the official code.
 
+    Zero-CFG (few-step SiD, arXiv 2505.12674) is κ4 = 1 and κ1 = κ2,3 = 0, a fake score without text; Anti-CFG
+    has κ1 and κ2,3 below 0.
+
     With a discriminator both have an adversarial term more (SiDA, arXiv 2410.14919): it needs real pictures.
 
     Where this differs from the official code:

@@ -21,6 +21,7 @@ from callbacks.report import RunReport, StepTimer, sample_pictures
 from callbacks.samples import SampleGrid
 from callbacks.stage_report import StageReport
 from common.environment import peak_memory_gib
+from lightning_modules.diffusion.steps import Steps
 from reports.html import figure_json
 from reports.plots import Series, grouped, line_figure, read_series, thinned
 from reports.run_report import Report, findings, render_text_table
@@ -102,6 +103,27 @@ def test_a_run_of_one_step_leaves_a_whole_report(
     assert "samples/step_1.png" in (folder / "report.md").read_text()
     assert "fewer than 8 x 16" in (folder / "report.html").read_text()
     assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_a_student_of_several_steps_has_rows_for_fewer(
+    tiny_sd: Path,
+    tiny_clip: Path,
+    reference: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    module = StandIn(tiny_sd)
+    module.steps = module.generator.steps = Steps((999, 749, 499, 249))
+    trainer(tmp_path, RunReport(), evaluation(tiny_clip, reference), max_steps=1).fit(module, StandInData())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == KEYS | {"student_metrics"} and set(report["student_metrics"]) == {
+        "steps_1",
+        "steps_2",
+    }
+    rows = [report["student_metrics"]["steps_1"], report["student_metrics"]["steps_2"], report["metrics"]]
+    assert len({row["frechet_distance"]["value"] for row in rows}) == 3
+    text = (tmp_path / "report.md").read_text()
+    places = [text.index(f"Student, {steps}") for steps in ("1 step", "2 steps", "4 steps")]
+    assert places == sorted(places) and len(module.generator.steps) == 4
 
 
 def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
@@ -205,8 +227,9 @@ def made_report(**changes: Any) -> Report:
 
 def test_findings_and_table() -> None:
     found = " | ".join(findings(made_report()))
-    assert "Better: 25 times as fast" in found and "Better: 75 % of" in found
-    assert "Better: Fréchet distance 25 % of the teacher's in one step" in found
+    assert "Better: 25 times as fast" in found and "Better: CLIP score has closed 75 % of" in found
+    assert "Better: Fréchet distance 10, 0.25 times the teacher's in one step (40)" in found
+    assert "Worse: Fréchet distance 10, 2.00 times the teacher's in 25 steps (5)" in found
     worse = made_report()
     for name, value in (("frechet_distance", 80), ("clip_score", 0.05)):
         worse.content["metrics"][name]["value"] = value
@@ -217,11 +240,12 @@ def test_findings_and_table() -> None:
         row["milliseconds_per_image"]["details"]["spread"] = ends
     assert findings(worse) == [
         "Better: 25 times as fast as the teacher in 25 steps (18 to 55)",
-        "Worse: Fréchet distance 200 % of the teacher's in one step",
-        "Worse: -25 % of the teacher's CLIP-score gap between one and many steps closed",
+        "Worse: Fréchet distance 80, 2.00 times the teacher's in one step (40)",
+        "Worse: Fréchet distance 80, 16.00 times the teacher's in 25 steps (5)",
+        "Worse: CLIP score has closed -25 % of the gap between the teacher's one and many steps",
     ]
     page = render_html(worse)
-    assert page.count('<li class="worse">') == 2 and page.count('<li class="better">') == 1
+    assert page.count('<li class="worse">') == 3 and page.count('<li class="better">') == 1
     lines = render_text_table(made_report()).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "Teacher, 25 steps, guidance 4.5", "Teacher, 1 step", "Student, 1 step",

@@ -96,6 +96,20 @@ def test_a_is_the_weight_of_the_squared_difference(make_scores: Any, text: Text)
     torch.testing.assert_close(values[1] - values[0], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_zero_cfg_is_a_fake_score_without_text(make_scores: Any, text: Text) -> None:
+    """Both losses are those of a fake score that is asked with the empty text alone."""
+    values, x0 = torch.tensor([-1.0, 0.0, 1.0, 2.0]), torch.randn(4, 2, 4, 4)
+    zero = SiDLSG(0.0, fake_guidance=0.0, teacher_guidance=1.0, prompt_dropout=0.0)
+    plain = SiDLSG(1.0, fake_guidance=1.0, teacher_guidance=1.0)
+    for role in ("student", "fake_score"):
+        losses = []
+        for objective, shift in ((zero, 0.7), (plain, 0.0)):  # a shift by the text of zero: there is none
+            scores = make_scores(real=(1.0, 0.5, 0.0), fake=(-0.5, 1.5, shift))
+            sample = StudentSample(x0, text(values))
+            losses += objective.loss(role, sample, scores, StepRandom(0, 0, torch.arange(4))).losses.values()
+        torch.testing.assert_close(losses[0], losses[1])
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_fake_score_loss(make_scores: Any, text: Text, kind: str, schedule: NoiseSchedule) -> None:
     """At κ1, by the noise or by v with weight SNR / (SNR + 1), summed over a sample's values."""
