@@ -1,10 +1,12 @@
 """Several processes are one: gradients, losses, checkpoints and the order of prompts."""
 
+import copy
 import errno
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
 from lightning_modules.checkpoints import read
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.networks.student import load_student
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
 from tests.distributed_runs import run_processes
-from tests.tiny_distillation import PROMPTS, Pull, distillation, trainer
+from tests.tiny_distillation import PROMPTS, Hooks, Pull, distillation, fit, trainer
 
 BATCH = 6
 STEPS = 2
@@ -233,6 +237,65 @@ def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> 
     one, ranks = notes(tmp_path / "one"), [notes(fsdp, rank) for rank in (0, 1)]
     assert relative_distance(ranks[0]["weights"], ranks[1]["weights"]) == 0
     assert_same_numbers(one, ranks[0], 1e-4)
+
+
+class ThreeCopies(ScoreModels):
+    """The fake score's adapter on frozen weights of its own, not the teacher's."""
+
+    def __init__(self, base: torch.nn.Module, *settings: Any) -> None:
+        super().__init__(copy.deepcopy(base), *settings)
+        self.untouched = base.requires_grad_(False).eval()
+
+    @contextmanager
+    def teacher_network(self) -> Iterator[torch.nn.Module]:
+        yield self.untouched
+
+    def networks(self) -> list[torch.nn.Module]:
+        return [*super().networks(), self.untouched]
+
+
+def test_three_roles_on_one_base_are_three_copies_in_two_processes(
+    backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same losses for 20 steps; without and with gradient checkpointing, under DDP and in shards."""
+    teacher = backbone_folder("sd3")
+
+    def losses(strategy: Any, copies: bool = False, checkpointing: bool = False) -> list[dict[str, float]]:
+        lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_k"], share_base=not copies)
+        module = distillation(
+            teacher, student_lora=lora, start_timestep=999, gradient_checkpointing=checkpointing,
+            student=sgd(20.0), fake_score=sgd(20.0), ema_decay=None,
+        )  # fmt: skip
+        found: list[dict[str, float]] = []
+
+        def note(m: OneStepDistillation) -> None:
+            logged = m.trainer.callback_metrics.items()
+            found.append({n: float(x) for n, x in logged if n.startswith(("train/", "gradient_norm/"))})
+
+        with pytest.MonkeyPatch.context() as patch:
+            if copies:
+                patch.setattr("lightning_modules.build.ScoreModels", ThreeCopies)
+            fit(module, tmp_path, 20, Hooks(after_step=note), batch_size=2, strategy=strategy, devices=2)
+        if copies:
+            assert isinstance(module.scores, ThreeCopies)
+        elif strategy == "ddp":
+            inside = {id(p) for p in module.scores.base.parameters()}
+            assert module.student is not None
+            assert all(id(p) in inside for p in module.student.parameters() if not p.requires_grad)
+        return found
+
+    def work() -> None:
+        for strategy in ("ddp", FullySharded):
+            ways = [(True, False), (False, True)]  # three copies, and shared with checkpointing
+            ways += [(False, False)] if strategy == "ddp" else []  # shards take long
+            runs = [losses(strategy if isinstance(strategy, str) else strategy(), *way) for way in ways]
+            assert runs[0][0]["gradient_norm/student"] == 0 and runs[0][-1]["gradient_norm/student"] > 1e-5
+            for run in runs[1:]:
+                assert len(run) == 20
+                for ours, expected in zip(run, runs[0], strict=True):
+                    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+    run_processes(2, work, tmp_path / "log")
 
 
 @pytest.fixture(scope="module")
