@@ -26,6 +26,7 @@ from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
 from lightning_modules.networks.model_names import is_bundled, lasting_name
+from lightning_modules.networks.quantized import quantize_frozen
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -81,7 +82,8 @@ class OneStepDistillation(L.LightningModule):
         gradient_checkpointing: recompute activations of the trained networks in the backward pass: takes less
             memory and more time.
         frozen_weights: type of weights that are not trained: float32, bfloat16, or auto: bfloat16 where a
-            bf16-mixed run is on an accelerator, unless in shards.
+            bf16-mixed run is on an accelerator, unless in shards. 8bit, 4bit (bitsandbytes): linear layers in
+            the blocks of teacher and LoRA student, the rest as in auto; an export has whole weights.
         decode_slice: most pictures that an autoencoder takes at once; fewer need less memory.
         prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
             text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
@@ -115,7 +117,7 @@ class OneStepDistillation(L.LightningModule):
         pair_regression: PairRegression | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
-        frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto",
+        frozen_weights: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = "auto",
         decode_slice: int = 16,
         prompt_cache: str | None = None,
         compile: bool | str = False,
@@ -216,11 +218,12 @@ class OneStepDistillation(L.LightningModule):
             return
         if self.compile_mode:
             check_negative_scale(self.objective, self.seed)
-        built = build_networks(self.network_settings, self.objective)
+        trainer = self._trainer
+        in_shards = trainer is not None and isinstance(trainer.strategy, FullySharded)
+        built = build_networks(replace(self.network_settings, in_shards=in_shards), self.objective)
         self.parts, self.student, self.student_base = built.parts, built.student, built.student_base
         self.scores, self.generator, self.networks = built.scores, built.generator, built.networks
         self.objective.mean = mean_over_processes
-        trainer = self._trainer
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)
             if trainer is not None:
@@ -229,10 +232,14 @@ class OneStepDistillation(L.LightningModule):
         judges = [] if self.image_terms is None else [self.image_terms]
         for part in (self.generator, *judges):
             part.decoder.slice_size = self.decode_slice  # type: ignore[union-attr]
-        cast_frozen([self.scores, self.generator, *judges], frozen_dtype(trainer, self.frozen_weights))
         trained = [self.student, *self.scores.networks()]
+        dtype = frozen_dtype(trainer, self.frozen_weights)
+        if self.frozen_weights in ("8bit", "4bit"):
+            quantize_frozen(trained, int(self.frozen_weights[0]))
+        cast_frozen([self.scores, self.generator, *judges], dtype)
         if trainer is not None and isinstance(trainer.strategy, FullySharded):
-            shard_networks(trained, trainer.strategy.device_mesh["data_parallel"])
+            mesh = trainer.strategy.device_mesh["data_parallel"]
+            shard_networks(trained, mesh, self.parts.weights)
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None
         self._compiled = CompiledNetworks(trained, self.compile_mode)
         self._sampler = StudentSampler(

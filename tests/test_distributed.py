@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,11 +28,16 @@ from common.hashing import hash_tensors
 from datamodules.prompts import PromptDataModule
 from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
+from lightning_modules.build import Built, NetworkSettings, build_networks
 from lightning_modules.checkpoints import read
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings
 from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.networks.student import load_student
+from lightning_modules.networks.weight_files import WeightFiles
+from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
 from tests.distributed_runs import run_processes
@@ -224,6 +231,59 @@ def test_shards_are_ddp(lora: str, tiny_sd: Path, tmp_path: Path) -> None:
     ddp = tmp_path / "ddp"
     run_processes(2, lambda: train(tiny_sd, ddp, strategy="ddp", devices=2, **settings), tmp_path / "log")
     assert_same_numbers(notes(ddp), notes(tmp_path / "fsdp"), 1e-4)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_shards_from_the_files_are_those_of_whole_networks(
+    adapters: bool, backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Bit for bit; no process reads more of a weight than its share, nor holds the network at any time."""
+    lora = LoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v"])
+    settings = NetworkSettings(
+        str(backbone_folder("sd3")), Steps((999,)), lora if adapters else None, None,
+        StudentLoraSettings(rank=2, alpha=4.0) if adapters else None, None, False,
+    )  # fmt: skip
+    read: list[Tensor] = []
+
+    def build(in_shards: bool) -> Built:
+        torch.manual_seed(0)
+        built = build_networks(replace(settings, in_shards=in_shards), SwiftBrush())
+        networks = [built.student, *built.scores.networks()]
+        own = [p for n in networks for name, p in n.named_parameters() if "lora_" not in name]
+        assert all(p.is_meta is in_shards for p in own)
+        parallel.shard_networks(networks, mesh, built.parts.weights)
+        return built
+
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        nonlocal mesh
+        mesh = init_device_mesh("cpu", (2,))
+        whole = build(False)
+        with pytest.MonkeyPatch.context() as patch:
+            rows = WeightFiles.rows
+            patch.setattr(WeightFiles, "rows", lambda *given: read.append(rows(*given)) or read[-1])
+            ours = build(True)
+        assert ours.student_base == whole.student_base
+        pairs = [(ours.student, whole.student), (ours.scores, whole.scores)]
+        for one, other in pairs:
+            expected = dict(other.named_parameters())
+            for name, parameter in one.named_parameters():
+                assert parameter.requires_grad is expected[name].requires_grad
+                assert torch.equal(parameter.to_local(), expected[name].to_local()), name  # type: ignore[operator]
+        # each network's share, which is half of it and what can't be halved
+        size = sum(p.numel() for p in load_parts(settings.teacher).denoiser.parameters())
+        assert 0.5 <= sum(x.numel() for x in read) / (len(ours.scores.networks()) + 1) / size < 0.52
+        x, t = torch.randn(1, *ours.parts.latent_shape), torch.tensor([500])
+        outputs = [
+            network(x, t, built.generator.prompt_encoder.encode(["a cat"])).epsilon
+            for built in (ours, whole) for network in (built.networks.student, built.networks.fake_score)
+        ]  # fmt: skip
+        assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+        outputs[0].sum().backward()
+        assert any(p.grad is not None for p in ours.student.parameters())
+
+    mesh: Any = None
+    run_processes(2, work, tmp_path / "log")
 
 
 def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> None:
