@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -91,18 +92,22 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [(-1, name)]
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """An RGB picture.
+
+    Args:
+        source: a file, or its content.
+        name: of the content, for errors.
 
     Raises:
         UserError: the file is damaged or no picture; it is named.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return _eight_bits(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"the picture {path} can't be read: {first_line(error)}; repair or remove it"
+            f"the picture {name or source} can't be read: {first_line(error)}; repair or remove it"
         ) from error
 
 

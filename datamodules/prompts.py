@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from common.errors import UserError, check_range
 from common.files import ROOT
 from datamodules.order import PromptDraws, derived_seed
-from datamodules.real_pictures import RealPictures, RealPictureSource
+from datamodules.picture_datasets import PictureDataset, holds_dataset
+from datamodules.real_pictures import RealPictures, RealPictureSource, RealSource
 from datamodules.sources import Cleaning, PromptPools, listed_prompts
 from datamodules.tables import read_texts
 from datamodules.teacher_samples import TeacherSamples
@@ -267,7 +268,7 @@ class PromptDataModule(LightningDataModule):
             if self.real is not None:
                 self.real.places(*self._process)
 
-    def real_pictures(self, side: int, codec: Callable[[], str]) -> RealPictureSource | TeacherSamples | None:
+    def real_pictures(self, side: int, codec: Callable[[], str]) -> RealSource | None:
         """The source of pictures, squares of ``side`` pixels, or of latents; None where `real` isn't set.
 
         Args:
@@ -275,8 +276,11 @@ class PromptDataModule(LightningDataModule):
         """
         if self.real is None:
             return None
-        is_samples = self.real.captions is None
-        return TeacherSamples(self.real, codec()) if is_samples else RealPictureSource(self.real, side)
+        if self.real.captions is not None:
+            return RealPictureSource(self.real, side)
+        if holds_dataset(self.real.folder):
+            return PictureDataset(self.real, side)
+        return TeacherSamples(self.real, codec())
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The endless training stream, from the position reached so far."""

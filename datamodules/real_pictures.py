@@ -7,6 +7,7 @@ the global batch, so it doesn't depend on the number of processes and nothing ha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ class RealPictures:
     """Pictures with captions, with which a training is no longer image-free; or samples of the teacher.
 
     Attributes:
-        folder: of the pictures, or one that draw-teacher wrote.
+        folder: of the pictures; or of WebDataset's tars, of Parquet with pictures in it, a saved dataset; or
+            one that draw-teacher wrote.
         captions: file of captions: a table (JSON Lines, CSV …) with a column caption, prompt or text, or one
-            caption a line; null: the folder holds samples of the teacher, which have their captions.
+            caption a line; null: the folder's files hold the captions, too.
+        caption_column: of tars (txt, or json.NAME), Parquet and datasets; null: the usual one.
         file_column: the table's column of file names; null: its only one called file, file_name or image, or
             what COCO's annotations say; without any the pictures in the order of their names.
         batch_size: pictures per student update, over all processes.
@@ -32,6 +35,7 @@ class RealPictures:
     folder: str
     captions: str | None = None
     file_column: str | None = None
+    caption_column: str | None = None
     batch_size: int = 4
 
     def __post_init__(self) -> None:
@@ -52,6 +56,28 @@ class RealPictures:
             )
         first = (rank * passes + at) * share
         return torch.arange(first, first + share)
+
+
+class RealSource(Protocol):
+    """Where a student update's pictures come from."""
+
+    settings: RealPictures
+
+    @property
+    def notice(self) -> str:
+        """What a run prints at its start."""
+
+    @property
+    def trained_on(self) -> str:
+        """What checkpoint and model card say."""
+
+    def take(self, uniform: Tensor) -> tuple[Tensor, list[str], list[int] | None]:
+        """Draw a picture for each random number in [0, 1), float [b], those of `RealPictures.places`.
+
+        Returns:
+            Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, or latents [b, C, h, w]; their
+            captions; and the seeds of latents.
+        """
 
 
 class RealPictureSource:
@@ -86,15 +112,7 @@ class RealPictureSource:
         return f"prompts and {len(self.files)} captioned pictures, so not image-free"
 
     def take(self, uniform: Tensor) -> tuple[Tensor, list[str], None]:
-        """Draw a picture for each random number.
-
-        Args:
-            uniform: numbers in [0, 1), float [b], those of the `RealPictures.places` of a process.
-
-        Returns:
-            Pictures, float32 [b, 3, side, side] in [0, 1] on the CPU, their captions, and no seeds.
-
-        """
+        """Pictures; see `RealSource`."""
         chosen = (uniform.double() * len(self.files)).long().tolist()
         pictures = read_pictures([self.files[i] for i in chosen], self.frame)
         return torch.stack(pictures), [self.captions[i] for i in chosen], None

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError, check_range
 from common.hashing import hash_tensors
 from common.processes import from_every_rank
-from datamodules.real_pictures import RealPictureSource
-from datamodules.teacher_samples import TeacherSamples
+from datamodules.real_pictures import RealSource
 from lightning_modules.batch import Part, cut
 from lightning_modules.build import NetworkSettings, build_networks, check_turns
 from lightning_modules.compiling import CompiledNetworks
@@ -155,7 +154,7 @@ class OneStepDistillation(L.LightningModule):
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
         self.student: nn.Module | None = None
         self.image_terms: ImageTerms | None = None
-        self.real_pictures: RealPictureSource | TeacherSamples | None = None
+        self.real_pictures: RealSource | None = None
         self.ema: StudentEMA | None = None
 
     @property
@@ -246,7 +245,7 @@ class OneStepDistillation(L.LightningModule):
             self.student, self.networks.student, self.networks.schedule, self.steps, self.parts.latent_shape
         )
 
-    def _real_pictures(self) -> RealPictureSource | TeacherSamples | None:
+    def _real_pictures(self) -> RealSource | None:
         """The stream of real pictures; None where nothing needs them, or outside a training.
 
         Raises:

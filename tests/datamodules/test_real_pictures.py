@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
 from common.errors import UserError
+from datamodules.picture_datasets import PictureDataset
 from datamodules.prompts import PromptDataModule
 from datamodules.real_pictures import RealPictures, RealPictureSource
 
@@ -104,3 +108,79 @@ def test_they_are_a_key_of_the_data(settings: RealPictures) -> None:
     with pytest.raises(UserError, match="multiple of the 2 processes"):
         module.setup("fit")
     assert PromptDataModule(**given).real_pictures(4, no_codec) is None
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (24, 20)) -> bytes:
+    """A picture whose sides, which the crop cuts off, are white."""
+    image, content = Image.new("RGB", size, (255, 255, 255)), io.BytesIO()
+    image.paste(colour, (2, 0, size[0] - 2, size[1]))
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def packed(kind: str, folder: Path, captions: list[str]) -> str | None:
+    """A folder of pictures, one a caption, i-th colour (40 i, 10, 200); returns the column to name."""
+    folder.mkdir()
+    contents = [jpeg((40 * i, 10, 200)) for i in range(len(captions))]
+    if kind == "webdataset":
+        for shard in range(2):  # every other sample
+            files = {}
+            for i in range(shard, len(captions), 2):
+                files |= {f"{i}.png": contents[i], f"{i}.txt": captions[i].encode()}
+            tar(folder / f"{shard}.tar", files)
+        return None
+    if kind == "webdataset, json":
+        files = {}
+        for i, text in enumerate(captions):
+            files |= {f"{i}.png": contents[i], f"{i}.json": json.dumps({"id": i, "long": text}).encode()}
+        tar(folder / "all.tar", files)
+        return "json.long"
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": contents, "caption": captions}, features=features)
+    if kind == "parquet":
+        rows.to_parquet(folder / "all.parquet")
+    else:
+        rows.save_to_disk(folder)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "webdataset, json", "parquet", "saved"])
+def test_packed_pictures(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each picture comes with its own caption, cropped as those of a folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    names = [f"cup {i}" for i in range(5)]
+    column = packed(kind, tmp_path / "pictures", names)
+    settings = RealPictures(str(tmp_path / "pictures"), caption_column=column)
+    source = PromptDataModule(real=settings).real_pictures(8, no_codec)
+    assert isinstance(source, PictureDataset) and "sees 5 captioned pictures" in source.notice
+    pictures, captions, seeds = source.take(torch.tensor([0.0, 0.21, 0.5, 0.7, 1 - 2**-24]))
+    assert sorted(captions) == names and seeds is None and pictures.shape == (5, 3, 8, 8)
+    for picture, text in zip(pictures, captions):
+        colour = torch.tensor([40 * int(text[-1]), 10, 200]) / 255
+        assert torch.equal(picture, colour[:, None, None].expand(-1, 8, 8))
+
+
+def test_packed_pictures_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    packed("parquet", tmp_path / "pictures", ["a cup", "", "a tree"])
+    settings = RealPictures(str(tmp_path / "pictures"))
+    with pytest.raises(UserError, match="row 2 has no text in column 'caption'"):
+        PictureDataset(settings, 8).take(torch.tensor([0.5]))
+    with pytest.raises(UserError, match="its 3 rows have image, caption, of them pictures: image"):
+        PictureDataset(RealPictures(settings.folder, caption_column="words"), 8)
+    (tmp_path / "cut").mkdir()
+    tar(tmp_path / "cut" / "0.tar", {"0.png": jpeg((0, 0, 0))[:60], "0.txt": b"a cup"})
+    with pytest.raises(UserError, match="cut, row 1 can't be read"):
+        PictureDataset(RealPictures(str(tmp_path / "cut")), 8).take(torch.tensor([0.5]))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(UserError, match="can't be read.*fetch or save the files again"):
+        PictureDataset(RealPictures(str(tmp_path / "broken")), 8)
