@@ -250,7 +250,7 @@ def test_flux2_by_its_makers_names(tmp_path: Path) -> None:
         "to_v",
         "add_k_proj",
         "to_out.0",
-        "attn.to_out",
+        "single_transformer_blocks.0.attn.to_out",
         "to_qkv_mlp_proj",
         "linear_in",
         "x_embedder",

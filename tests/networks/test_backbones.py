@@ -359,7 +359,7 @@ def test_features_of_transformers_for_a_discriminator(name: str, layer: str, bac
         guided = built.networks.teacher(x, t, condition, 3.0, features=[layer]).features[layer]
         # of the picture; Z-Image has its text behind, padded to the longest
         same = slice(16) if name == "zimage" else slice(None)
-        torch.testing.assert_close(guided[:, same], features[:, same])
+        torch.testing.assert_close(guided[:, same], features[:, same], rtol=1e-4, atol=1e-4)
     logits = discriminator.logits(x, t, condition, built.networks)
     assert logits.shape == (2, 1)
     (gradient,) = torch.autograd.grad(logits.sum(), x)
