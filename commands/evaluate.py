@@ -30,6 +30,7 @@ from callbacks.metrics.manifest import make_report, seeds_in_words, set_manifest
 from callbacks.metrics.measure import Results, Seconds, measure_pictures
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
 from callbacks.metrics.unfinished import Unfinished
+from commands.judge_layouts import LAYOUTS, check_layout, write_layout
 from commands.kept_pictures import KeptPictures
 from commands.options import Count, Guidance, Scale
 from commands.quiet import quieten
@@ -50,7 +51,7 @@ CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfi
 KIND = "evaluation"
 """Marks the manifests of this command."""
 _FILES = {"manifest.json", "report.json", "report.md", "report.html", "metrics.csv"}
-_FILES |= {CONFIG, GRID, IMAGES, UNFINISHED, LOCK}
+_FILES |= {CONFIG, GRID, IMAGES, UNFINISHED, LOCK, *LAYOUTS}
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,7 @@ class Options:
         reference: folder of real pictures, or a file of statistics
         inception: Inception network's file or folder, for fid
         hps: HPSv2 weights (file), for hpsv2
+        judges: folder of the weights of other judges (judges/ in the user's cache folder)
         scoring_clip: CLIP folder of metrics that name no network
         output: folder to write
         steps: network steps (those the model was trained for; 1 of a multi-step model)
@@ -78,6 +80,7 @@ class Options:
         count: only the first N captions: a few-sample variant
         batch_size: pictures per pass and process
         save_images: keep all pictures in images/
+        layout: beside images/, a folder as a benchmark's own script reads it (with --save-images true)
         save_every: pictures between two savings, to continue from; 0 is none
         min_reference: least number of real pictures (the protocol's for a whole set, else 2)
         skip_corrupt: leave out real pictures that can't be read, with a warning
@@ -94,6 +97,7 @@ class Options:
     reference: str | None = None
     inception: str | None = None
     hps: str | None = None
+    judges: str | None = None
     scoring_clip: str | None = None
     output: Path
     steps: PositiveInt | None = None
@@ -108,6 +112,7 @@ class Options:
     count: Count | None = None
     batch_size: PositiveInt = 64
     save_images: bool = False
+    layout: Literal["geneval", "geneval2", "dpg_bench"] | None = None
     save_every: NonNegativeInt = 1000
     min_reference: Count | None = None
     skip_corrupt: bool = False
@@ -124,7 +129,9 @@ class Options:
             raise UserError("--images needs --captions F: a caption for each picture")
         if self.images is not None and self.save_images:
             raise UserError("--save-images has no effect on existing pictures; leave it out")
-        if not self.metrics:
+        if self.layout is not None and not self.save_images:
+            raise UserError("--layout needs --save-images true: it arranges the pictures that are kept")
+        if not self.metrics and self.layout is None:
             raise UserError("the configuration names no metrics; see configs/eval/")
         refuse_repeated(self.metrics)
 
@@ -140,6 +147,8 @@ def run(options: Options) -> None:
         output = check_output_folder(options.output, own_names)
         whole = _read_set(options, output)
         chosen = whole.first(options.count)
+        if options.layout is not None:
+            check_layout(options.layout, chosen)
         reference = _bind(options, whole, device)
         drawer = _drawer(options, chosen, device)
         with claimed(output) if rank_and_world_size()[0] == 0 else nullcontext():
@@ -252,6 +261,8 @@ def _evaluate(
     save_png(kept.grid(chosen.captions), output / GRID)
     if options.save_images:
         kept.write_list(chosen.captions, chosen.seeds)
+    if options.layout is not None:
+        write_layout(options.layout, kept, chosen, output / options.layout)
     timing = {"seconds": total, "images_per_second": len(chosen) / total if total > 0 else None}
     timing |= {f"{name}_seconds": value for name, value in seconds.items()}
     manifest = {"kind": KIND, **key, "reference": describe_reference(reference, whole.captions)}

@@ -9,14 +9,19 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from common.errors import UserError
 from datamodules.picture_files import Frame
 from datamodules.prompts import EVAL_CAPTIONS
 from datamodules.tables import FILE_COLUMNS, choose_column, columns, read_column, read_files
+
+Item = TypeVar("Item")
+_LISTS = ("captions", "seeds", "negatives", "groups", "files", "told")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class EvaluationSet:
         published_references: real pictures of the published protocol; None where it has none.
         notes: known deviations of this set from the publication.
         files: existing picture of each caption, or None.
+        told: what a benchmark says about each caption, for its own judge, or None.
     """
 
     name: str
@@ -46,9 +52,16 @@ class EvaluationSet:
     published_references: int | None = None
     notes: tuple[str, ...] = ()
     files: list[str] | None = None
+    told: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Pictures of each prompt, which follow each other; 1 where the numbers differ."""
+        runs = set(runs_of(self.captions))
+        return runs.pop() if len(runs) == 1 else 1
 
     def first(self, count: int | None) -> EvaluationSet:
         """The first ``count`` captions with their seeds (all for None): a few-sample variant.
@@ -72,7 +85,7 @@ class EvaluationSet:
                 f"{len(places) * smallest}{groups if self.groups else ''}"
             )
         chosen = [place for group in places.values() for place in group[:share]]
-        lists = {name: getattr(self, name) for name in ("captions", "seeds", "negatives", "groups", "files")}
+        lists = {name: getattr(self, name) for name in _LISTS}
         picked: dict[str, Any] = {
             name: values and [values[i] for i in chosen] for name, values in lists.items()
         }
@@ -121,6 +134,7 @@ class CaptionFile(EvaluationSource):
         group_column: e.g. a category; None: there is none.
         file_column: of the names of existing pictures, read only where a folder of pictures is evaluated;
             None: the only one called file, file_name or image; of COCO's annotations what they say.
+        images_per_prompt: pictures of each caption, one after the other, each with a seed of its own.
         sample: draw this many of the captions at random; None: all, in order.
         sample_seed: of that draw.
         seed: of the first picture; caption i has ``seed + i``.
@@ -135,12 +149,13 @@ class CaptionFile(EvaluationSource):
     sample_seed: int = 0
     seed: int = 0
     frame: Frame | None = None
+    images_per_prompt: int = 1
 
     def load(self) -> EvaluationSet:
         """Read the file."""
         path = self.path()
         captions = self._captions(path)
-        chosen = self._chosen(len(captions))
+        chosen = repeated(self._chosen(len(captions)), self.images_per_prompt)
         negatives, groups = (
             [values[i] for i in chosen] if (values := name and read_column(path, name)) else None
             for name in (self.negative_column, self.group_column)
@@ -149,6 +164,8 @@ class CaptionFile(EvaluationSource):
         if self.sample is not None:
             name = f"{name}, {self.sample} at random"
             facts |= {"sampled": self.sample, "sample_seed": self.sample_seed}
+        if self.images_per_prompt > 1:
+            facts |= {"images_per_prompt": self.images_per_prompt}
         seeds = [self.seed + i for i in range(len(chosen))]
         return EvaluationSet(name, [captions[i] for i in chosen], seeds, negatives, groups, self.frame, facts)
 
@@ -157,6 +174,11 @@ class CaptionFile(EvaluationSource):
         names = read_files(self.path(), self.file_column)
         if names is None and (present := columns(self.path())):  # its order is not that of the pictures
             choose_column(self.path(), FILE_COLUMNS[0], present)
+        if names and self.images_per_prompt > 1:
+            raise UserError(
+                f"{self.path()} names one picture for each row, so images_per_prompt is 1: give every "
+                "picture a row, those of one caption one after the other"
+            )
         return names and [names[i] for i in self._chosen(len(names))]
 
     def _captions(self, path: str) -> list[str]:
@@ -193,6 +215,22 @@ class PromptPairs(CaptionFile):
     needs: ClassVar[str] = "a file of prompt pairs; give --captions pairs.csv"
     column: str | None = "prompt"
     negative_column: str | None = "negative_prompt"
+
+
+def repeated(items: Sequence[Item], count: int) -> list[Item]:
+    """Each of the items ``count`` times, one after the other.
+
+    Raises:
+        UserError: count is below 1.
+    """
+    if count < 1:
+        raise UserError(f"images_per_prompt is {count}: it must be at least 1")
+    return [item for item in items for _ in range(count)]
+
+
+def runs_of(captions: Sequence[str]) -> list[int]:
+    """Lengths of the runs of equal captions: pictures of one prompt follow each other."""
+    return [len(list(run)) for _, run in groupby(captions)]
 
 
 def facts_of(path: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Evaluation sets of publications: COCO-30k in two presets, HPSv2's benchmark, PartiPrompts.
+"""Evaluation sets of publications: COCO-30k in two presets, HPSv2's benchmark, PartiPrompts, MJHQ-30K, and
+the prompts of DPG-Bench and GenEval 2, whose own judges read the pictures.
 
 The files come from the user; none is downloaded or shipped.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.errors import UserError
-from datamodules.evaluation_sets import CaptionFile, EvaluationSet, EvaluationSource, facts_of
+from datamodules.evaluation_sets import CaptionFile, EvaluationSet, EvaluationSource, facts_of, repeated
 from datamodules.picture_files import Frame
 from datamodules.tables import is_table, read_column, read_files, read_json, read_texts
 
@@ -20,6 +21,7 @@ DMD2_MD5 = "20ed79e6a73d7b8fdbfb6ebc8c5c7e99"
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPSV2_PROMPTS = 800
 VAL2014 = 40_504  # pictures of COCO's val2014
+MJHQ = 30_000
 
 
 @dataclass
@@ -194,3 +196,84 @@ class PartiPrompts(EvaluationSource):
             "parti", prompts, [self.seed + i for i in range(len(prompts))], groups=groups,
             facts=facts_of(path) | {"category": self.category},
         )  # fmt: skip
+
+
+@dataclass
+class MJHQ30k(EvaluationSource):
+    """MJHQ-30K (Playground v2, 2023): FID of one picture for each of 30,000 prompts, at 1024x1024.
+
+    The reference are its 30,000 pictures (`--reference`), in folders by category.
+
+    Args:
+        captions: meta_data.json: ids with `prompt` and `category`.
+        seed: of the first picture.
+    """
+
+    needs: ClassVar[str] = (
+        "its prompts; give --captions meta_data.json (beside mjhq30k_imgs.zip, which is the reference)"
+    )
+    seed: int = 0
+
+    def load(self) -> EvaluationSet:
+        """Read the file; the categories are the groups."""
+        path = self.path()
+        content = read_json(Path(path))
+        try:
+            pairs = [(str(entry["prompt"]), str(entry["category"])) for entry in content.values()]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is not MJHQ-30K's meta_data.json, which has a prompt and a category for each id"
+            ) from error
+        captions, groups = [prompt for prompt, _ in pairs], [category for _, category in pairs]
+        return EvaluationSet(
+            "mjhq30k", captions, [self.seed + i for i in range(len(captions))], groups=groups,
+            frame=Frame(1024), facts=facts_of(path), published_count=MJHQ, published_references=MJHQ,
+            notes=("drawn pictures of another size are resized to 1024 by LANCZOS first",),
+        )  # fmt: skip
+
+
+@dataclass
+class DPGBench(EvaluationSource):
+    """The prompts of DPG-Bench (ELLA, arXiv 2403.05135): 1,065 texts, four pictures of each.
+
+    Its judge (mPLUG) is its own script: `--save-images true --layout dpg_bench` writes what that reads.
+
+    Args:
+        captions: the folder `dpg_bench/prompts` of the ELLA repository, a .txt for each prompt.
+        images_per_prompt: pictures of each prompt; the script takes 1 or 4.
+        seed: of the first picture.
+    """
+
+    needs: ClassVar[str] = "its prompts; give --captions dpg_bench/prompts (a folder of the ELLA repository)"
+    images_per_prompt: int = 4
+    seed: int = 0
+
+    def load(self) -> EvaluationSet:
+        """Read the folder, in the order of the names, which its judge knows the prompts by."""
+        folder = Path(self.path())
+        files = sorted(folder.glob("*.txt"))
+        if not files:
+            raise UserError(f"{folder} holds no .txt: it is not the folder of DPG-Bench's prompts")
+        prompts = [" ".join(read_column(file)) for file in files]
+        digest = hashlib.md5(json.dumps(prompts).encode(), usedforsecurity=False).hexdigest()
+        captions = repeated(prompts, self.images_per_prompt)
+        return EvaluationSet(
+            "dpg_bench", captions, [self.seed + i for i in range(len(captions))],
+            facts={"folder": folder.name, "md5_of_prompts": digest}, published_count=4 * 1065,
+            told=repeated([{"item": file.stem} for file in files], self.images_per_prompt),
+        )  # fmt: skip
+
+
+@dataclass
+class GenEval2(CaptionFile):
+    """The prompts of GenEval 2 (arXiv 2512.16853): 800 texts, one picture of each.
+
+    Its judge (Soft-TIFA) is its own script: `--save-images true --layout geneval2` writes what that reads.
+
+    Args:
+        captions: `geneval2_data.jsonl` of its repository.
+        column: of the prompts. The others as for `CaptionFile`.
+    """
+
+    needs: ClassVar[str] = "its prompts; give --captions geneval2_data.jsonl (of the GenEval2 repository)"
+    column: str | None = "prompt"

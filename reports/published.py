@@ -45,7 +45,7 @@ _LSG, _SB1, _SB2 = (
     "SwiftBrush, arXiv 2312.05239",
     "SwiftBrush v2, arXiv 2408.14176",
 )
-_DMD2 = "DMD2, arXiv 2405.14867"
+_DMD2, _MJHQ = "DMD2, arXiv 2405.14867", "card of playgroundai's MJHQ-30K"
 _SNOOPI1, _SNOOPI3 = "SNOOPI, arXiv 2412.02687v1", "SNOOPI, arXiv 2412.02687v3"
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -93,6 +93,14 @@ PROTOCOLS: dict[str, Protocol] = {
             "recall": "the papers state neither features nor neighbours; Inception and k = 3 are assumed",
         },
     ),
+    "mjhq30k": Protocol(
+        details={"fid": {"mode": "clean"}},
+        results=(
+            Published("SDXL 1.0 with refiner", _MJHQ, _scores("fid", 9.55)),
+            Published("Playground v2, 1024 px", _MJHQ, _scores("fid", 7.07)),
+        ),
+        notes={"fid": "the card says FID at 1024x1024 and not by which code; clean-fid is assumed"},
+    ),
     "hpsv2": Protocol(
         details={"hpsv2": {"hps_version": "v2.0", "scale": 100}},
         results=(
@@ -115,9 +123,12 @@ PROTOCOLS: dict[str, Protocol] = {
 }  # fmt: skip
 
 
+_LABELS = {"fid": "FID", "geneval": "GenEval (HF detector)"}
+
+
 def label(name: str, evaluation_set: EvaluationSet) -> str:
     """Name of a metric in tables; with its sample count where that is not the published one (FID-5k)."""
-    plain, count = "FID" if name == "fid" else name, len(evaluation_set)
+    plain, count = _LABELS.get(name, name), len(evaluation_set)
     if not _is_few_samples(evaluation_set):
         return plain
     return f"{plain}-{count / 1000:g}k" if count >= 1000 else f"{plain}-{count}"

@@ -8,7 +8,10 @@ from typing import Any
 from reports.text import format_value, text_table
 
 _LOWER = ("fid", "frechet_distance", "milliseconds_per_image", "clip_score_negative")
-_HIGHER = ("clip_score", "hpsv2", "precision", "recall", "negative_removal_rate")
+_HIGHER = (
+    "clip_score", "hpsv2", "precision", "recall", "negative_removal_rate", "diversity_lpips", "vendi",
+    "pick_score", "image_reward", "aesthetic", "geneval", "emoji_geneval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

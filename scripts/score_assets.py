@@ -10,13 +10,15 @@ judged by the scoring CLIP ``assets/emoji-clip``:
 * object, style, background: zero-shot choice by CLIP of the object (among 375) and the style (among 2), the
   rest of the description being given; background by the colour of the corners. Style and background only
   where the caption names it;
-* how often each style and background is drawn when the caption names neither.
+* how often each style and background is drawn when the caption names neither;
+* of real pictures, GenEval's twin (``emoji_geneval``), which shows how far its judge can be trusted.
 
 Also writes a picture of each (captions in the order of ``assets/eval_captions.txt``).
 """
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,8 +33,9 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from callbacks.metrics.clip_features import ClipExtractor
+from callbacks.metrics.emoji_geneval import EmojiTaskAccuracy
 from callbacks.metrics.negative import background_colours
-from datamodules.pictures import BACKGROUNDS, STYLES, EvaluationPictures, PictureKey
+from datamodules.pictures import BACKGROUNDS, STYLES, EmojiPictures, EvaluationPictures, PictureKey
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.pipelines import multistep_images
@@ -110,6 +113,24 @@ def frequencies(draw: Draw, source: EvaluationPictures, clip: ClipExtractor) -> 
     }
 
 
+def twin_of_real_pictures(source: EmojiPictures, clip: ClipExtractor) -> dict[str, float]:
+    """GenEval's twin with the artwork for pictures; what a prompt leaves open is chosen at random."""
+    metric, rng = EmojiTaskAccuracy(), random.Random("twin")
+    keys = [
+        PictureKey(
+            entry["object"],
+            entry["style"] or rng.choice(STYLES),
+            entry["background"] or rng.choice(list(BACKGROUNDS)),
+        )
+        for entry in metric.entries
+    ]
+    prompts = [entry["prompt"] for entry in metric.entries]
+    metric.bind(clip)
+    metric.prepare(prompts, [entry["tag"] for entry in metric.entries])
+    metric.update(source.composite(keys), prompts, None, range(len(keys)))
+    return {name: result["value"] for name, result in metric.results().items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,6 +151,7 @@ def main() -> None:
     if arguments.student:
         sets["student, 1 step"] = load_generator(arguments.student).images
     scores: dict[str, Any] = {"real pictures": judge(source.pictures(0, arguments.count), source, clip)}
+    scores["real pictures"] |= twin_of_real_pictures(source.source, clip)
     captions = source.captions[: arguments.count]
     for name, draw in sets.items():
         images = draw_all(draw, captions)

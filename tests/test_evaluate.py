@@ -295,6 +295,69 @@ def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
     assert several["metrics"]["clip_score"]["num_images"] == 11
 
 
+# Layouts for the judges of others
+
+
+LAYOUT = """
+save_images: true
+layout: {layout}
+data:
+  class_path: datamodules.{source}
+  init_args: {{captions: "${{captions}}"}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("layout", "source", "images_per_prompt"),
+    [("geneval", "task_prompts.GenEval", 4), ("dpg_bench", "published_sets.DPGBench", 4),
+     ("geneval2", "published_sets.GenEval2", 1)],
+)  # fmt: skip
+def test_layouts_are_what_other_judges_read(
+    layout: str, source: str, images_per_prompt: int, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    entries = [
+        {"tag": "colors", "prompt": text, "include": [{"class": "cat", "count": 1, "color": "red"}]}
+        for text in ("a red cat", "a cat")
+    ]
+    captions = tmp_path / "prompts.jsonl"
+    captions.write_text("\n".join(map(json.dumps, entries)))
+    if layout == "dpg_bench":
+        captions = tmp_path / "prompts"
+        captions.mkdir()
+        for name, entry in zip(("partiprompts1", "2"), entries, strict=True):
+            (captions / f"{name}.txt").write_text(str(entry["prompt"]))
+    (tmp_path / "layout.yaml").write_text(LAYOUT.format(layout=layout, source=source))
+    settings = {"config": tmp_path / "layout.yaml", "captions": captions}
+    report = evaluate(**settings, reference=None, batch_size=3)
+    images, found = tmp_path / "out" / "images", tmp_path / "out" / layout
+    assert report["metrics"] == {} and len(list(images.glob("*.png"))) == 2 * images_per_prompt
+
+    def pixels(path: Path) -> Any:
+        return np.array(Image.open(path))
+
+    if layout == "geneval":
+        assert json.loads((found / "00001" / "metadata.jsonl").read_text()) == entries[1]
+        names = [path.name for path in sorted((found / "00001" / "samples").iterdir())]
+        assert names == ["00000.png", "00001.png", "00002.png", "00003.png"]
+        assert (pixels(found / "00001" / "samples" / "00002.png") == pixels(images / "00006.png")).all()
+    elif layout == "dpg_bench":  # in the order of their names: "2" comes first
+        assert {path.name for path in found.iterdir()} == {"2.png", "partiprompts1.png"}
+        sheet, side = pixels(found / "2.png"), 16
+        assert sheet.shape == (32, 32, 3)
+        assert (sheet[:side, side:] == pixels(images / "00001.png")).all()
+        assert (sheet[side:, :side] == pixels(images / "00002.png")).all()
+    else:
+        paths = json.loads((found / "pictures.json").read_text())
+        assert list(paths) == ["a red cat", "a cat"] and Path(paths["a cat"]) == images / "00001.png"
+    for changed, message in [
+        ({"save_images": "false"}, "--layout needs --save-images true"),
+        ({"layout": "geneval" if layout != "geneval" else "dpg_bench"}, "is that of the prompts of"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluate(**settings, **changed, reference=None, output=tmp_path / "other")
+    evaluate(**settings, reference=None, count=images_per_prompt if layout == "dpg_bench" else 1)
+
+
 # Configurations
 
 
@@ -303,8 +366,11 @@ def test_every_configuration_parses_and_says_what_it_needs(path: Path) -> None:
     options = parse(Options, ["--config", str(path), "--model", "m", "--output", "o"], prog="evaluate")
     wanted = re.findall(r"class_path: [\w.]+\.(\w+)", path.read_text())
     assert [type(options.data).__name__, *(type(metric).__name__ for metric in options.metrics)] == wanted
-    if path.stem == "emoji":
-        assert len(options.data.load()) == 1024
+    if path.stem.startswith("emoji"):
+        assert (
+            len(options.data.load())
+            == {"emoji": 1024, "emoji_diversity": 8192, "emoji_geneval": 576}[path.stem]
+        )
     else:
         with pytest.raises(UserError, match="give --captions"):
             options.data.load()

@@ -10,6 +10,12 @@ ROOT = Path(__file__).parent.parent
 
 HUB = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "SANA 1.6B, 1,024 pixels",
+    "facebook/mask2former-swin-small-coco-instance": "Mask2Former, the detector of geneval",
+    "google-bert/bert-base-uncased": "the tokenizer of ImageReward",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "tokenizer and image processor of PickScore",
+    "openai/clip-vit-large-patch14": "CLIP ViT-L/14, of aesthetic and geneval",
+    "yuvalkirstain/PickScore_v1": "PickScore",
+    "zai-org/ImageReward": "ImageReward, formerly THUDM's",
     "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-alpha, 512 pixels",
     "Qwen/Qwen-Image": "Qwen-Image, 20B",
     "Tongyi-MAI/Z-Image": "Z-Image, not the distilled Turbo",
@@ -26,8 +32,9 @@ HUB = {
     "xswu/HPSv2": "weights of HPSv2",
 }
 OTHERS = {  # first words of what is no hub name but looks like one: our files and metrics, and examples
-    "COCO", "DIR", "HPSv2", "NAME", "ViT-B", "ViT-B-32", "checkpoints", "comfy", "counts",
-    "gradient_at_output", "group", "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory",
+    "00000", "COCO", "DIR", "HPSv2", "JUDGES", "MJHQ-30K", "NAME", "ViT-B", "ViT-B-32", "ViT-L",
+    "checkpoints", "comfy", "counts", "dpg_bench", "gradient_at_output",
+    "group", "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory",
     "objective", "objectives", "owner", "package", "run", "scheduler", "test", "throughput", "tokenizer",
     "train", "unet", "val",
 }  # fmt: skip

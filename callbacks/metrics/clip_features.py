@@ -15,7 +15,7 @@ from torch import Tensor
 
 from callbacks.metrics.extractors import ExtractorSpec, FeatureExtractor, in_threads
 from common.errors import UserError
-from common.hashing import hash_file, hash_folder, to_uint8
+from common.hashing import hash_file, hash_folder, hash_texts, to_uint8
 from lightning_modules.networks.clip_models import SCHEMES, Clip, OpenClip, TransformersClip
 from lightning_modules.networks.model_names import asset_path
 
@@ -57,19 +57,25 @@ class ClipExtractor(TextImageExtractor):
 
     Args:
         path: a folder that ``CLIPModel``, ``AutoTokenizer`` and ``AutoImageProcessor`` load.
+        processor: the folder of the latter two; None: the same.
 
     Raises:
         UserError: the folder is missing, is not such a folder, is damaged or lacks weights.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    clip: TransformersClip
+
+    def __init__(self, path: str | Path, processor: Path | None = None) -> None:
         folder = Path(path)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"no CLIP model in {str(path)!r} (config.json is missing): give a folder that CLIPModel loads"
             )
-        clip = TransformersClip(str(folder))
-        super().__init__(clip, folder.name, folder, hash_folder(folder), _in_words(clip.processor))
+        clip = TransformersClip(str(folder), None if processor is None else str(processor))
+        content = hash_folder(folder)
+        if processor is not None:
+            content = hash_texts([content, hash_folder(processor)])
+        super().__init__(clip, folder.name, folder, content, _in_words(clip.processor))
 
     def pixels(self, images: Tensor) -> Tensor:
         return processed(self.clip.processor, images.to(self.device))

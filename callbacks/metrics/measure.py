@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.extractors import by_size
+from callbacks.metrics.extractors import Item, by_size
 from callbacks.metrics.unfinished import Unfinished
 from common.errors import UserError
 from common.processes import rank_and_world_size
@@ -89,7 +89,8 @@ def measure_pictures(
 
     Every process makes the same number of passes, as sharded networks need: where the captions do not divide
     evenly, a padding sample is drawn and not counted. Pass k draws the next ``batch_size`` captions of each
-    process, so that what is done is always a beginning of the list, whatever the number of processes.
+    process (whole prompts where these have several pictures), so that what is done is always a beginning of
+    the list, whatever the number of processes.
 
     Args:
         drawn: the captions, with groups, negative prompts and frame (crop and resize before the metrics).
@@ -105,6 +106,9 @@ def measure_pictures(
     """
     spent, captions = defaultdict[str, float](float), drawn.captions
     rank, world = rank_and_world_size()
+    run = drawn.images_per_prompt
+    run = run if run * world <= len(captions) else 1  # a few prompts of many pictures are shared out singly
+    share = max(1, batch_size // run) * run  # pictures of a process in one pass: whole prompts
     for metric in metrics:
         metric.reset()
         metric.prepare(captions, drawn.groups, drawn.negatives)
@@ -112,19 +116,22 @@ def measure_pictures(
     is_silent = progress is None or rank > 0
     with tqdm(total=len(captions), initial=done, desc=progress, unit="image", disable=is_silent) as bar:
         while done < len(captions):
-            end = min(done + batch_size * world, len(captions))
-            places = list(range(done + rank, end, world))
+            end = min(done + share * world, len(captions))
+            # the pictures of a prompt go to one process, so that metrics within a prompt keep none for long
+            places = [place for place in range(done, end) if (place - done) // run % world == rank]
             # the last pass is made equally long on all processes, with pictures that are not counted
-            padding = -(-(end - done) // world) - len(places)
-            start = time.perf_counter()
-            images = draw(places + [0] * padding)[: len(places)]
-            require_finite(images, places, [captions[i] for i in places])
-            middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
-            if places and on_pictures is not None:
-                on_pictures(places, images)
-            _update(metrics, images, places, drawn)
-            spent["drawing"] += middle - start
-            spent["measuring"] += time.perf_counter() - middle
+            padding = -(-(end - done) // (run * world)) * run - len(places)
+            for batch in _batches([*places, *[None] * padding], batch_size):
+                chosen = [place for place in batch if place is not None]
+                start = time.perf_counter()
+                images = draw([place or 0 for place in batch])[: len(chosen)]
+                require_finite(images, chosen, [captions[i] for i in chosen])
+                middle = time.perf_counter()  # reading the pictures for that check has waited for the GPU
+                if chosen and on_pictures is not None:
+                    on_pictures(chosen, images)
+                _update(metrics, images, chosen, drawn)
+                spent["drawing"] += middle - start
+                spent["measuring"] += time.perf_counter() - middle
             bar.update(end - done)
             done = end
             if unfinished is not None and unfinished.is_due(done) and done < len(captions):
@@ -135,6 +142,10 @@ def measure_pictures(
     if seconds is not None:
         seconds.update(spent)
     return results
+
+
+def _batches(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _results(metrics: Sequence[ImageMetric], count: int) -> Results:

@@ -89,13 +89,17 @@ class Clip(nn.Module, ABC):
 class TransformersClip(Clip):
     """A folder (or hub name) that CLIPModel, AutoTokenizer and AutoImageProcessor load.
 
+    Args:
+        path: the folder.
+        processor: folder of tokenizer and image processor; None: the same.
+
     Raises:
         UserError: it is missing, damaged, no CLIP, or a CLIP without an image tower.
     """
 
     model: CLIPModel
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, processor: str | None = None) -> None:
         wanted = model_name(path)
         folder = asset_path(wanted.name)
         source, version = str(folder), {"revision": wanted.revision or "main", "trust_remote_code": False}
@@ -108,8 +112,8 @@ class TransformersClip(Clip):
         try:
             with no_progress_bars():
                 model, info = CLIPModel.from_pretrained(source, output_loading_info=True, **wanted.options)
-                tokenizer = AutoTokenizer.from_pretrained(source, **version)
-                processor = AutoImageProcessor.from_pretrained(source, **version)
+                tokenizer = AutoTokenizer.from_pretrained(processor or source, **version)
+                images = AutoImageProcessor.from_pretrained(processor or source, **version)
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError …
             raise UserError(
                 f"the CLIP {path} can't be loaded: {first_line(error)} Give a folder of CLIPModel with its "
@@ -122,7 +126,7 @@ class TransformersClip(Clip):
             )
         limits = int(tokenizer.model_max_length), int(model.config.text_config.max_position_embeddings)
         super().__init__(path, model, tokenizer, min(limits))
-        self.processor = processor
+        self.processor = images
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output

@@ -19,7 +19,10 @@ from datamodules.published_sets import (
     Coco30kDMD2,
     Coco30kSwiftBrush,
     CocoCaptions,
+    DPGBench,
+    GenEval2,
     HPSv2Prompts,
+    MJHQ30k,
     PartiPrompts,
 )
 from datamodules.tables import read_column
@@ -163,6 +166,30 @@ def test_parti_prompts(tmp_path: Path) -> None:
     assert PartiPrompts(str(path), category="Animals").load().captions == ["a dog"]
     with pytest.raises(UserError, match="no category 'Cars'; it has Animals, Arts"):
         PartiPrompts(str(path), category="Cars").load()
+
+
+def test_mjhq30k_has_categories_and_its_own_size(tmp_path: Path) -> None:
+    entries = {f"id{i}": {"category": "ab"[i % 2], "prompt": f"prompt {i}"} for i in range(4)}
+    (tmp_path / "meta_data.json").write_text(json.dumps(entries))
+    found = MJHQ30k(str(tmp_path / "meta_data.json"), seed=3).load()
+    assert found.captions == [f"prompt {i}" for i in range(4)] and found.groups == ["a", "b", "a", "b"]
+    assert (found.seeds, found.frame, found.published_references) == ([3, 4, 5, 6], Frame(1024), 30_000)
+    assert found.first(2).captions == ["prompt 0", "prompt 1"]
+    (tmp_path / "meta_data.json").write_text('["a"]')
+    with pytest.raises(UserError, match="is not MJHQ-30K's meta_data.json"):
+        MJHQ30k(str(tmp_path / "meta_data.json")).load()
+
+
+def test_prompts_of_other_judges(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: a long\nprompt\n")
+    found = DPGBench(str(tmp_path)).load()
+    assert found.captions == ["a: a long prompt"] * 4 + ["b: a long prompt"] * 4
+    assert found.told is not None and found.told[4] == {"item": "b"} and found.images_per_prompt == 4
+    with pytest.raises(UserError, match="holds no .txt"):
+        DPGBench(str(tmp_path / "nothing")).load()
+    (tmp_path / "data.jsonl").write_text('{"prompt": "four cows", "atom_count": 2}\n')
+    assert GenEval2(str(tmp_path / "data.jsonl")).load().captions == ["four cows"]
 
 
 def test_few_sample_variants() -> None:
