@@ -112,6 +112,7 @@ def negative_prompting(
     *,
     tau: float | None = None,
     alpha: float | None = None,
+    steps: int | None = None,
 ) -> Iterator[None]:
     """Calls of the pipeline inside this context draw away from the negative prompt.
 
@@ -138,6 +139,7 @@ def negative_prompting(
         scale: α of NASA, ϕ of NAG; 0 is off, None the network's default (`guidance.methods`).
         tau: τ of NAG, the largest growth of an attention output's norm.
         alpha: α of NAG, the share of the steered output.
+        steps: only in so many of the first network calls of each call of the pipeline; None: in all.
 
     Raises:
         UserError: the network has no layer to act on or has other processors than diffusers' default ones, a
@@ -153,6 +155,7 @@ def negative_prompting(
     text = NegativeText(rule, _text_projection(network))
     with (
         _installed(layers, text),
+        _first_calls(network, text, steps),
         _behind_the_prompt(network, text, layers),
         _encoded_with_prompts(pipe, negatives, text),
         _unguided(pipe, network),
@@ -162,7 +165,11 @@ def negative_prompting(
 
 @contextmanager
 def negative_attention(
-    network: nn.Module, negative: Condition, method: Method, present: Tensor | None = None
+    network: nn.Module,
+    negative: Condition,
+    method: Method,
+    present: Tensor | None = None,
+    calls: int | None = None,
 ) -> Iterator[None]:
     """Calls of a network inside this context draw away from encoded negative prompts.
 
@@ -176,6 +183,7 @@ def negative_attention(
         negative: negative prompts of B images, or one for all.
         method: see `guidance.methods`; scale 0 changes nothing.
         present: boolean [B], false for images without a negative prompt.
+        calls: only in so many of the first calls; None: in all.
 
     Raises:
         UserError: as `negative_prompting`.
@@ -190,8 +198,36 @@ def negative_attention(
     text.set(embeddings, negative.tensors.get("encoder_attention_mask"), present)
     # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
     text.hidden_states(embeddings)
-    with _installed(layers, text), _behind_the_prompt(network, text, layers):
+    with (
+        _installed(layers, text),
+        _first_calls(network, text, calls),
+        _behind_the_prompt(network, text, layers),
+    ):
         yield
+
+
+@contextmanager
+def _first_calls(network: nn.Module, text: NegativeText, calls: int | None) -> Iterator[None]:
+    """After so many calls since the prompts changed the network is the stock one.
+
+    Raises:
+        UserError: not even the first call.
+    """
+    if calls is None:
+        yield
+        return
+    if calls < 1:
+        raise UserError(f"Negative prompts in the first {calls} steps have no effect: give at least 1.")
+
+    def count(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        text.calls += 1
+        text.active = text.calls <= calls
+
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -199,6 +235,8 @@ def _behind_the_prompt(network: nn.Module, text: NegativeText, layers: Layers) -
     """A network with joint attention gets the negative text, and its mask, behind the prompt's tokens."""
 
     def append(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not text.active:
+            return args, kwargs
         positive = kwargs["encoder_hidden_states"]
         negative, more = text.hidden_states(positive).expand(len(positive), -1, -1), {}
         if "txt_ids" in kwargs:
