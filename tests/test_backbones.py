@@ -174,10 +174,11 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
 
 def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     """On the untouched teacher, loaded as the card says, it draws what the folded student draws."""
+    tolerance = 1e-4 if run.name in ("sana", "zimage", "klein", "qwen") else 1e-5
     ours = load_generator(run.lora_checkpoint)
     expected = ours.images(TEXTS, SEEDS)
     folded = one_step(run.lora_folder, ours)
-    torch.testing.assert_close(folded, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(folded, expected, rtol=0, atol=tolerance)
     pipe: Any = stock_pipeline_of(run.teacher)
     card = (run.lora_folder / "README.md").read_text()
     kind = re.search(r"pipe.scheduler = (\w+)\.from_pretrained", card)
@@ -199,14 +200,14 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card
     assert "right at scale 1" in card and "(alpha 6 is folded in)" in card
     loaded = one_step(run.lora_folder, ours, pipe)
-    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=tolerance)
     assert (without - expected).abs().max() > 1e-3
     assert not (run.folder / "lora").exists()
     if run.name in ("sd15", "sdxl"):  # ComfyUI's names, read by diffusers' converter
         pipe.unload_lora_weights()
         torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), without)
         pipe.load_lora_weights(str(run.lora_folder / "lora"), weight_name="comfyui.safetensors")
-        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=tolerance)
 
 
 # --- commands, on the families that are not Stable Diffusion ----------------------------------------------
