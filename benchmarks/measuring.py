@@ -58,12 +58,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(text: str, numbers: Any, output: Path | None, settings: str = "") -> None:
-    """Print the tables under the command and the machine; write the numbers if there is a file for them."""
+def machine(settings: str = "") -> tuple[str, str]:
+    """The command, and on what it ran."""
     found = environment()
     device = found["gpus"][0] if found["gpus"] else f"{found['processor']}, no GPU"
     command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     where = f"{device}; PyTorch {found['torch']}, {time.strftime('%Y-%m-%d')}{settings and '; ' + settings}"
+    return command, where
+
+
+def write(text: str, numbers: Any, output: Path | None, settings: str = "") -> None:
+    """Print the tables under the command and the machine; write the numbers if there is a file for them."""
+    command, where = machine(settings)
     print(f"\n`{command}`\n\n{where}\n\n{text}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
-    StableDiffusionPipeline,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -27,6 +28,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.networks.backbones import BACKBONES, TextToImageParts
+from lightning_modules.pipelines import stock_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
@@ -100,33 +103,81 @@ MODELS = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, small: bool = False) -> None:
-    """Write Stable Diffusion 2.1 at 512 pixels with random weights, or a smaller one at 128."""
-    model, widths = MODELS["sd21_small" if small else "sd21"], (8,) * 4 if small else (128, 256, 512, 512)
+MODELS |= {
+    "sd35m": Published(
+        "SD 3.5 medium, 512 px", SD3Transformer2DModel,
+        {
+            "sample_size": 64, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+            "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+        },
+        (16, 64, 64), {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)},
+    ),
+    "pixart_small": Published(
+        "PixArt-α, few channels", PixArtTransformer2DModel,
+        {
+            "sample_size": 16, "caption_channels": 64, "num_layers": 2, "num_attention_heads": 2,
+            "attention_head_dim": 32, "cross_attention_dim": 64,
+        },
+        (4, 16, 16), {"encoder_hidden_states": (120, 64), "encoder_attention_mask": (120,)},
+    ),
+    "sd35m_small": Published(
+        "SD 3.5 medium, few channels", SD3Transformer2DModel,
+        {
+            "sample_size": 16, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32,
+            "joint_attention_dim": 64, "caption_projection_dim": 64, "pooled_projection_dim": 64,
+            "pos_embed_max_size": 32, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+        },
+        (16, 16, 16), {"encoder_hidden_states": (77, 64), "pooled_projections": (64,)},
+    ),
+}  # fmt: skip
+
+
+def random_parts(
+    name: str, device: torch.device | str = "cpu", whole: bool = False, side: int | None = None
+) -> TextToImageParts:
+    """A model of this shape with random weights, the same at each call, made where they are wanted.
+
+    Args:
+        whole: the autoencoder of Stable Diffusion's size, and a text encoder of Stable Diffusion 2.1's (few
+            channels in small models); else a small autoencoder and no text encoder.
+        side: of its latents; None: the model's own.
+    """
+    model, small = MODELS[name], not whole or name.endswith("_small")
+    flow = model.network is SD3Transformer2DModel
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets/emoji-sd/tokenizer", model_max_length=77)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    settings = {**(SMALL_TEXT if small else TEXT), **ids, "hidden_act": "gelu"}
+    settings: dict[str, Any] = {**(SMALL_TEXT if small else TEXT), "hidden_act": "gelu"}
+    settings |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = CLIPTextConfig(**settings, vocab_size=len(tokenizer), max_position_embeddings=77)
-    with torch.random.fork_rng():
+    widths = (8,) * 4 if small else (128, 256, 512, 512)
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        unet = model.network(**model.shape)
-        for parameter in unet.parameters():
+        network = model.network(**model.shape | ({} if side is None else {"sample_size": side}))
+        for parameter in network.parameters():
             # zero-initialised outputs would make every score, and so every gradient, zero
             parameter.data.add_(0.01 * torch.randn_like(parameter))
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=widths, layers_per_block=2, norm_num_groups=min(32, *widths),
-            latent_channels=4,
+            latent_channels=model.latent[0],
         )  # fmt: skip
-        encoder = CLIPTextModel(text)
-    scheduler = DDIMScheduler(
+        encoders = [CLIPTextModel(text)] if whole else []
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if flow else DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    backbone = next(one for one in BACKBONES if one.denoiser[1] is model.network)
+    index = {"_class_name": backbone.pipeline_class.__name__}
+    tokenizers = [tokenizer] * (2 if flow else 1)
+    parts = TextToImageParts(backbone, network, vae, encoders, tokenizers, scheduler, index, model.title)
+    for part in parts.networks:
+        part.eval()
+    return parts
+
+
+def write_model(folder: Path, small: bool = False) -> None:
+    """Write Stable Diffusion 2.1 at 512 pixels with random weights, or a smaller one at 128."""
+    stock_pipeline(random_parts("sd21_small" if small else "sd21", whole=True)).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ on, four score passes one after another (teacher and LoRA teacher, each with and
 eager, torch's Adam and diffusers' EMAModel at their defaults, text embeddings made beforehand, losses read
 every step for a progress bar. Where the script keeps noises in the half type or writes 0.0047 for the
 schedule's constant, this loop does as this project does, so that both compute the same numbers; random draws,
-too, are made by its functions.
+too, are made by its functions. The script knows no rectified flow; for models of it the loop reads networks
+as such, and the second loss is theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.timesteps import UniformTimesteps
-from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.loading import load_parts, noise_schedule
 
 ADAPTER = "fake_score"  # the project's name, so that adapters can be copied
 Text = Mapping[str, Tensor]
@@ -54,9 +55,9 @@ class ReferenceLoop:
         self.student_adam = torch.optim.Adam(self.student.parameters(), **student)
         self.lora_adam = torch.optim.Adam(self.adapter.values(), **fake_score)
         self.ema = EMAModel(self.student.parameters(), decay=settings["ema_decay"])
-        table = parts.scheduler.alphas_cumprod
-        self.alpha = table.sqrt().float().to(device)
-        self.sigma = (1 - table).sqrt().float().to(device)
+        schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+        self.alpha, self.sigma = schedule.alpha.to(device), schedule.sigma.to(device)
+        self.flow = schedule.prediction_type == "flow"
         self.null = {name: tensor.to(device) for name, tensor in null.items()}
         self.autoencoder = parts.vae.to(device)  # kept in memory by the script, and not used in a step
 
@@ -88,7 +89,8 @@ class ReferenceLoop:
         z = random.normal("start", self._shape)
         start = torch.full((len(z),), self.settings["start_timestep"], device=self.device)
         output = self._predict(self.student, z, start, text)
-        x0 = (z - self._at(self.sigma, start) * output) / self._at(self.alpha, start)
+        x0 = z - self._at(self.sigma, start) * output
+        x0 = x0 if self.flow else x0 / self._at(self.alpha, start)
         with torch.no_grad():
             drawn = UniformTimesteps(self.objective["min_timestep"], self.objective["max_timestep"])
             t = drawn.draw(random.uniform("student_timestep")).to(self.device)
@@ -98,7 +100,8 @@ class ReferenceLoop:
             teacher = self._guided(x_t, t, text, null)
             self._switch_adapters(True)
             fake = self._guided(x_t, t, text, null)
-            gradient = torch.nan_to_num(self._at(self.sigma, t) ** 2 * (teacher - fake))
+            weight = self._at(self.sigma, t) ** 2 * (self._at(self.alpha, t) if self.flow else 1)
+            gradient = torch.nan_to_num(weight * (teacher - fake))
         return x0, 0.5 * F.mse_loss(x0.float(), (x0 - gradient).detach().float())
 
     def _switch_adapters(self, on: bool) -> None:
@@ -118,10 +121,13 @@ class ReferenceLoop:
         noise = random.normal("fake_noise", self._shape)
         alpha, sigma = self._at(self.alpha, t), self._at(self.sigma, t)
         output = self._predict(self.scores, alpha * x0 + sigma * noise, t, text)
+        if self.flow:
+            return F.mse_loss(output, noise - x0)
         return F.mse_loss(alpha * output.float(), alpha * noise)
 
     def _predict(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        """Noise [B, C, h, w], in float32; PixArt's variance is dropped."""
+        """Noise (velocity of a flow) [B, C, h, w], in float32; PixArt's variance is dropped."""
+        t = 1000 * self.sigma[t] if self.flow else t
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             output: Tensor = network(x_t, timestep=t, **text, return_dict=False)[0]
         return output[:, : x_t.shape[1]].float()

@@ -78,7 +78,7 @@ def train(options: dict[str, Any], callback: L.Callback, steps: int) -> None:
             accelerator="auto", devices=1, max_steps=steps, max_epochs=-1, precision=options["precision"],
             logger=L.pytorch.loggers.CSVLogger(folder), log_every_n_steps=5, limit_val_batches=0,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=folder, callbacks=[callback],
+            default_root_dir=folder, callbacks=[callback], strategy=options.get("strategy", "auto"),
         ).fit(made.model, made.data)  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Options:
         negative_prompt: one for all captions
         negative_guidance: what the negative prompts (of the option, or of the set) act by
         negative_scale: its strength
+        negative_steps: nasa and nag in the first so many steps only (in all)
         guidance_scale: 1 is off
         weights: of a checkpoint (ema if there is one)
         teacher: of a checkpoint, where its teacher lies now (where it was in training)
@@ -104,6 +105,7 @@ class Options:
     negative_prompt: str | None = None
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
     negative_scale: Scale | None = None
+    negative_steps: PositiveInt | None = None
     guidance_scale: Guidance = 1.0
     weights: Literal["ema", "online"] | None = None
     teacher: str | None = None

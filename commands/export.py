@@ -22,12 +22,15 @@ class Options:
     Args:
         checkpoint: a run folder (its best.ckpt, else last.ckpt), a .ckpt file, best or last (of the newest
             finished run under runs/), or an exported folder; or a network alone (.safetensors, .bin), as DMD2
-            publishes it, with --base and --start-timestep
+            publishes it, with --base and --start-timestep or --timesteps
         output: folder to write; a former export is replaced
         weights: averaged or last weights (ema if the run had it)
         dtype: of the written weights
         base: for a network alone, the model whose other parts it needs
-        start_timestep: for a network alone, where it starts, e.g. 399 for DMD2's SDXL
+        start_timestep: for a network alone of one step, where it takes it, e.g. 399 for DMD2's SDXL
+        timesteps: for a network alone of several steps, where it takes them, e.g. '[999, 749, 499, 249]'
+        step_noise: for a network alone of several steps, what comes between them: fresh noise (DMD2, LCM,
+            Flash), or none (SDXL-Lightning, Hyper-SD by DDIM)
         prediction_type: for a network alone, what it predicts (as the base; sample is x0, as SDXL-Lightning's
             one-step network)
         schedule: for a network alone, a scheduler_config.json (the base's)
@@ -42,6 +45,8 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     base: str | None = None
     start_timestep: NonNegativeInt | None = None
+    timesteps: list[NonNegativeInt] | None = None
+    step_noise: Literal["fresh", "none"] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     schedule: Path | None = None
     teacher: str | None = None
@@ -112,6 +117,7 @@ def push(folder: Path, name: str) -> None:
 
 def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
     """What is to be exported, and what the card says of the run that trained it."""
+    from lightning_modules.diffusion.steps import as_steps
     from lightning_modules.networks.cards import RunNotes, run_notes
     from lightning_modules.networks.pipeline_folder import is_own_export
     from lightning_modules.networks.student import (
@@ -124,21 +130,31 @@ def _student(options: Options) -> tuple["LoadedStudent", "RunNotes"]:
     )
 
     name = options.checkpoint
-    alone = (options.base, options.start_timestep, options.prediction_type, options.schedule)
+    places = (options.start_timestep, options.timesteps, options.step_noise)
     if not is_network_file(name):
-        if any(value is not None for value in alone):
+        if any(
+            value is not None for value in (options.base, options.prediction_type, options.schedule, *places)
+        ):
             raise UserError(
-                "--base, --start-timestep, --prediction-type and --schedule are for a network alone "
-                "(.safetensors, .bin, .pt)."
+                "--base, --start-timestep, --timesteps, --step-noise, --prediction-type and --schedule are "
+                "for a network alone (.safetensors, .bin, .pt)."
             )
         path = student_path(name)
         if not is_checkpoint(path) and not is_own_export(asset_path(path)):
             path = str(resolve_checkpoint(path))  # which is not there, or no student
         student = load_student(path, options.weights, options.teacher)
         return student, run_notes(Path(path), student.facts) if is_checkpoint(path) else RunNotes()
-    if options.base is None or options.start_timestep is None:
-        raise UserError(f"{name} is a network alone: give --base MODEL and --start-timestep T.")
+    if options.base is None or (options.start_timestep is None) == (options.timesteps is None):
+        raise UserError(
+            f"{name} is a network alone: give --base MODEL and --start-timestep T, or --timesteps of several "
+            "steps."
+        )
+    if options.step_noise is not None and options.timesteps is None:
+        raise UserError("--step-noise has no effect with one step: give --timesteps, or leave it out.")
     if options.weights is not None or options.teacher is not None:
         raise UserError(f"{name} has one set of weights and no teacher; leave --weights and --teacher out.")
-    student = load_network_file(resolve_checkpoint(name), options.base, *alone[1:])  # type: ignore[arg-type]
+    steps = as_steps(options.timesteps or options.start_timestep or 0, options.step_noise or "fresh")
+    student = load_network_file(
+        resolve_checkpoint(name), options.base, steps, options.prediction_type, options.schedule
+    )
     return student, RunNotes()

@@ -35,6 +35,7 @@ class Options:
         negative_guidance: how the negative prompt acts: nasa and nag by attention; cfg by guidance, with a
             second evaluation of the network, which one-step models are not made for (nasa if there is one)
         negative_scale: strength, 0 is off (the model's own if left out); for cfg the guidance scale, 1 is off
+        negative_steps: nasa and nag in the first so many steps only (in all)
         seed: of the first picture; picture i has seed + i
         num_images: pictures per prompt
         steps: network steps (those the model was trained for; 1 of a multi-step model); above them the stock
@@ -49,6 +50,7 @@ class Options:
     negative_prompt: str | None = None
     negative_guidance: NegativeGuidance | None = None
     negative_scale: Scale | None = None
+    negative_steps: PositiveInt | None = None
     seed: Seed = 0
     num_images: Count = 1
     steps: PositiveInt | None = None
@@ -73,7 +75,7 @@ def run(options: Options) -> None:
     from lightning_modules.drawing import Guidance, open_model
     from lightning_modules.networks.student import student_path
 
-    guidance = Guidance(method, options.negative_scale)
+    guidance = Guidance(method, options.negative_scale, options.negative_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_model(student_path(options.model), options.steps, device, teacher=options.teacher)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
@@ -111,6 +113,8 @@ def guidance_method(options: Options) -> NegativeGuidance:
     if negative is not None and not negative.strip():
         raise UserError("The --negative-prompt is empty. Say what not to draw, or leave it out.")
     method = options.negative_guidance or ("none" if negative is None else "nasa")
+    if options.negative_steps is not None and method not in ("nasa", "nag"):
+        raise UserError("--negative-steps has no effect without --negative-guidance nasa or nag.")
     if method == "none":
         if negative is not None or scale is not None:
             raise UserError(

@@ -14,6 +14,7 @@ from lightning_modules.networks.backbones import TextToImageParts
 from lightning_modules.networks.backbones.calling import run_network
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLoraSettings
+from lightning_modules.networks.pipeline_folder import student_scheduler
 from lightning_modules.networks.prompt_cache import use_prompt_cache
 from lightning_modules.networks.roles import RunNetworks, ScoreModels, captured
 from lightning_modules.networks.student import make_student
@@ -64,6 +65,7 @@ def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     offloaded = () if settings.prompt_cache is None else ("text_encoders",)
     parts = load_parts(settings.teacher, without=offloaded)
     schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+    student_scheduler(parts.scheduler, settings.steps)  # refuses steps that no scheduler of theirs takes
     student, student_base = make_student(
         parts, settings.teacher, settings.steps.start, settings.student_init, settings.student_lora
     )

@@ -45,7 +45,13 @@ from lightning_modules.parallel import (
     without_sync,
 )
 from lightning_modules.sampler import StudentSampler, check_negative_scale
-from lightning_modules.trainer_settings import cast_frozen, check_trainer, frozen_dtype, keep_freed_memory
+from lightning_modules.trainer_settings import (
+    cast_frozen,
+    channels_last,
+    check_trainer,
+    frozen_dtype,
+    keep_freed_memory,
+)
 
 Batch = dict[str, Any]
 SHOWN_PROMPTS = 3
@@ -82,6 +88,8 @@ class OneStepDistillation(L.LightningModule):
         frozen_weights: type of weights that are not trained: float32, bfloat16, or auto: bfloat16 where a
             bf16-mixed run is on an accelerator, unless in shards.
         decode_slice: most pictures that an autoencoder takes at once; fewer need less memory.
+        score_batch: most samples that teacher and fake score take at once where no gradient is wanted, under
+            guidance two of each prompt; null: all. Half of that needs less memory and a little more time.
         prompt_cache: folder that encode-prompts wrote with this teacher; prompts are looked up there, and the
             text encoders are not loaded (on the CPU, if a prompt is missing). null: encode on the fly.
         compile: compile the networks of a training step: true, or a mode of torch.compile.
@@ -116,6 +124,7 @@ class OneStepDistillation(L.LightningModule):
         gradient_checkpointing: bool = False,
         frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto",
         decode_slice: int = 16,
+        score_batch: int | None = None,
         prompt_cache: str | None = None,
         compile: bool | str = False,
         seed: int | None = None,
@@ -124,10 +133,11 @@ class OneStepDistillation(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         check_range("model.decode_slice", decode_slice, 1, 2**31)
+        check_range("model.score_batch", score_batch, 1, 2**31)
         check_range("model.ema_decay", ema_decay, 0, 1)
         plain = ("teacher", "start_timestep", "timesteps", "step_noise", "student_init", "ema_decay",
-                 "gradient_checkpointing", "frozen_weights", "decode_slice", "prompt_cache", "compile",
-                 "seed", "max_skipped_updates")  # fmt: skip
+                 "gradient_checkpointing", "frozen_weights", "decode_slice", "score_batch", "prompt_cache",
+                 "compile", "seed", "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         given = {"student": student, "fake_score": fake_score, **(further_roles or {})}
@@ -146,7 +156,8 @@ class OneStepDistillation(L.LightningModule):
         )
         self.image_losses, self.regression = image_losses, pair_regression
         self.ema_decay, self.compile_mode = ema_decay, compile
-        self.frozen_weights, self.decode_slice, self.seed = frozen_weights, decode_slice, seed or 0
+        self.frozen_weights, self.seed = frozen_weights, seed or 0
+        self.decode_slice, self.score_batch = decode_slice, score_batch
         self.updates = dict.fromkeys(self.optimization, 0)
         self._prompts: list[str] = []  # of the step in progress
         self._guard, self.numbers = UpdateGuard(max_skipped_updates), StepNumbers()
@@ -228,10 +239,14 @@ class OneStepDistillation(L.LightningModule):
         judges = [] if self.image_terms is None else [self.image_terms]
         for part in (self.generator, *judges):
             part.decoder.slice_size = self.decode_slice  # type: ignore[union-attr]
+        for score in (self.scores.teacher, self.scores.fake_score):
+            score.most_at_once = self.score_batch
         cast_frozen([self.scores, self.generator, *judges], frozen_dtype(trainer, self.frozen_weights))
         trained = [self.student, *self.scores.networks()]
         if trainer is not None and isinstance(trainer.strategy, FullySharded):
             shard_networks(trained, trainer.strategy.device_mesh["data_parallel"])
+        elif trainer is not None and trainer.strategy.root_device.type == "cpu":
+            channels_last(trained)
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None
         self._compiled = CompiledNetworks(trained, self.compile_mode)
         self._sampler = StudentSampler(

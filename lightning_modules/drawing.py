@@ -39,10 +39,12 @@ class Guidance:
         method: "nasa" or "nag" by attention; "cfg" by guidance in kappa form, with the empty prompt where
             there is no negative one; "none".
         scale: its strength, of cfg kappa (1 is off); None: the network's default.
+        steps: nasa and nag in the first steps only; None: in all.
     """
 
     method: Literal["none", "nasa", "nag", "cfg"] = "none"
     scale: float | None = None
+    steps: int | None = None
 
     @property
     def by_attention(self) -> bool:
@@ -68,6 +70,7 @@ class Guidance:
             return {}
         rule = self.rule(network)
         settings = {"scale": self.scale} if rule is None else asdict(rule)
+        settings |= {} if self.steps is None else {"steps": self.steps}
         return {"negative_guidance": self.method} | {f"negative_{k}": v for k, v in settings.items()}
 
 
@@ -149,9 +152,12 @@ class Model:
                 guidance_scale=guidance.kappa,
                 negative_prompt=unwanted,
                 negative_method=guidance.rule(self.network),
+                negative_steps=guidance.steps,
             )
         if guidance.by_attention:
-            with negative_prompting(self.pipeline, unwanted, guidance.method, guidance.scale):
+            with negative_prompting(
+                self.pipeline, unwanted, guidance.method, guidance.scale, steps=guidance.steps
+            ):
                 return pipeline_images(self.pipeline, prompts, seeds, self.steps, 1.0)
         return pipeline_images(
             self.pipeline, prompts, seeds, self.steps, guidance.kappa, negative_prompt=unwanted
@@ -194,7 +200,7 @@ class Recipe:
         weights: which of a checkpoint's; None: the average if there is one.
         teacher: where a checkpoint's teacher lies now; None: where it was in training.
         dtype: "float32", or "bfloat16": the networks run under autocast.
-        negative_guidance, negative_scale: what the negative prompts act by, see `Guidance`.
+        negative_guidance, negative_scale, negative_steps: what the negative prompts act by, see `Guidance`.
     """
 
     model: str
@@ -205,12 +211,13 @@ class Recipe:
     dtype: str = "float32"
     negative_guidance: Literal["none", "nasa", "nag", "cfg"] = "none"
     negative_scale: float | None = None
+    negative_steps: int | None = None
 
     @property
     def guidance(self) -> Guidance:
         """Guidance of every picture."""
         if self.negative_guidance != "none":
-            return Guidance(self.negative_guidance, self.negative_scale)
+            return Guidance(self.negative_guidance, self.negative_scale, self.negative_steps)
         return Guidance("cfg", self.guidance_scale) if self.guidance_scale != 1 else OFF
 
     def check(self, has_negatives: bool) -> None:
@@ -219,6 +226,8 @@ class Recipe:
         Raises:
             UserError: it says what to give instead.
         """
+        if self.negative_steps is not None and self.negative_guidance not in METHODS:
+            raise UserError("--negative_steps has no effect without --negative_guidance nasa or nag")
         if self.negative_guidance == "none":
             if self.negative_scale is not None:
                 raise UserError("--negative_scale has no effect without --negative_guidance nasa, nag or cfg")
@@ -242,7 +251,8 @@ class Recipe:
             parts.append(f"guidance {self.guidance_scale:g}")
         if self.negative_guidance != "none":
             scale = "" if self.negative_scale is None else f" {self.negative_scale:g}"
-            parts.append(f"negative prompts by {self.negative_guidance}{scale}")
+            first = "" if self.negative_steps is None else f" in {self.negative_steps} steps"
+            parts.append(f"negative prompts by {self.negative_guidance}{scale}{first}")
         return ", ".join(parts)
 
 

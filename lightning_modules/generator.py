@@ -127,11 +127,13 @@ class OneStepGenerator(nn.Module):
         guidance_scale: float = 1.0,
         negative_prompt: str | None | Sequence[str | None] = None,
         negative_method: Method | None = None,
+        negative_steps: int | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], one per prompt and seed, made `batch_size` at a time.
 
         A negative prompt (one for all, or one per picture, None where there is none) acts through attention
-        by `negative_method`; without a method it takes the place of the empty prompt in guidance.
+        by `negative_method`, in the first `negative_steps` if they are given; without a method it takes the
+        place of the empty prompt in guidance.
 
         Raises:
             ValueError: as many seeds as prompts are needed, at least one.
@@ -140,21 +142,25 @@ class OneStepGenerator(nn.Module):
         batches = in_batches(prompts, seeds, batch_size)
         negatives = NegativePrompts(negative_prompt)
         texts = negatives.per_image(len(prompts), 1)
-        # one negative prompt for all is encoded, and put into attention, once for all batches
-        shared = negatives.texts if len(negatives.texts) == 1 and not negatives.empty else []
+        # one negative prompt for all is encoded, and put into attention, once for all batches, unless their
+        # steps are counted
+        one = len(negatives.texts) == 1 and negative_steps is None
+        shared = negatives.texts if one and not negatives.empty else []
         differ = not shared and not negatives.empty
         pictures = []
         with self._away_from(shared, negative_method) as common:
             for part in batches:
                 condition, fresh = self.prompt_encoder.encode(prompts[part]), partial(self.noise, seeds[part])
-                with self._away_from(texts[part] if differ else [], negative_method) as own:
+                with self._away_from(texts[part] if differ else [], negative_method, negative_steps) as own:
                     away = own if differ else common
                     latents = self.latents(fresh(), condition, guidance_scale, away, fresh)
                 pictures.append(self.decoder.decode(latents).float())
         return torch.cat(pictures)
 
     @contextmanager
-    def _away_from(self, texts: list[str], method: Method | None) -> Iterator[Condition | None]:
+    def _away_from(
+        self, texts: list[str], method: Method | None, steps: int | None = None
+    ) -> Iterator[Condition | None]:
         """The negative prompts encoded, for guidance; those of a method act through attention inside instead.
 
         None if there are no `texts`; an empty text among them is an image without a negative prompt.
@@ -164,7 +170,7 @@ class OneStepGenerator(nn.Module):
             yield encoded
             return
         present = None if all(texts) else torch.tensor([bool(text) for text in texts])
-        with negative_attention(self.student, encoded, method, present):
+        with negative_attention(self.student, encoded, method, present, steps):
             yield None
 
 

@@ -4,10 +4,11 @@ import ctypes
 from collections.abc import Iterable
 
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
 from lightning_modules.parallel import FullySharded
@@ -77,6 +78,25 @@ def cast_frozen(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         for parameter in module.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+
+
+def channels_last(networks: Iterable[nn.Module]) -> None:
+    """Have UNets keep channels in the last place in memory, where a processor's convolutions are faster.
+
+    Trained weights stay as they are: fused optimizers take weights and the states of a checkpoint as rows of
+    numbers in one order. Kernels of one pixel have the same order in both layouts.
+    """
+    for network in networks:
+        if not isinstance(network, UNet2DConditionModel):
+            continue
+        for weight in network.parameters():
+            if weight.ndim == 4 and (not weight.requires_grad or weight.shape[2:] == (1, 1)):
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+        network.conv_in.register_forward_pre_hook(_with_channels_last)
+
+
+def _with_channels_last(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def keep_freed_memory() -> None:

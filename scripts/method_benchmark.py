@@ -4,6 +4,7 @@
     python scripts/method_benchmark.py --only method=dmd2 --only seed=0
     python scripts/method_benchmark.py --updates 100 --batch-size 16   a smaller budget: updates of SwiftBrush
     python scripts/method_benchmark.py --report-only            table and pictures of what is there
+    python scripts/method_benchmark.py --table steps            students of one and of four steps
 
 A cell is a short `fit` of `configs/experiment/emoji_METHOD.yaml` from the teacher at timestep 625 with the
 batch size and the student's average of this script, for as many updates as the budget allows: the floating-
@@ -13,7 +14,9 @@ are drawn first (their cost is not in the budget). Rates and all else are those 
 have not been searched for. The student's average then draws the 1,024 held-out captions: frechet_distance
 and clip_score as everywhere; precision and recall among the teacher's pictures of the same captions (25
 steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a prompt, of 128 prompts;
-all by the scoring CLIP's features. Writes results.json, results.md and pictures.png.
+all by the scoring CLIP's features. A student of several steps draws in fewer of them, too; its update takes
+longer the later the drawn step is, and the mean counts. Writes results.json, results.md and pictures.png
+(of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of several steps.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from commands.sweeping.trial_process import environment, fit_command
 from common.files import asset_path, write_text_atomically
 from datamodules.prompts import read_prompts
 from datamodules.sources import CAPTIONS, EVAL_CAPTIONS
+from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.generator import load_generator
@@ -57,22 +61,60 @@ from reports.text import markdown_table
 
 TEACHER, CLIP = "assets/emoji-sd", "assets/emoji-clip"
 REFERENCE = "assets/cache/emoji-reference.safetensors"
-# name: title, configuration, whether it sees samples of the teacher
+
+
+class Method(NamedTuple):
+    """A row.
+
+    Attributes:
+        title: in the table.
+        config: the configuration's name.
+        samples: whether it sees samples of the teacher.
+        steps: of the student.
+        origin: row whose student of the same seed it starts from, and draws the samples; "": the teacher.
+    """
+
+    title: str
+    config: str
+    samples: bool = False
+    steps: int = 1
+    origin: str = ""
+
+
 METHODS = {
-    "swiftbrush": ("SwiftBrush", "emoji_swiftbrush", False),
-    "sid_lsg": ("SiD-LSG", "emoji_sid_lsg", False),
-    "sim": ("SIM", "emoji_sim", False),
-    "dmd2": ("DMD2 without discriminator", "emoji_dmd2", False),
-    "decoupled_dmd": ("Decoupled DMD", "emoji_decoupled_dmd", False),
-    "pgsb": ("PG-SB", "emoji_pgsb", False),
-    "di_star": ("DI*-style (SIM + CLIP reward)", "emoji_di_star", False),
-    "dmd": ("DMD with pairs", "emoji_dmd", True),
-    "dmd2_gan": ("DMD2", "emoji_dmd2_gan", True),
-    "f_distill": ("f-distill, forward KL", "emoji_f_distill", True),
-    "sida": ("SiDA", "emoji_sida", True),
-    "uni_instruct": ("Uni-Instruct, forward KL", "emoji_uni_instruct", True),
+    "swiftbrush": Method("SwiftBrush", "emoji_swiftbrush"),
+    "sid_lsg": Method("SiD-LSG", "emoji_sid_lsg"),
+    "sim": Method("SIM", "emoji_sim"),
+    "dmd2": Method("DMD2 without discriminator", "emoji_dmd2"),
+    "decoupled_dmd": Method("Decoupled DMD", "emoji_decoupled_dmd"),
+    "pgsb": Method("PG-SB", "emoji_pgsb"),
+    "di_star": Method("DI*-style (SIM + CLIP reward)", "emoji_di_star"),
+    "dmd": Method("DMD with pairs", "emoji_dmd", samples=True),
+    "dmd2_gan": Method("DMD2", "emoji_dmd2_gan", samples=True),
+    "f_distill": Method("f-distill, forward KL", "emoji_f_distill", samples=True),
+    "sida": Method("SiDA", "emoji_sida", samples=True),
+    "uni_instruct": Method("Uni-Instruct, forward KL", "emoji_uni_instruct", samples=True),
 }
+STEPS = {
+    "pgsb_4step": Method("PG-SB, 4 steps", "emoji_pgsb_4step", steps=4),
+    "dmd2_4step": Method("DMD2 without discriminator, 4 steps", "emoji_dmd2_4step", steps=4),
+    "tdm_4step": Method("TDM, 4 steps", "emoji_tdm_4step", steps=4),
+    "tdm": Method("TDM", "emoji_tdm_4step"),
+    "pgsb": METHODS["pgsb"],
+    "dmd2": METHODS["dmd2"],
+    "sida": METHODS["sida"],
+    "sida_from_4step": Method("SiDA, from PG-SB's 4 steps", "emoji_sida", samples=True, origin="pgsb_4step"),
+    "pgsb_from_4step": Method("PG-SB, from its 4 steps", "emoji_pgsb", origin="pgsb_4step"),
+}
+TABLES = {"methods": METHODS, "steps": STEPS}
 SEEDS, START, SAMPLES, HELD_OUT, SHOWN = (0, 1), 625, 2048, 1024, 6
+# what the students begin as, by the row's key
+STARTS = {
+    "start": (f"start, at {START}", Steps((START,))),
+    "start_fresh": ("start, 4 steps, new noise", Steps((625, 469, 312, 156), "fresh")),
+    "start_none": ("start, 4 steps, deterministic", Steps((625, 469, 312, 156), "none")),
+}
+DRAWN_IN = (4, 2, 1)
 COLUMNS = {
     "frechet_distance": "frechet_distance ↓", "clip_score": "clip_score ↑", "precision": "precision ↑",
     "recall": "recall ↑", "diversity": "diversity ↑", "updates": "updates", "seconds": "s per update",
@@ -91,6 +133,11 @@ class Cell(NamedTuple):
         """Of its folder."""
         return f"{self.method}-seed{self.seed}"
 
+    @property
+    def of(self) -> Method:
+        """Its row."""
+        return (METHODS | STEPS)[self.method]
+
 
 class Judge:
     """Measures pictures of the held-out captions by one CLIP.
@@ -106,27 +153,36 @@ class Judge:
         for metric in self.metrics:
             metric.bind(self.extractor, ReferenceStatistics.load(asset_path(REFERENCE)))
         kept = folder / "teacher.pt"
-        if not kept.is_file():
-            rows = Teacher(str(asset_path(TEACHER))).rows
-            found = {name: self.measure(in_passes(draw)) for name, (draw, _) in rows.items()}
-            start = load_generator(asset_path(TEACHER)).eval()
-            start.steps = Steps((START,))
-            found["start"] = self.measure(in_passes(start.images))
+        found = torch.load(kept, weights_only=True) if kept.is_file() else {}
+        rows = {name: draw for name, (draw, _) in Teacher(str(asset_path(TEACHER))).rows.items()}
+        for name in (rows.keys() | STARTS.keys()) - found.keys():
+            if name in STARTS:
+                start = load_generator(asset_path(TEACHER)).eval()
+                start.steps = STARTS[name][1]
+                rows[name] = start.images
+            found[name] = self.measure(in_passes(rows[name]))
             torch.save(found, kept)
-        self.teacher: dict[str, Any] = torch.load(kept, weights_only=True)
+        self.teacher: dict[str, Any] = found
 
     @torch.no_grad()
-    def measure(self, draw: Callable[[list[str], list[int]], Tensor]) -> dict[str, Any]:
+    def measure(
+        self, draw: Callable[[list[str], list[int]], Tensor], diversity: bool = True
+    ) -> dict[str, Any]:
         """Values, features of the held-out captions' pictures, and the first few of these."""
         pictures = draw(self.captions, list(range(len(self.captions))))
         results = evaluate_model(lambda _, seeds: pictures[seeds], self.captions, self.metrics, 64)
         values = {metric.name: float(results[metric.name]["value"]) for metric in self.metrics}
+        if diversity:
+            values["diversity"] = self.diversity(draw)
+        return {"values": values, "features": self.features(pictures), "pictures": pictures[:SHOWN]}
+
+    def diversity(self, draw: Callable[[list[str], list[int]], Tensor]) -> float:
+        """1 − the mean cosine among four pictures of a prompt."""
         several = [caption for caption in self.captions[:128] for _ in range(4)]
         seeds = [10_000 + place for place in range(len(several))]
         features = normalize(self.features(draw(several, seeds)), dim=1)
         cosines = (groups := features.unflatten(0, (-1, 4))) @ groups.mT
-        values["diversity"] = 1 - float((cosines.sum((1, 2)) - 4).mean() / 12)
-        return {"values": values, "features": self.features(pictures), "pictures": pictures[:SHOWN]}
+        return 1 - float((cosines.sum((1, 2)) - 4).mean() / 12)
 
     def features(self, pictures: Tensor) -> Tensor:
         """[N, D], float64."""
@@ -148,22 +204,39 @@ def in_passes(draw: Callable[[list[str], list[int]], Tensor]) -> Callable[[list[
     )
 
 
-def draw_samples(place: Path) -> None:
-    """The teacher's samples, drawn once for all budgets."""
-    cli.main([
-        "draw-teacher", f"--model={asset_path(TEACHER)}", f"--prompts={CAPTIONS}", f"--output={place}",
-        f"--count={SAMPLES}",
-    ])  # fmt: skip
+def draw_samples(cell: Cell, folder: Path) -> Path:
+    """Where the samples are that the cell learns from; draws them: the teacher's once for all budgets."""
+    origin = origin_of(cell, folder)
+    place = folder.parent / "teacher-samples" if origin is None else folder / cell.name / "samples"
+    if cell.of.samples:
+        cli.main([
+            "draw-teacher", f"--model={origin or asset_path(TEACHER)}", f"--prompts={CAPTIONS}",
+            f"--output={place}", f"--count={SAMPLES}",
+        ])  # fmt: skip
+    return place
 
 
-def changes(cell: Cell, updates: int, samples: Path, batch_size: int) -> dict[str, Any]:
+def origin_of(cell: Cell, folder: Path) -> Path | None:
+    """The checkpoint that the cell starts from, None for the teacher."""
+    if not cell.of.origin:
+        return None
+    (last,) = (folder / Cell(cell.of.origin, cell.seed).name).glob("version_*/checkpoints/last.ckpt")
+    return last
+
+
+def changes(
+    cell: Cell, updates: int, samples: Path, batch_size: int, origin: Path | None = None
+) -> dict[str, Any]:
     """What the cell's configuration has instead of the method's own one."""
     data: dict[str, Any] = {"batch_size": batch_size, "eval_size": 64}
-    if METHODS[cell.method][2]:
+    if cell.of.samples:
         data["real"] = {"folder": str(samples), "batch_size": batch_size}
+    start: dict[str, Any] = {"start_timestep": START, "timesteps": None} if cell.of.steps == 1 else {}
+    if origin is not None:
+        start["student_init"] = str(origin)
     return {
         "seed_everything": cell.seed,
-        "model": {"init_args": {"start_timestep": START, "ema_decay": 0.95, "seed": cell.seed}},
+        "model": {"init_args": {**start, "ema_decay": 0.95, "seed": cell.seed}},
         "data": {"init_args": data},
         "trainer": {
             "max_steps": updates, "limit_val_batches": 0, "precision": "32-true",
@@ -178,9 +251,10 @@ def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size:
     """The options of the cell's `fit` in this folder; writes its own part of the configuration."""
     place = folder / cell.name
     place.mkdir(parents=True, exist_ok=True)
-    own = yaml.safe_dump(changes(cell, updates, samples, batch_size), sort_keys=False)
+    origin = origin_of(cell, folder)
+    own = yaml.safe_dump(changes(cell, updates, samples, batch_size, origin), sort_keys=False)
     (place / "cell.yaml").write_text(own)
-    method = asset_path(f"configs/experiment/{METHODS[cell.method][1]}.yaml")
+    method = asset_path(f"configs/experiment/{cell.of.config}.yaml")
     return [
         "--config", str(method), "--config", str(place / "cell.yaml"),
         f"--trainer.default_root_dir={folder}", f"--experiment={cell.name}",
@@ -188,21 +262,40 @@ def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size:
 
 
 def operations(method: str, folder: Path, samples: Path, batch_size: int) -> float:
-    """Floating-point operations of one student update with all that it plans beside it; counted once."""
+    """Floating-point operations of one student update with all that it plans beside it; counted once.
+
+    Of a student of K steps the mean of K updates, in each of which another step is drawn. Where a student
+    starts makes no difference.
+    """
+    rows = METHODS | STEPS
+    method = next(name for name, row in rows.items() if _costs(row) == _costs(rows[method]))
     kept = folder / "operations" / f"{method}.json"
     if not kept.is_file():
-        counter, step = FlopCounterMode(display=False), OneStepDistillation.training_step
+        total, count = 0, Cell(method, 0).of.steps
+        step, uniform = OneStepDistillation.training_step, StepRandom.shared_uniform
 
         def counted(module: OneStepDistillation, *batch: Any) -> None:
-            with counter:
+            nonlocal total
+            with FlopCounterMode(display=False) as counter:
                 step(module, *batch)
+            total += counter.get_total_flops()
+
+        def in_turn(random: StepRandom, name: str) -> float:
+            return random.step / count if name == "student_step" else uniform(random, name)
 
         place = folder / "operations"
-        with patch.object(OneStepDistillation, "training_step", counted):
-            cli.main(["fit", *configure(Cell(method, 0), 1, place, samples, batch_size)])
-        write_text_atomically(kept, json.dumps(counter.get_total_flops()))
+        with (
+            patch.object(OneStepDistillation, "training_step", counted),
+            patch.object(StepRandom, "shared_uniform", in_turn),
+        ):
+            cli.main(["fit", *configure(Cell(method, 0), count, place, samples, batch_size)])
+        write_text_atomically(kept, json.dumps(total / count))
         shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
+
+
+def _costs(row: Method) -> tuple[str, int]:
+    return row.config, row.steps
 
 
 def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path, batch_size: int) -> bool:
@@ -220,26 +313,38 @@ def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path
     (last,) = place.glob("version_*/checkpoints/last.ckpt")  # a run stopped early leaves a version without
     run = last.parents[1]
     generator = load_generator(last).eval()
-    result = judge.measure(in_passes(generator.images))
     timing = json.loads((run / "report.json").read_text())["timing"]
-    result["values"] |= {
-        "updates": updates, "seconds": timing["seconds_per_step"], "memory": timing["peak_memory_gib"]
-    }  # fmt: skip
-    torch.save(result, place / "result.pt")
-    shutil.rmtree(run / "checkpoints")
-    print(f"{cell.name}: {result['values']}", flush=True)
+    for count in sorted({count for count in DRAWN_IN if count <= cell.of.steps}):
+        with generator.taking(count):
+            result = judge.measure(in_passes(generator.images), diversity=count == cell.of.steps)
+        result["values"] |= {
+            "updates": updates, "seconds": timing["seconds_per_step"], "memory": timing["peak_memory_gib"]
+        }  # fmt: skip
+        torch.save(result, place / result_name(cell.of, count))
+        print(f"{cell.name} in {count}: {result['values']}", flush=True)
+    if cell.of.steps == 1:
+        shutil.rmtree(run / "checkpoints")
     return True
 
 
-def write_report(folder: Path, judge: Judge) -> None:
-    """results.json, results.md and pictures.png of the cells that are there."""
+def result_name(method: Method, count: int) -> str:
+    """File of what a student draws in so many steps; the last one that is written is that of all of them."""
+    return "result.pt" if count == method.steps else f"result-in-{count}.pt"
+
+
+def write_report(folder: Path, judge: Judge, table_name: str) -> None:
+    """results.json, results.md and pictures.png of the cells that are there (steps.json, … of few steps)."""
     rows, table, views = [], [], {}
-    names = {"steps_25": "teacher, 25 steps", "steps_1": "teacher, 1 step", "start": f"start, at {START}"}
-    named = {title: judge.teacher[name] for name, title in names.items()}
-    groups = {title: [found] for title, found in named.items()}
-    for method, (title, _, _) in METHODS.items():
-        paths = [folder / Cell(method, seed).name / "result.pt" for seed in SEEDS]
-        groups[title] = [torch.load(path, weights_only=True) for path in paths if path.is_file()]
+    names = {"steps_25": "teacher, 25 steps", "steps_1": "teacher, 1 step"}
+    names |= {
+        name: title for name, (title, _) in list(STARTS.items())[: None if table_name == "steps" else 1]
+    }
+    groups = {title: [judge.teacher[name]] for name, title in names.items()}
+    for name, method in TABLES[table_name].items():
+        for count in (count for count in DRAWN_IN if count <= method.steps):
+            title = method.title + (f", drawn in {count}" if method.steps > 1 else "")
+            paths = [folder / Cell(name, seed).name / result_name(method, count) for seed in SEEDS]
+            groups[title] = [torch.load(path, weights_only=True) for path in paths if path.is_file()]
     for title, found in groups.items():
         values = [one["values"] | judge.among_the_teachers(one["features"]) for one in found]
         rows += [{"method": title, "seed": seed, **one} for seed, one in enumerate(values)]
@@ -247,10 +352,13 @@ def write_report(folder: Path, judge: Judge) -> None:
         table.append([title, str(len(found)), *cells])
         if found:
             views[title] = found[0]["pictures"].numpy()
-    write_text_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    stem, pictures = ("results", "pictures") if table_name == "methods" else (table_name, table_name)
+    write_text_atomically(folder / f"{stem}.json", json.dumps(rows, indent=1) + "\n")
     text = "\n".join(markdown_table(["method", "seeds", *COLUMNS.values()], table))
-    write_text_atomically(folder / "results.md", text + "\n")
-    save_png(labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=96), folder / "pictures.png")
+    write_text_atomically(folder / f"{stem}.md", text + "\n")
+    save_png(
+        labelled_grid(views, judge.captions[:SHOWN], columns=1, least_size=96), folder / f"{pictures}.png"
+    )
 
 
 def _spread(values: Sequence[float], name: str) -> str:
@@ -271,25 +379,25 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--updates", type=int, default=300, help="the budget in updates of SwiftBrush (default: %(default)s)")
     add("--batch-size", type=int, default=48, help="prompts per update (default: %(default)s)")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="method or seed")
+    add("--table", choices=list(TABLES), default="methods", help="(default: %(default)s)")
     add("--output", type=Path, default=Path("outputs/methods"))
     add("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(words)
     folder = (options.output / f"{options.updates}x{options.batch_size}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     conditions = [one.split("=", 1) for one in options.only]
-    cells = [Cell(method, seed) for seed in SEEDS for method in METHODS]
+    cells = [Cell(method, seed) for seed in SEEDS for method in TABLES[options.table]]
     cells = [cell for cell in cells if all(str(getattr(cell, key)) == value for key, value in conditions)]
-    judge, whole, samples = Judge(folder), True, folder.parent / "teacher-samples"
+    judge, whole = Judge(folder), True
     for cell in () if options.report_only else cells:
-        if METHODS[cell.method][2]:
-            draw_samples(samples)
+        samples = draw_samples(cell, folder)
         costs = [
             operations(name, folder, samples, options.batch_size) for name in ("swiftbrush", cell.method)
         ]
         updates = max(1, round(options.updates * costs[0] / costs[1]))
         whole &= run_cell(cell, updates, judge, folder, samples, options.batch_size)
-        write_report(folder, judge)
-    write_report(folder, judge)
+        write_report(folder, judge, options.table)
+    write_report(folder, judge, options.table)
     missing = [cell.name for cell in cells if not (folder / cell.name / "result.pt").is_file()]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells; missing: {', '.join(missing) or 'none'}")
     sys.exit(0 if whole else 1)

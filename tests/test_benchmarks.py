@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import generate
+from benchmarks import generate, gpu
 from benchmarks.generate import summary
 from benchmarks.measuring import interval
 from benchmarks.memory import EIGHT_BIT, GIB, LiveMemory, Needs, fixed, gpu_autocast, room, turns
@@ -122,3 +124,67 @@ def test_largest_micro_batch() -> None:
     assert [need.peak(batch) for batch in (1, 2, 3, 4)] == [10, 11, 12, 16]
     assert [need.largest(size) for size in (9, 10, 11.5, 15, 16)] == [0, 1, 2, 3, 4]
     assert room(11.0) == 9.5 * GIB
+
+
+# --- the script for a GPU
+
+SMALL = gpu.Setting(small=True, gpu=False)
+
+
+def part(run: Any) -> gpu.Part:
+    return gpu.Part("Rates", "a part", run)
+
+
+def test_a_part_that_fails_or_hangs_is_noted() -> None:
+    def fail(setting: gpu.Setting) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\n Tried")
+
+    def hang(setting: gpu.Setting) -> Any:
+        while True:
+            time.sleep(0.01)
+
+    assert gpu.attempt(part(fail), SMALL, 5)["error"] == "OutOfMemoryError: CUDA out of memory. Tried"
+    assert gpu.attempt(part(hang), SMALL, 1)["error"] == "TimeoutError: not done in 1 s"
+    assert gpu.attempt(part(lambda setting: {"one": 1}), SMALL, 5)["numbers"] == {"one": 1}
+
+
+def test_the_next_part_begins_when_the_process_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Everything is saved after each part, and the page shows tables and what failed."""
+    workers, saved = list[Any](), list[int]()
+    found: list[Any] = [
+        {"numbers": {"flops": 5e13, "convolution": 2e13, "bytes": 2e9}, "took": 1},
+        {"error": "ended with -9"},
+    ]
+
+    class Worker:
+        def __init__(self, setting: gpu.Setting) -> None:
+            workers.append(self)
+
+        def run(self, place: int, limit: int) -> Any:
+            assert limit <= gpu.PARTS[place].limit
+            return found[min(place, 1)]
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu, "Worker", Worker)
+    results = gpu.run_all([0, 1, 2], SMALL, 100, lambda results: saved.append(len(results)))
+    assert (len(workers), saved) == (2, [1, 2, 3, 3])
+    text = gpu.markdown(results)
+    assert "| 50.000 | 20.000 | 2 |" in text and "- step sd21 16, compiled: ended with -9" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
+    gpu.put_into(page, text)
+    assert page.read_text() == f"before\n{gpu.BEGIN}\n{text}\n{gpu.END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines"):
+        gpu.put_into(page, text)
+    assert "no time left" in gpu.markdown(gpu.run_all([0], SMALL, 5, lambda results: None))
+
+
+def test_both_sides_compute_the_same_on_rectified_flow() -> None:
+    """Which the public script does not have."""
+    found = gpu.step(SMALL, "sd35m", 2)
+    assert found["losses"]["project"]["student"][-1] > 0
+    assert max(found["loss_differences"].values()) < 1e-4
+    assert found["of_rate"] > 0 and found["model"] in gpu.step_table([found])

@@ -18,8 +18,10 @@ from lightning_modules import optimization as step_numbers
 from lightning_modules.compiling import CompiledNetworks
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.guidance.scales import FixedGuidance, UniformGuidance
+from lightning_modules.networks.loading import load_parts
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import StepNumbers
+from lightning_modules.trainer_settings import channels_last
 from tests.tiny_distillation import PROMPTS, Hooks, distillation, fit, snapshot
 
 # --- waiting
@@ -80,6 +82,26 @@ def test_numbers_of_the_cpu_are_sent_in_one_copy(device: str, monkeypatch: pytes
         assert sent == [[1, 5]]
     else:
         assert [value.item() for value in logged.values()] == [1, 2, 5]
+
+
+# --- layout
+
+
+def test_channels_last_changes_no_number_that_is_trained(tiny_sd: Path) -> None:
+    """Frozen weights and activations change their order in memory, trained ones and results do not."""
+    unet = load_parts(tiny_sd).denoiser
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 16, 16)
+    expected = unet(*inputs).sample
+    trained = [unet.conv_in.weight, unet.down_blocks[0].attentions[0].proj_in.weight]
+    for weight in unet.parameters():
+        weight.requires_grad_(any(weight is one for one in trained))
+    channels_last([unet])
+    orders = []
+    unet.conv_out.register_forward_hook(lambda layer, given, output: orders.append(given[0].stride(1)))
+    torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    assert orders == [1], "channels are not last behind all blocks"
+    assert all(weight.is_contiguous() for weight in trained)
+    assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- compiling

@@ -18,9 +18,12 @@ from common.errors import UserError
 from datamodules import teacher_samples
 from datamodules.real_pictures import RealPictures
 from lightning_modules.diffusion.randomness import StepRandom, seeded_noise
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.generator import make_generator
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.base import Objective
 from lightning_modules.objectives.discriminator import Discriminator
@@ -85,6 +88,20 @@ def test_they_are_the_teachers_pictures(
             draw(tiny_sd, tmp_path / "two")
     other = files(tmp_path / "two")
     assert all(torch.equal(latents[name], other[name]) for name in latents)
+
+
+def test_a_student_of_several_steps_stands_in(tiny_sd: Path, tmp_path: Path) -> None:
+    """In its own steps, unguided; the start noise is that of the seed."""
+    parts, steps = load_parts(tiny_sd), Steps((999, 749, 499, 249), "none")
+    student = export_student(parts.denoiser, parts, steps, tmp_path / "out", card={"teacher": "tiny"})
+    folder = draw(student, tmp_path / "samples")
+    facts = teacher_samples.read_facts(folder)
+    assert (facts["steps"], facts["guidance_scale"]) == (3, 1.0)  # `draw` asks for three of them
+    generator = make_generator(parts, steps.fewer(3))
+    condition = generator.prompt_encoder.encode([PROMPTS[i % len(PROMPTS)] for i in range(COUNT)])
+    with torch.no_grad():
+        expected = generator.latents(seeded_noise(range(5, 5 + COUNT), parts.latent_shape), condition)
+    torch.testing.assert_close(torch.cat([*files(folder).values()]).float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_it_goes_on_where_it_ended(tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_the_others_are_there() -> None:
 def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
     """All settings but models, prompts and the batch are the file's own."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
-    family = name.split("_")[0]
+    family = name.removeprefix("emoji_sd3").split("_")[0] or "sd3"
     likes = {"emoji": "sd15", "own": "sd15", "sd21": "sd15", "sd35": "sd3"}
     teacher = backbone_folder(likes.get(family, family))
     prompts = json.dumps([f"a red cat {number}" for number in range(4)])

@@ -1,10 +1,11 @@
-"""One- and few-step models that others trained: LCM, SDXL Turbo, DMD2."""
+"""One- and few-step models that others trained: LCM, SDXL Turbo, DMD2, SDXL-Lightning, Hyper-SD, Flash."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, LCMScheduler
@@ -23,6 +24,7 @@ from lightning_modules.networks.weights import own_weights
 from tests.backbones import moved, private_copy, stock_pipeline_of
 
 PROMPTS, SEEDS = ["a red cat", "a dog"], [5, 6]
+TIMES = [999, 749, 499, 249]
 Folder = Callable[[str], Path]
 
 
@@ -61,6 +63,33 @@ def test_they_draw_by_their_own_pipeline(
         assert (pixels(tmp_path / f"out/000{i}.png") - picture).abs().max() <= 0.51 / 255
     drawer = model_drawer(Recipe(str(folder)), PROMPTS, SEEDS, None, torch.device("cpu"))
     torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "settings"),
+    [
+        ("lcm", None, {}),
+        ("sd_turbo", None, {}),
+        ("sdxl_turbo", None, {}),
+        ("sdxl", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # SDXL-Lightning
+        ("sdxl", "DDIMScheduler", {"timestep_spacing": "trailing"}),  # Hyper-SD
+        ("sd15", "TCDScheduler", {}),  # Hyper-SD, TCD
+        ("sdxl", "LCMScheduler", {"timestep_spacing": "trailing"}),  # Flash, LCM-LoRA
+    ],
+)
+def test_they_draw_in_their_own_steps(
+    name: str, scheduler: str | None, settings: dict[str, Any], backbone_folder: Folder, tmp_path: Path
+) -> None:
+    """A folder with the scheduler that the model's card names, as `save_pretrained` writes it."""
+    pipe: Any = stock_pipeline_of(backbone_folder(name))
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
+    pipe.save_pretrained(tmp_path / "model")
+    guidance = {} if name == "lcm" else {"guidance_scale": 0.0}
+    expected = stock_images(pipe, num_inference_steps=4, **guidance)
+    drawer = model_drawer(Recipe(str(tmp_path / "model"), 4), PROMPTS, SEEDS, None, torch.device("cpu"))
+    torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
+    assert ", 4 steps" in drawer.title
 
 
 def test_half_precision_files_are_drawn_in_float32(backbone_folder: Folder, tmp_path: Path) -> None:
@@ -121,14 +150,39 @@ def test_a_network_alone(backbone_folder: Folder, tmp_path: Path) -> None:
     torch.testing.assert_close(halves["conv_in.weight"], unet.conv_in.weight.half().float())
 
 
+@pytest.mark.parametrize("noise", ["fresh", "none"])
+def test_a_network_alone_of_four_steps(noise: str, backbone_folder: Folder, tmp_path: Path) -> None:
+    """DMD2's SDXL by the LCM scheduler at the timesteps of its card; SDXL-Lightning's by Euler, trailing."""
+    base = backbone_folder("sdxl")
+    unet = moved(base, 2)
+    save_file(unet.state_dict(), tmp_path / "unet.safetensors")
+    pipe: Any = stock_pipeline_of(base, unet=unet)
+    if noise == "fresh":
+        pipe.scheduler, how = LCMScheduler.from_config(pipe.scheduler.config), {"timesteps": TIMES}
+    else:
+        config = pipe.scheduler.config
+        pipe.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+        how = {"num_inference_steps": 4}
+    expected = stock_images(pipe, guidance_scale=0, **how)
+    place = ("--base", base, "--timesteps", TIMES, "--step-noise", noise)
+    call("export", "--checkpoint", tmp_path / "unet.safetensors", *place, "--output", tmp_path / "out")
+    drawer = model_drawer(Recipe(str(tmp_path / "out")), PROMPTS, SEEDS, None, torch.device("cpu"))
+    # Euler's start is sigma_T times the noise, ours the noise
+    torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4 if noise == "fresh" else 5e-3)
+    facts = json.loads((tmp_path / "out/one_step.json").read_text())
+    assert (facts["timesteps"], facts["step_noise"]) == (TIMES, noise)
+
+
 def test_a_network_alone_needs_a_base_that_fits(backbone_folder: Folder, tmp_path: Path) -> None:
     file = tmp_path / "network.safetensors"
     save_file(load_parts(backbone_folder("sd15")).denoiser.state_dict(), file)
     (tmp_path / "cut.bin").write_bytes(b"no weights")
     start, base = ("--start-timestep", 399), ("--base", backbone_folder("sdxl"))
     cases: list[tuple[tuple[Any, ...], str]] = [
-        ((file,), "is a network alone: give --base MODEL and --start-timestep T"),
+        ((file,), "is a network alone: give --base MODEL and --start-timestep T, or --timesteps"),
         ((file, *base), "give --base MODEL and --start-timestep T"),
+        ((file, *base, *start, "--timesteps", TIMES), "give --base MODEL and --start-timestep T"),
+        ((file, *base, *start, "--step-noise", "none"), "--step-noise has no effect with one step"),
         ((file, *base, *start, "--weights", "ema"), "one set of weights"),
         ((file, *base, *start), "does not hold the network of .* Give another --base"),
         ((tmp_path / "cut.bin", *base, *start), "cut.bin can't be read"),

@@ -4,15 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands.sweeping.check import ParseOnly
+from lightning_modules.diffusion.randomness import StepRandom
+from lightning_modules.distillation import OneStepDistillation
 from scripts import method_benchmark
-from scripts.method_benchmark import METHODS, Cell
+from scripts.method_benchmark import METHODS, STEPS, Cell
 
 
 def test_every_method_has_a_configuration() -> None:
     configs = Path(__file__).parents[1] / "configs" / "experiment"
-    assert all((configs / f"{config}.yaml").is_file() for _, config, _ in METHODS.values())
+    assert all(
+        (configs / f"{config}.yaml").is_file()
+        for config in {row.config for row in (METHODS | STEPS).values()}
+    )
 
 
 def test_a_cell_is_a_fit_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +36,41 @@ def test_mean_and_spread() -> None:
     spread = method_benchmark._spread
     assert spread([1.0, 3.0], "recall") == "2.00 (1.00–3.00)" and spread([4, 4], "updates") == "4"
     assert spread([], "recall") == "–"
+
+
+def test_one_step_from_four_starts_from_that_row_s_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    last = tmp_path / "pgsb_4step-seed1" / "version_0" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    words = method_benchmark.configure(Cell("sida_from_4step", 1), 7, tmp_path, tmp_path / "samples", 16)
+    model: Any = ParseOnly(["fit", *words]).settings.model.init_args
+    assert (model.student_init, model.timesteps, model.start_timestep) == (str(last), None, 625)
+    words = method_benchmark.configure(Cell("dmd2_4step", 0), 7, tmp_path, tmp_path / "samples", 16)
+    model = ParseOnly(["fit", *words]).settings.model.init_args
+    assert (model.student_init, list(model.timesteps)) == (None, [625, 469, 312, 156])
+
+
+@pytest.mark.parametrize("method", ["pgsb", "pgsb_4step"])
+def test_operations_of_every_step_count(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over the drawn steps: each step before one is a forward pass more."""
+    monkeypatch.setattr(method_benchmark.FlopCounterMode, "get_total_flops", lambda counter: 7)
+    drawn = list[float]()
+
+    def fit(words: list[str]) -> None:
+        assert words[0] == "fit"
+        for step in range(4 if method == "pgsb_4step" else 1):
+            random = StepRandom(0, step, torch.arange(2))
+            OneStepDistillation.training_step(None, random)  # type: ignore[arg-type]
+
+    def step(module: Any, random: StepRandom) -> None:
+        drawn.append(random.shared_uniform("student_step") * 4)
+
+    monkeypatch.setattr(OneStepDistillation, "training_step", step)
+    monkeypatch.setattr(method_benchmark.cli, "main", fit)
+    monkeypatch.setattr(method_benchmark, "configure", lambda *given: ["--nothing"])
+    (tmp_path / "operations" / f"{method}-seed0").mkdir(parents=True)
+    assert method_benchmark.operations(method, tmp_path, tmp_path, 2) == 7
+    assert drawn == ([0, 1, 2, 3] if method == "pgsb_4step" else [0])

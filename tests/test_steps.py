@@ -1,6 +1,7 @@
 """Students of several steps: roll-outs in training, drawing, exports."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.diffusion.steps import Steps, as_steps, step_facts, steps_of
 from lightning_modules.drawing import open_model
 from lightning_modules.generator import load_generator, make_generator
+from lightning_modules.guidance import negative_attention
+from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.pipeline_folder import export_student, student_call, student_scheduler
+from lightning_modules.networks.roles import RoleNetwork
 from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.dmd2 import DMD2
 from lightning_modules.objectives.swiftbrush import SwiftBrush
@@ -79,6 +83,25 @@ def test_a_picture_depends_on_its_seed_alone(tiny_sd: Path) -> None:
     assert not any(torch.equal(noises[a], noises[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
     with pytest.raises(ValueError, match="give `fresh`"):
         generator.latents(noises[0], generator.prompt_encoder.encode(PROMPTS[:2]))
+
+
+def test_negative_prompts_in_the_first_steps(tiny_sd: Path) -> None:
+    """Of a student by hand: step 0 steered, the others not; whatever the batches."""
+    generator, rule = make_generator(load_parts(tiny_sd), Steps((999, 500), "none")), Nasa(0.8)
+    draw = partial(generator.images, PROMPTS[:2], [7, 8], negative_prompt="a dog", negative_method=rule)
+    first, every = draw(negative_steps=1), draw()
+    encode, noise = generator.prompt_encoder.encode, generator.noise([7, 8])
+    with torch.no_grad():
+        condition, start = encode(PROMPTS[:2]), generator.steps.at(0, noise)
+        role = RoleNetwork(generator.schedule, lambda: nullcontext(generator.student))
+        with negative_attention(generator.student, encode(["a dog"]), rule):
+            said = role(noise, start, condition)
+        x_t = generator.steps.next_input(0, said, generator.schedule, noise)
+        x0 = role(x_t, generator.steps.at(1, noise), condition).x0
+        torch.testing.assert_close(first, generator.decoder.decode(x0), rtol=0, atol=1e-5)
+    assert (first - every).abs().max() > 1e-3
+    torch.testing.assert_close(draw(negative_steps=1, batch_size=1), first, rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw(negative_steps=2), every, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("noise", ["fresh", "none"])

@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor
 import cli
 from common.errors import UserError
 from lightning_modules.checkpoints import read
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.clip_models import TransformersClip
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.student import load_network_file, load_student
@@ -98,7 +99,7 @@ def in_a_checkpoint(folder: Path, base: Path, payload: Payload) -> None:
 
 def in_a_network(folder: Path, base: Path, payload: Payload) -> None:
     torch.save({"weight": payload}, folder / "unet.bin")
-    load_network_file(folder / "unet.bin", str(base), 9)
+    load_network_file(folder / "unet.bin", str(base), Steps((9,)))
 
 
 def in_the_weights_of_a_part(folder: Path, base: Path, payload: Payload) -> None:

@@ -32,6 +32,8 @@ class NegativeText:
     Attributes:
         lengths: L⁺ and L⁻ of a network with joint attention.
         cache: keys and values by layer, kept while gradients are off, until the prompts change.
+        calls: of the network since the prompts changed, where they are counted.
+        active: whether the processors do anything but what the stock ones do.
     """
 
     def __init__(self, method: Method, project: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -40,6 +42,7 @@ class NegativeText:
         self.lengths: tuple[int, int] | None = None
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.present: Tensor | None = None
+        self.calls, self.active = 0, True
         self._raw: Tensor | None = None
         self._projected: Tensor | None = None
         self._bias: Tensor | None = None
@@ -53,6 +56,7 @@ class NegativeText:
             present: boolean [B], false for images that have no negative prompt; None if all have one.
         """
         self._raw, self._projected, self.present = embeddings, None, present
+        self.calls, self.active = 0, True
         # the bias that diffusers makes of such a mask
         self._bias = None if mask is None else (1 - mask.to(embeddings.dtype))[:, None, None] * -10000.0
         self.cache.clear()
@@ -105,8 +109,8 @@ class NegativeCrossAttention:
         **kwargs: Any,
     ) -> Tensor:
         """Attention of image tokens [B, S, D] to text [B, L⁺, D'] and negative text: [B, S, D]."""
-        if encoder_hidden_states is None:  # a layer used for self-attention
-            return self.stock(attn, hidden_states, None, attention_mask, temb)
+        if encoder_hidden_states is None or not self.text.active:  # a layer used for self-attention
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         residual = hidden_states
         batch_size, length, _ = encoder_hidden_states.shape
         if attention_mask is not None:
@@ -165,6 +169,8 @@ class NegativeJointSD3:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, S, D], text tokens [B, L⁺ + L⁻, D], each after its output projection."""
+        if not self.text.active:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         assert encoder_hidden_states is not None
         size, split = hidden_states.shape[1], _positive_length(self.text)
         image = _projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
@@ -199,6 +205,8 @@ class NegativeJointFlux:
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Image tokens and text tokens, each after its output projection; all in one if they came so."""
+        if not self.text.active:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:
             raise UserError("Negative prompts for FLUX do not work with an attention mask. Leave it out.")
         query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))

@@ -86,6 +86,7 @@ def negative_prompting(
     *,
     tau: float | None = None,
     alpha: float | None = None,
+    steps: int | None = None,
 ) -> Iterator[None]:
     """Calls of the pipeline inside this context draw away from the negative prompt.
 
@@ -111,6 +112,7 @@ def negative_prompting(
         scale: α of NASA, ϕ of NAG; 0 is off, None the network's default (`guidance.methods`).
         tau: τ of NAG, the largest growth of an attention output's norm.
         alpha: α of NAG, the share of the steered output.
+        steps: only in so many of the first network calls of each call of the pipeline; None: in all.
 
     Raises:
         UserError: the network has no layer to act on or has other processors than diffusers' default ones, a
@@ -127,6 +129,7 @@ def negative_prompting(
     joint, positions = kind is not NegativeCrossAttention, kind is NegativeJointFlux
     with (
         _installed(kind, layers, text),
+        _first_calls(network, text, steps, joint),
         _encoded_with_prompts(pipe, negatives, text, joint, positions),
         _unguided(pipe, network),
     ):
@@ -135,7 +138,11 @@ def negative_prompting(
 
 @contextmanager
 def negative_attention(
-    network: nn.Module, negative: Condition, method: Method, present: Tensor | None = None
+    network: nn.Module,
+    negative: Condition,
+    method: Method,
+    present: Tensor | None = None,
+    calls: int | None = None,
 ) -> Iterator[None]:
     """Calls of a network inside this context draw away from encoded negative prompts.
 
@@ -149,6 +156,7 @@ def negative_attention(
         negative: negative prompts of B images, or one for all.
         method: see `guidance.methods`; scale 0 changes nothing.
         present: boolean [B], false for images without a negative prompt.
+        calls: only in so many of the first calls; None: in all.
 
     Raises:
         UserError: as `negative_prompting`.
@@ -164,8 +172,47 @@ def negative_attention(
     # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
     text.hidden_states(embeddings)
     joint = kind is not NegativeCrossAttention
-    with _installed(kind, layers, text), _behind_the_prompt(network, text) if joint else nullcontext():
+    with (
+        _installed(kind, layers, text),
+        _first_calls(network, text, calls),
+        _behind_the_prompt(network, text) if joint else nullcontext(),
+    ):
         yield
+
+
+@contextmanager
+def _first_calls(
+    network: nn.Module, text: NegativeText, calls: int | None, cut: bool = False
+) -> Iterator[None]:
+    """After so many calls since the prompts changed the network is the stock one.
+
+    `cut`: the negative text stands behind the prompt's tokens already, and is taken away then.
+
+    Raises:
+        UserError: not even the first call.
+    """
+    if calls is None:
+        yield
+        return
+    if calls < 1:
+        raise UserError(f"Negative prompts in the first {calls} steps have no effect: give at least 1.")
+
+    def count(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        text.calls += 1
+        text.active = text.calls <= calls
+        if text.active or not cut:
+            return None
+        assert text.lengths is not None
+        own = {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, : text.lengths[0]]}
+        if "txt_ids" in kwargs:
+            own["txt_ids"] = kwargs["txt_ids"][: text.lengths[0]]
+        return args, kwargs | own
+
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -173,6 +220,8 @@ def _behind_the_prompt(network: nn.Module, text: NegativeText) -> Iterator[None]
     """A network with joint attention gets the negative text behind the prompt's tokens."""
 
     def append(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not text.active:
+            return args, kwargs
         positive = kwargs["encoder_hidden_states"]
         negative = text.hidden_states(positive).expand(len(positive), -1, -1)
         text.lengths = positive.shape[1], negative.shape[1]

@@ -38,6 +38,7 @@ class RoleNetwork:
 
     Attributes:
         calls_with_gradient: calls so far that autograd follows into weights.
+        most_at_once: most samples of one pass without gradient, guidance having two of each; None: all.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class RoleNetwork:
     ) -> None:
         self._schedule, self._network = schedule, network
         self.calls_with_gradient = 0
+        self.most_at_once: int | None = None
 
     def __call__(
         self,
@@ -63,7 +65,11 @@ class RoleNetwork:
         """
 
         def call(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return run_network(network, x_t, t, condition)
+            size = len(x_t) if torch.is_grad_enabled() or features else self.most_at_once or len(x_t)
+            slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
+            if len(slices) == 1:
+                return run_network(network, x_t, t, condition)
+            return torch.cat([run_network(network, x_t[i], t[i], condition[i]) for i in slices])
 
         self.calls_with_gradient += torch.is_grad_enabled()
         with self._network() as network, captured(network, features) as outputs:

@@ -147,7 +147,7 @@ def load_student(
 def load_network_file(
     path: Path,
     base: str,
-    start_timestep: int,
+    steps: Steps,
     prediction_type: str | None = None,
     schedule: Path | None = None,
 ) -> LoadedStudent:
@@ -157,6 +157,7 @@ def load_network_file(
     name of a model with the same network.
 
     Args:
+        steps: where the network is called.
         prediction_type: what the network predicts, where that is not what `base` does.
         schedule: a scheduler_config.json, where its schedule is not that of `base`.
     """
@@ -177,7 +178,6 @@ def load_network_file(
     if found:
         raise UserError(f"{path} does not hold the network of {base}: {found}. Give another --base.")
     parts.denoiser.load_state_dict(weights)
-    steps = Steps((start_timestep,))
     parts.scheduler = student_scheduler(parts.scheduler, steps)
     return LoadedStudent(parts, steps, "as stored", {"teacher": base, "network": path.name})
 

@@ -49,6 +49,9 @@ class TDM(Objective):
 
         w = exp(−½ mean n²) / exp(−½ mean ε²)
 
+    (with sums in place of the means it is the ratio of the two densities, up to a factor that is one for all
+    samples of a τ; the means temper it, as thousands of numbers would make it zero or huge).
+
     Where this differs from the official code: the normaliser is at least 1e-5; the point where the trajectory
     is left is the interval's end and is not drawn; TDM-unify (the number of steps as a condition) is missing.
 

@@ -162,6 +162,24 @@ def test_few_step_sampler_and_keys_computed_once(pipelines: dict[str, Any]) -> N
         torch.testing.assert_close(output, expected(pipe, inputs, ["dog"], Nasa(0.5)), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_in_the_first_steps_only(pipe: Any) -> None:
+    """The first network call of every drawing is steered, the second one is the stock network's."""
+    rule = RULES["nasa"]
+    with recorded(pipe) as stock:
+        draw(pipe, PROMPTS, SEEDS)
+    with recorded(pipe) as calls, negative_prompting(pipe, "dog", **options(rule), steps=1):
+        for _ in range(2):
+            draw(pipe, PROMPTS, SEEDS, steps=2)
+    steered = expected(pipe, stock[0][0], ["dog"], rule)
+    for _, output in calls[::2]:
+        torch.testing.assert_close(output, steered, rtol=0, atol=1e-5)
+    for inputs, output in calls[1::2]:
+        torch.testing.assert_close(network_of(pipe)(**inputs)[0], output, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="first 0 steps"), negative_prompting(pipe, "dog", steps=0):
+        pass
+
+
 def condition(length: int, seed: int, count: int = 2) -> Condition:
     text = torch.randn(count, length, 16, generator=torch.Generator().manual_seed(seed))
     return Condition({"encoder_hidden_states": text}, {"encoder_hidden_states": text[:1]})

@@ -282,3 +282,20 @@ def test_state_dict_holds_what_is_trained_and_loads_strictly(tiny_sd: Path, full
         other.load_state_dict(dict(list(state.items())[1:]))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**state, "scores.other": torch.zeros(1)})
+
+
+def test_passes_without_gradient_in_slices(tiny_sd: Path) -> None:
+    """Guidance makes six samples of three; features and passes with gradient stay whole."""
+    x, t, condition = batch(3)
+    scores, sizes = models(tiny_sd), list[int]()
+    disturb(scores)
+    scores.base.register_forward_hook(lambda network, inputs, output: sizes.append(len(inputs[0])))
+    for role in (scores.teacher, scores.fake_score):
+        with torch.no_grad():
+            whole = role(x, t, condition, guidance_scale=3.0).epsilon
+            role.most_at_once = 4
+            sliced = role(x, t, condition, guidance_scale=3.0).epsilon
+            role(x, t, condition, guidance_scale=3.0, features=["mid_block"])
+        role(x, t, condition, guidance_scale=3.0)
+        torch.testing.assert_close(sliced, whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [6, 4, 2, 6, 6] * 2

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules.diffusion.prediction import Prediction
+from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.steps import Steps
+from lightning_modules.diffusion.timesteps import UniformTimesteps
 from lightning_modules.objectives.base import StudentSample, TeacherFacts
 from lightning_modules.objectives.tdm import TDM
 from tests.objectives.analytic import FAKE, REAL, SHAPE, VALUES, alpha_sigma, posterior_mean, step_random
@@ -98,3 +100,18 @@ def test_what_does_not_fit_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="low=300, high=295"):
         objective(schedule, Steps((305, 300), "none"))
     assert objective(schedule, intervals="whole").ranges[1].high == schedule.num_timesteps - 10
+
+
+def test_weighted_noise_is_unit_normal(make_scores: Any, text: Any, schedule: NoiseSchedule) -> None:
+    """Of one number a sample, where mean and sum are the same, w is the ratio of N(0, 1) to what n has."""
+    count, made = 20_000, objective(schedule)
+    made.ranges[0] = UniformTimesteps(880, 881)
+    x0, x_t = torch.full((count, 1, 1, 1), 0.7), torch.full((count, 1, 1, 1), 1.9)
+    given = StudentSample(x0, text(VALUES), x_t=x_t, t=torch.full((count,), 900), k=0)
+    at, fresh = made.diffused(given, schedule, StepRandom(3, 0, torch.arange(count)), "fake")
+    noise, fresh = at.noise.flatten().double(), fresh.flatten().double()
+    assert noise.mean().abs() > 0.15  # without the weight
+    weight = torch.exp(0.5 * (fresh.square() - noise.square()))
+    mean = (weight * noise).sum() / weight.sum()
+    assert abs(float(mean)) < 0.03
+    assert abs(float((weight * (noise - mean).square()).sum() / weight.sum()) - 1) < 0.05
