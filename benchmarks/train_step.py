@@ -43,7 +43,7 @@ from benchmarks.models import ROOT
 from benchmarks.reference_loop import ReferenceLoop
 from commands.config_files import content_of
 from common.environment import peak_resident_bytes
-from datamodules.prompts import CAPTIONS
+from datamodules.sources import CAPTIONS
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import asset_path

@@ -23,6 +23,7 @@ from callbacks.time_limit import StopRequests
 from common.errors import UserError, first_line
 from common.processes import from_every_rank
 from lightning_modules.checkpoints import FORMAT, KEY, read
+from reports.run_report import direction
 
 
 class RunCheckpoint(Checkpoint):
@@ -37,27 +38,33 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Steps between checkpoints.
-        monitor: Validation metric that decides `best.ckpt`. Where the metric is not logged there is no
-            best.ckpt, with a warning; a run that ends before its first validation leaves its last checkpoint
-            as best.ckpt, with a notice. None: no best.ckpt.
-        mode: "min" or "max".
+        monitor: Validation metric that decides `best.ckpt`, or several: the first of them that a validation
+            logs. Where none is logged there is no best.ckpt, with a warning; a run that ends before its first
+            validation leaves its last checkpoint as best.ckpt, with a notice. None: no best.ckpt.
+        mode: "min", "max", or "auto": what is better of a metric that the project knows.
         keep_step_checkpoints: How many `step_<n>.ckpt` are kept: 0 none, n the newest n, -1 all of them.
     """
 
     def __init__(
         self,
         every_n_steps: int = 500,
-        monitor: str | None = "val/frechet_distance",
+        monitor: str | list[str] | None = "val/frechet_distance",
         mode: str = "min",
         keep_step_checkpoints: int = 0,
     ) -> None:
-        if every_n_steps < 1 or mode not in ("min", "max") or keep_step_checkpoints < -1:
+        if every_n_steps < 1 or mode not in ("min", "max", "auto") or keep_step_checkpoints < -1:
             raise UserError(
-                f"RunCheckpoint: every_n_steps is {every_n_steps} (at least 1), mode {mode!r} ('min' or "
-                f"'max'), keep_step_checkpoints {keep_step_checkpoints} (-1 or more)"
+                f"RunCheckpoint: every_n_steps is {every_n_steps} (at least 1), mode {mode!r} ('min', "
+                f"'max' or 'auto'), keep_step_checkpoints {keep_step_checkpoints} (-1 or more)"
             )
         self.every_n_steps, self.keep_step_checkpoints = every_n_steps, keep_step_checkpoints
-        self.monitor, self.mode = monitor, mode
+        self.monitors = [monitor] if isinstance(monitor, str) else monitor or []
+        self.mode = mode
+        if mode == "auto" and (unknown := [name for name in self.monitors if not direction(name)]):
+            raise UserError(
+                f"RunCheckpoint: nobody says whether a higher {unknown[0]} is better; set mode to min or max"
+            )
+        self.best_monitor: str | None = None  # of the best score
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.saved_step = self.validated_step = -1
@@ -145,7 +152,7 @@ class RunCheckpoint(Checkpoint):
             return
         self.validated_step = step = trainer.global_step
         self._states_before_validation = None
-        is_best = self.monitor is not None and self._is_best(trainer)
+        is_best = bool(self.monitors) and self._is_best(trainer)
         # last.ckpt too: it must know the best score, or a resumed run would take a worse one for the best,
         # and that this validation is done
         if is_best or step == self.saved_step or _is_last(trainer):
@@ -154,20 +161,26 @@ class RunCheckpoint(Checkpoint):
     def _is_best(self, trainer: Trainer) -> bool:
         """Whether this validation has the best score so far, which is noted."""
         self._has_validated = True
-        value = trainer.callback_metrics.get(str(self.monitor))
+        monitor = next((name for name in self.monitors if name in trainer.callback_metrics), None)
+        value = None if monitor is None else trainer.callback_metrics[monitor]
         if value is None and not self._has_warned:
             self._has_warned = True
             names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             rank_zero_warn(
-                f"RunCheckpoint.monitor is {self.monitor!r}, which this validation does not log, so nothing "
-                f"decides best.ckpt; its metrics are: {', '.join(names) or 'none'}"
+                f"RunCheckpoint.monitor is {' or '.join(map(repr, self.monitors))}, which this validation "
+                f"does not log, so nothing decides best.ckpt; its metrics are: {', '.join(names) or 'none'}"
             )
         if value is None or not math.isfinite(score := float(value)):
             return False
-        sign = 1 if self.mode == "min" else -1
+        assert monitor is not None
+        if self.best_monitor not in (monitor, None):
+            rank_zero_info(f"best.ckpt is decided by {monitor} from here on, before by {self.best_monitor}")
+            self.best_score = None
+        is_lower_better = direction(monitor) < 0 if self.mode == "auto" else self.mode == "min"
+        sign = 1 if is_lower_better else -1
         is_best = self.best_score is None or sign * score < sign * self.best_score
         if is_best:
-            self.best_score, self.best_step = score, trainer.global_step
+            self.best_score, self.best_step, self.best_monitor = score, trainer.global_step, monitor
         return is_best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,13 +188,14 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step != self.saved_step:
             self.save(trainer)
         undecided = self.best_score is None and not self._has_validated
-        if self.monitor is not None and trainer.enable_validation and undecided:
+        if self.monitors and trainer.enable_validation and undecided:
             # without a score: the first validation of a continued run decides anew
             if trainer.is_global_zero:
                 give_name(self.folder(trainer) / "last.ckpt", self.folder(trainer) / "best.ckpt")
             rank_zero_info(
                 "the run ended before its first validation (trainer.val_check_interval is "
-                f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by {self.monitor}"
+                f"{trainer.val_check_interval}): best.ckpt is last.ckpt, not decided by "
+                f"{' or '.join(self.monitors)}"
             )
             trainer.strategy.barrier("run-checkpoint-best")
         self.requests.release()
@@ -245,6 +259,7 @@ class RunCheckpoint(Checkpoint):
         return {
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "best_monitor": self.best_monitor,
             "validated_step": self.validated_step,
             "random_states": self._states_before_validation or random_states(),
         }
@@ -252,6 +267,7 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the random states are set when training starts."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        self.best_monitor = state_dict.get("best_monitor")
         self._random_states = state_dict["random_states"]
         self.validated_step = state_dict.get("validated_step", -1)
 

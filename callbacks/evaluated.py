@@ -14,8 +14,17 @@ from datamodules.picture_files import Frame
 from lightning_modules.diffusion.steps import Steps
 
 
+class Decoder(Protocol):
+    """The autoencoder; ``encode`` gives latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 class Generator(Protocol):
     """Draws pictures [B, 3, H, W] in [0, 1], one for each prompt and seed; in fewer of its steps, too."""
+
+    @property
+    def decoder(self) -> Decoder: ...
 
     def images(self, prompts: list[str], seeds: list[int]) -> Tensor: ...
 

@@ -1,6 +1,8 @@
 """Measures the student during validation and, with the teacher beside it, at the end of training."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +13,7 @@ from callbacks.loggers import MetricsCSV
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
+from callbacks.metrics.extractors import FeatureExtractor, shared_extractor
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import Results, measure_set, milliseconds_per_image, require_finite
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
@@ -18,11 +21,14 @@ from callbacks.metrics.result_cache import ResultCache
 from callbacks.metrics.teacher import Teacher, teacher_metrics
 from common.errors import UserError
 from common.hashing import hash_texts
+from common.processes import from_every_rank, say
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
 from lightning_modules.networks.model_names import asset_path
 from reports.run_report import student_row
 
+_LONGEST_REASON = 400
+"""Characters: open_clip lists all networks that it knows."""
 Guidance = dict[str, float | None]
 
 
@@ -56,9 +62,12 @@ class Evaluation(Callback):
     Args:
         scoring_clip: CLIP folder that sees the pictures for metrics that name no network.
         reference: folder of real pictures, or a file of their statistics (scripts/make_reference.py); None:
-            no ``frechet_distance``.
-        metrics: metric objects (default: FrechetDistance if there is a reference, and ClipScore).
-        frame: crop and resize of drawn pictures, and of those in a reference folder; None: none.
+            the data module's ``eval_reference``, if it has one.
+        metrics: metric objects (default: FrechetDistance if there is a ``reference``, and ClipScore).
+        frame: crop and resize of drawn pictures, and of those in a reference folder; None: that of the data
+            module's ``eval_set``, if it has one.
+        leave_out: leave out, with one line that says how to get it, what lacks real pictures, or a network
+            for which no file is named and none is found; otherwise that is refused.
         final_size: captions of the final evaluation, the first ones of the data module; 0 skips it.
         batch_size: pictures per pass and process in the final evaluation.
         seed: the picture of caption i is drawn from seed ``seed + i``, by student and teacher alike.
@@ -84,6 +93,7 @@ class Evaluation(Callback):
         teacher_guidance: float = 4.5,
         timing_batch_size: int = 16,
         frame: Frame | None = None,
+        leave_out: bool = False,
     ) -> None:
         for name, value, least in [
             ("final_size", final_size, 0),
@@ -100,7 +110,7 @@ class Evaluation(Callback):
         self.final_size, self.batch_size, self.seed = final_size, batch_size, seed
         self.teacher_rows, self.teacher_steps = teacher_rows, teacher_steps
         self.teacher_guidance = teacher_guidance
-        self.timing_batch_size, self.frame = timing_batch_size, frame
+        self.timing_batch_size, self.frame, self.leave_out = timing_batch_size, frame, leave_out
         self.extractor: ClipExtractor | None = None
         self.reference: ReferenceSource | None = None
         self._is_set_up = False
@@ -112,11 +122,17 @@ class Evaluation(Callback):
         """Load the scoring CLIP and the reference, so that mistakes show before any training."""
         if self._is_set_up:
             return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.frame = self.frame or getattr(data, "eval_frame", None)
+        self.reference_path = self.reference_path or getattr(data, "eval_reference", None)
         if any(metric.spec is None for metric in self.metrics):
             self.extractor = ClipExtractor(asset_path(self.scoring_clip))
         if self.reference_path is not None:
             self.reference = framed_reference(self.reference_path, self.frame)
+        loaded = self._leave_out(data) if self.leave_out else []
         bind_metrics(self.metrics, self.extractor, self.reference, trainer.strategy.root_device)
+        loaded.clear()  # the metrics hold them now
+        self._rest(trainer)
         described = describe_reference(self.reference, evaluation_captions(trainer)) or {}
         if described.get("captions_are_those_of_the_evaluation") is False:
             rank_zero_warn(
@@ -125,6 +141,43 @@ class Evaluation(Callback):
                 "your own captions make statistics of your own pictures with scripts/make_reference.py"
             )
         self._is_set_up = True
+
+    def _leave_out(self, data: Any) -> list[FeatureExtractor]:
+        """Keep the metrics that can measure, the same on all processes; returns their networks.
+
+        Raises:
+            UserError: a named file can't be used.
+        """
+        loaded, kept, reasons = [], [], dict[str, list[str]]()
+        for metric in self.metrics:
+            failure = None
+            if metric.needs_reference and self.reference is None and metric.reference_path is None:
+                failure = "no real pictures: data.eval_reference is not set"
+            elif metric.spec is not None:
+                try:
+                    loaded.append(shared_extractor(metric.spec))
+                except UserError as error:
+                    if any(isinstance(part, Path) for part in metric.spec):  # somebody has named it
+                        raise
+                    failure = str(error)
+            if failure := next(filter(None, from_every_rank(failure)), None):
+                reasons.setdefault(shorten(failure, _LONGEST_REASON), []).append(metric.name)
+            else:
+                kept.append(metric)
+        self.metrics = kept
+        lines = [f"{', '.join(names)} left out ({reason})" for reason, names in reasons.items()]
+        if getattr(data, "lacks_eval_set", False):
+            count = len(data.eval_captions)
+            lines.insert(0, f"only the {count} of data.eval_captions drawn (no data.eval_set.captions)")
+        if lines:
+            where = "For COCO, configs/data/coco.yaml takes both paths and says where the files are"
+            say(f"Evaluation: {'; '.join(lines)}. {where}")
+        return loaded
+
+    def _rest(self, trainer: Trainer) -> None:
+        """Leave a GPU's memory to the training."""
+        for metric in self.metrics if trainer.strategy.root_device.type == "cuda" else ():
+            metric.extractor.to("cpu")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier pictures."""
@@ -174,6 +227,7 @@ class Evaluation(Callback):
                     batch_size=1,
                 )
             metric.reset()
+        self._rest(trainer)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -203,16 +257,20 @@ class Evaluation(Callback):
                 if less < count:
                     with student.generator.taking(less):
                         fewer[f"steps_{less}"] = self._student_row(student, drawn, less)
-            rows = self._teacher_rows(trainer, student.parts.path, drawn) if self.teacher_rows else {}
+            is_asked = self.teacher_rows and self.metrics
+            rows = self._teacher_rows(trainer, student.parts.path, drawn) if is_asked else {}
         guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
         manifest = self.manifest(trainer, len(drawn), self.seed, guidance, weights)
         self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest, fewer)
+        self._rest(trainer)
         self._log_final(trainer, self.final)
         return self.final
 
     def _student_row(self, student: Student, drawn: EvaluationSet, steps: int) -> Results:
         draw = student.generator.images
-        found = measure_set(draw, drawn, self.metrics, self.batch_size, student_row(steps).lower())
+        found: Results = {}
+        if self.metrics:
+            found = measure_set(draw, drawn, self.metrics, self.batch_size, student_row(steps).lower())
         found["milliseconds_per_image"] = milliseconds_per_image(draw, drawn.captions, self.timing_batch_size)
         return found
 

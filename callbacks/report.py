@@ -13,12 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.evaluated import Student, as_student, weights_of
 from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.evaluation_share import EvaluationShare
+from callbacks.health import Health
 from callbacks.loggers import MetricsCSV
 from callbacks.logging_media import log_config, log_report
 from callbacks.metrics.manifest import make_report
 from callbacks.run_folder import CONFIG_NAME, run_dir
 from callbacks.samples import Pictures
-from common.environment import peak_memory_gib
+from common.environment import environment, peak_memory_gib
 from lightning_modules.diffusion.steps import step_facts
 from reports.run_report import findings, render_text_table, student_row
 from reports.write import write_report
@@ -145,9 +147,13 @@ class RunReport(Callback):
                 logger.flush()
         checkpoint, curves = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
         model = str(checkpoint if checkpoint.exists() else student.parts.path)
+        timing, callbacks = self._timing(), trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, EvaluationShare):
+                timing["evaluation_share"] = callback.share
         publish(
-            trainer, student, found, folder, model, self._timing(), sample_pictures(folder),
-            curves if curves.is_file() else None, is_finished,
+            trainer, student, found, folder, model, timing, sample_pictures(folder),
+            curves if curves.is_file() else None, is_finished, numbered_sheets(folder),
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,6 +187,7 @@ def publish(
     pictures: Mapping[str, Path],
     curves: Path | None = None,
     is_finished: bool = True,
+    sheets: Mapping[int, Path] | None = None,
 ) -> None:
     """Write the report of a run's student to a folder, hand it to the loggers, print its table and its place.
 
@@ -190,7 +197,7 @@ def publish(
         trainer, student: of the run.
         found: what was measured; no metrics and no manifest where nothing was.
         folder: where to write. ``model``: where the weights lie.
-        timing, pictures, curves: as for ``make_report``.
+        timing, pictures, curves: as for ``make_report``. ``sheets``: as for ``Report``.
     """
     run, manifest = run_dir(trainer), found.manifest
     subject = {
@@ -200,6 +207,7 @@ def publish(
         "model": model,
         "config_path": str(run / CONFIG_NAME),
         "finished": is_finished,
+        "run": run_facts(trainer, student),
     }
     machine = {
         "accelerator": trainer.strategy.root_device.type,
@@ -213,7 +221,7 @@ def publish(
         teacher=found.teacher_metrics, fewer_steps=found.fewer_steps, curves=curves,
         row=student_row(len(student.steps)) + ("" if is_finished else ", at its last validation"),
     )  # fmt: skip
-    path = write_report(report, folder)
+    path = write_report(replace(report, sheets=dict(sheets or {})), folder)
     if not is_finished:
         return
     log_report(trainer.loggers, report, folder)
@@ -221,9 +229,36 @@ def publish(
     print("\n".join([*lines, f"Report: {path}"]), flush=True)
 
 
+def run_facts(trainer: Trainer, student: Student) -> dict[str, Any]:
+    """What a run is, in a few words: method, teacher, batch, hardware; and the alarms so far."""
+    told: Any = student
+    described: dict[str, str] = told.describe() if hasattr(told, "describe") else {}
+    device, count = trainer.strategy.root_device, trainer.world_size
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else environment()["processor"]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return {
+        "method": described.get("Objective"),
+        "teacher": described.get("Teacher", Path(student.parts.path).name),
+        "batch": getattr(data, "batch_size", None),
+        "hardware": name + ("" if count == 1 else f", {count} {'GPUs' if is_gpu else 'processes'}"),
+        "alarms": [
+            alarm
+            for one in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(one, Health)
+            for alarm in one.alarms
+        ],
+    }
+
+
+def numbered_sheets(folder: Path) -> dict[int, Path]:
+    """A run's sheets of samples by student updates."""
+    return _numbered(folder / "samples", "step_")
+
+
 def sample_pictures(folder: Path) -> dict[str, Path]:
     """Titles to a run's pictures: the last grid, the last score views, then earlier grids in their order."""
-    grids, views = _numbered(folder / "samples", "step_"), _numbered(folder / "samples", "score_views_step_")
+    grids, views = numbered_sheets(folder), _numbered(folder / "samples", "score_views_step_")
     pictures: dict[str, Path] = {}
     for found, title in [
         (grids, "Student beside teacher"),

@@ -117,27 +117,30 @@ class SampleGrid(Pictures):
             student = as_student(module)
             images = student.generator.images(prompts, seeds).cpu()
             if self._teacher_images is None:
-                self._teacher_images = self._draw_teacher(trainer, module, prompts, seeds)
+                self._teacher_images = teacher_pictures(
+                    trainer, student.parts.path, prompts, seeds, self.teacher_steps, self.teacher_guidance
+                )
         views = {student_row(len(student.steps)).lower(): images,
                  f"teacher, {self.teacher_steps} steps": self._teacher_images}  # fmt: skip
         return labelled_grid(views, prompts)
 
-    def _draw_teacher(
-        self, trainer: Trainer, module: LightningModule, prompts: list[str], seeds: list[int]
-    ) -> Tensor:
-        path = as_student(module).parts.path
-        teacher = Teacher(path, trainer.strategy.root_device, self.teacher_steps, self.teacher_guidance)
-        cache, key = ResultCache(), {
-            "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds,
-            "protocol": PROTOCOL, "steps": self.teacher_steps, "guidance_scale": self.teacher_guidance,
-            "precision": str(trainer.precision),
-        }  # fmt: skip
-        if (entry := cache.get("teacher-samples", key)) is not None:
-            return entry.tensors["images"].float() / 255
-        pixels = to_uint8(teacher.multistep(prompts, seeds)).cpu()
-        if trainer.is_global_zero:
-            cache.put("teacher-samples", key, {}, {"images": pixels})
-        return pixels.float() / 255
+
+def teacher_pictures(
+    trainer: Trainer, path: str, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float
+) -> Tensor:
+    """The teacher's pictures [B, 3, H, W], of 8-bit values in [0, 1], made once and cached."""
+    teacher = Teacher(path, trainer.strategy.root_device, steps, guidance_scale)
+    cache, key = ResultCache(), {
+        "teacher": teacher.content_hash, "prompts": hash_texts(prompts), "seeds": seeds,
+        "protocol": PROTOCOL, "steps": steps, "guidance_scale": guidance_scale,
+        "precision": str(trainer.precision),
+    }  # fmt: skip
+    if (entry := cache.get("teacher-samples", key)) is not None:
+        return entry.tensors["images"].float() / 255
+    pixels = to_uint8(teacher.multistep(prompts, seeds)).cpu()
+    if trainer.is_global_zero:
+        cache.put("teacher-samples", key, {}, {"images": pixels})
+    return pixels.float() / 255
 
 
 class ScoreViews(Pictures):

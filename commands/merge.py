@@ -23,7 +23,8 @@ from common.environment import environment
 from common.errors import UserError
 from common.files import check_output_folder, filled_at_once
 from common.hashing import hash_texts
-from datamodules.prompts import EVAL_CAPTIONS, read_prompts
+from datamodules.prompts import read_prompts
+from datamodules.sources import EVAL_CAPTIONS
 from lightning_modules.diffusion.steps import step_facts
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.interpolation import merge_students, merged_weights, stored_dtype

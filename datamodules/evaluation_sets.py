@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from common.errors import UserError
 from datamodules.picture_files import Frame
-from datamodules.prompts import EVAL_CAPTIONS
+from datamodules.sources import EVAL_CAPTIONS
 from datamodules.tables import FILE_COLUMNS, choose_column, columns, read_column, read_files
 
 Item = TypeVar("Item")

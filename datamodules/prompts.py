@@ -16,16 +16,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError, check_range
-from common.files import ROOT
+from datamodules.evaluation_sets import EvaluationSet, EvaluationSource
 from datamodules.order import PromptDraws, derived_seed
 from datamodules.picture_datasets import PictureDataset, holds_dataset
 from datamodules.real_pictures import RealPictures, RealPictureSource, RealSource
-from datamodules.sources import Cleaning, PromptPools, listed_prompts
+from datamodules.sources import CAPTIONS, EVAL_CAPTIONS, Cleaning, PromptPools, listed_prompts
 from datamodules.tables import read_texts
 from datamodules.teacher_samples import TeacherSamples
-
-CAPTIONS = ROOT / "assets" / "captions.txt"
-EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
@@ -129,6 +126,12 @@ class PromptDataModule(LightningDataModule):
         eval_captions: Prompts for validation, test and predict: a file or a list. None: the bundled ones.
         eval_column: Column of them in a table. None: the only one called prompt, caption or text.
         eval_size: How many of them validation and predict use, from the first on; test uses all. None: all.
+        eval_set: A set of `datamodules.published_sets` or `datamodules.evaluation_sets` in place of
+            `eval_captions`, with its crop and resize, groups and negatives; caption i is drawn from seed i.
+            One that needs captions and has none (null) is as if it were not given.
+        eval_set_size: As `eval_size`, of an `eval_set`.
+        eval_reference: Folder of real pictures (or their statistics) with which an Evaluation that names none
+            compares the pictures drawn.
         eval_batch_size: Prompts per process and pass in evaluations.
         seed: Seed of the order of the training prompts. None: the command line's ``seed_everything``, else 0.
         num_workers: Worker processes of the loaders; lines of text need none.
@@ -165,17 +168,21 @@ class PromptDataModule(LightningDataModule):
         deduplicate: bool = False,
         real: RealPictures | None = None,
         eval_column: str | None = None,
+        eval_set: EvaluationSource | None = None,
+        eval_set_size: int | None = None,
+        eval_reference: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_size": eval_size,
-                 "eval_batch_size": eval_batch_size, "epoch_size": epoch_size}  # fmt: skip
+                 "eval_set_size": eval_set_size, "eval_batch_size": eval_batch_size,
+                 "epoch_size": epoch_size}  # fmt: skip
         for name, value in sizes.items():
             check_range(f"data.{name}", value, 1, 2**31)
         check_range("data.num_workers", num_workers, 0, 256)
         self.batch_size = batch_size
         self.seed, self.real = seed or 0, real
         self.batches_per_step = 1  # an objective may ask for more
-        self.has_own_prompts, self.has_own_captions = prompts is not None, eval_captions is not None
+        self.has_own_prompts = prompts is not None
         cleaning = Cleaning(min_length, max_length, deduplicate)
         given = str(CAPTIONS) if prompts is None else prompts
         self._prompts, self._negatives = PromptPools(given, column, cleaning, epoch_size), None
@@ -183,17 +190,28 @@ class PromptDataModule(LightningDataModule):
             self._negatives = PromptPools(negative_prompts, key="data.negative_prompts")
         if self._prompts.is_small and (self._negatives is None or self._negatives.is_small):
             self._draws()  # mistakes show before the networks are loaded
-        if isinstance(eval_captions, list):
+        self.lacks_eval_set = eval_set is not None and eval_set.captions is None and bool(eval_set.needs)
+        self.eval_set: EvaluationSet | None = None
+        name, size = "eval_captions", eval_size
+        if eval_set is not None and not self.lacks_eval_set:
+            self.eval_set, name, size = eval_set.load(), "eval_set", eval_set_size
+            captions = self.eval_set.captions
+        elif isinstance(eval_captions, list):
             captions = listed_prompts(eval_captions, "data.eval_captions")
         else:
             captions = read_prompts(eval_captions or EVAL_CAPTIONS, eval_column)
-        if eval_size is not None and eval_size > len(captions):
+        if size is not None and size > len(captions):
+            limit = name.removesuffix("_captions") + "_size"
             raise UserError(
-                f"data.eval_size is {eval_size} but data.eval_captions has {len(captions)} captions; "
-                "add captions, lower data.eval_size, or set it to null for all of them"
+                f"data.{limit} is {size} but data.{name} has {len(captions)} captions; "
+                f"add captions, lower data.{limit}, or set it to null for all of them"
             )
-        self.eval_captions = captions
-        self.eval_prompts = captions[:eval_size]
+        self.has_own_captions = eval_captions is not None or self.eval_set is not None
+        self.eval_captions, self.eval_reference = captions, eval_reference
+        self.eval_prompts = captions[:size]
+        self.eval_groups, self.eval_negatives, self.eval_frame = (
+            getattr(self.eval_set, kind, None) for kind in ("groups", "negatives", "frame")
+        )
         self._micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -253,6 +271,7 @@ class PromptDataModule(LightningDataModule):
         """What a run trains on and is measured on, in words."""
         bundled = "" if self.has_own_captions else ", the bundled ones, which describe emoji"
         captions = f"{len(self.eval_prompts):,} of {len(self.eval_captions):,}{bundled}"
+        captions += f", {self.eval_set.name}" if self.eval_set is not None else ""
         return {"Prompts": self._prompts.describe(), "Evaluation captions": captions}
 
     def prepare_data(self) -> None:

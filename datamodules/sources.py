@@ -28,10 +28,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.files import user_cache_dir, written_whole
+from common.files import ROOT, user_cache_dir, written_whole
 from datamodules.order import PromptDraws, Texts, epoch_shares
 from datamodules.tables import describe, is_packed, read_texts
 
+CAPTIONS = ROOT / "assets" / "captions.txt"
+EVAL_CAPTIONS = ROOT / "assets" / "eval_captions.txt"
+"""The bundled ones."""
 IN_MEMORY_BYTES = 32 * 2**20
 """Sources of up to about this size (some 500,000 prompts) are read into memory; larger ones get a store."""
 _MOST_IN_MEMORY = 8 * IN_MEMORY_BYTES  # characters; packed sources may unpack to more than they promise

@@ -68,9 +68,14 @@ def figure_json(figure: go.Figure) -> Markup:
     return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))  # noqa: S704
 
 
+def data_address(data: bytes, kind: str) -> str:
+    """A file's bytes as an address, so that it lies in the page; ``kind`` as ``text/csv``."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def image_source(data: bytes, kind: str = "png") -> str:
-    """A picture's bytes as an address, so that it lies in the page."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """The same of a picture."""
+    return data_address(data, f"image/{kind}")
 
 
 _TEMPLATES = Environment(

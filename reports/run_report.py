@@ -20,12 +20,14 @@ class Report:
 
     Attributes:
         content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing,
-            environment, config_path, command, commit``, of a run ``finished``, too.
+            environment, config_path, command, commit``, of a run ``finished`` and ``run`` (teacher, method,
+            batch, hardware, alarms), too.
         manifest: what a comparable measurement must share with this one.
         pictures: titles to PNG files, shown in this order, the first one large, the others folded.
         curves: a metrics.csv, or None.
         row: what was measured, for the table.
         published: (metric, model, value, source) of publications that measured the same way.
+        sheets: of a run, sheets of samples by student updates, shown as a strip.
     """
 
     content: dict[str, Any]
@@ -34,12 +36,22 @@ class Report:
     curves: Path | None = None
     row: str = "Student, 1 step"
     published: tuple[tuple[str, str, float, str], ...] = ()
+    sheets: dict[int, Path] = field(default_factory=dict)
 
 
 def headline(report: Report) -> str:
     """Title of the report: what, and after how many student updates where that is known."""
     step = report.content["step"]
     return str(report.content["experiment"]) + ("" if step is None else f", step {step:,}")
+
+
+def subtitle(report: Report) -> str:
+    """What it is the report of, in one line: of a run method, teacher, batch and hardware."""
+    content = report.content
+    run = content.get("run") or {}
+    parts = [f"{name} {run[name]}" for name in ("method", "teacher", "batch") if run.get(name)]
+    parts += [f"on {run['hardware']}"] if run.get("hardware") else []
+    return " · ".join([*parts, f"{content['weights']} weights", str(content["model"])])
 
 
 def row_title(row: str, report: Report) -> str:
@@ -122,6 +134,13 @@ def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
     cells = []
     for name, result in report.content["metrics"].items():
         details = result["details"]
+        if name == "milliseconds_per_image":
+            device = f"{details['statistic']}, batch {details['batch_size']}, {details['device']}"
+            ends = " to ".join(map(format_value, details["spread"]))
+            cells.append([
+                name, format_value(result["value"]), f"{result['num_images']:,}", device, "–", "–",
+                f"wall time with prompt encoding and decoding; fastest to slowest pass: {ends}",
+            ])  # fmt: skip
         if "differs_from_published" not in details:
             continue
         differs = details["differs_from_published"]
@@ -154,6 +173,12 @@ def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
 def notes(report: Report) -> list[str]:
     """What a reader must know to read the numbers: notes of the metrics, captions of another set."""
     found = metric_notes(results for _, results in result_rows(report))
+    if any(
+        "spread" in result["details"] for _, results in result_rows(report) for result in results.values()
+    ):
+        found.append(
+            "Brackets hold the fastest and the slowest of the timed passes, and what follows from them."
+        )
     reference = report.manifest.get("reference") or {}
     if reference.get("captions_are_those_of_the_evaluation") is False:
         found.append(

@@ -1,16 +1,20 @@
 """Labelled grids of pictures, by Pillow alone."""
 
 import io
+import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _MARGIN, _GAP, _FONT_SIZE, _LINE = 14, 4, 13, 17
+_CARDS = "cards"
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 
 
@@ -35,6 +39,9 @@ def labelled_grid(
         columns: cards in a row.
         least_size: smaller pictures are enlarged by a whole factor, without smoothing.
 
+    Returns:
+        The sheet; its ``info`` tells where the pictures are, which ``save_png`` keeps for ``read_cards``.
+
     Raises:
         ValueError: no view, or numbers of pictures and prompts differ.
     """
@@ -57,18 +64,47 @@ def labelled_grid(
     size = (columns * (card_width + _MARGIN) + _MARGIN, rows * (card_height + _MARGIN) + _MARGIN)
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
+    boxes: dict[str, list[list[int]]] = {name: [] for name in arrays}
     for i, lines in enumerate(labels):
         left = _MARGIN + (i % columns) * (card_width + _MARGIN)
         top = _MARGIN + (i // columns) * (card_height + _MARGIN)
         for k, line in enumerate(lines):
             draw.text((left, top + k * _LINE), line, _INK, font=font)
-        for k, images in enumerate(arrays.values()):
+        for k, (name, images) in enumerate(arrays.items()):
             x = left + k * (width + _GAP)
             for j, line in enumerate(names[k]):
                 draw.text((x, top + label_height + j * _LINE), line, _FAINT, font=font)
             picture = to_pil(images[i]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, top + label_height + name_height))
+            boxes[name].append([x, top + label_height + name_height, width, height])
+    sheet.info[_CARDS] = json.dumps({"prompts": list(prompts), "views": boxes})
     return sheet
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The pictures of a sheet.
+
+    Attributes:
+        prompts: of the cards. ``views``: name of a view to its pictures, one for each prompt.
+    """
+
+    prompts: list[str]
+    views: dict[str, list[Image.Image]]
+
+
+def read_cards(path: Path) -> Cards | None:
+    """The pictures of a sheet that ``labelled_grid`` made; None if it doesn't tell where they are."""
+    with Image.open(path) as sheet:
+        if _CARDS not in sheet.info:
+            return None
+        told = json.loads(sheet.info[_CARDS])
+        pictures = sheet.convert("RGB")
+    views = {
+        name: [pictures.crop((x, y, x + width, y + height)) for x, y, width, height in boxes]
+        for name, boxes in told["views"].items()
+    }
+    return Cards(told["prompts"], views)
 
 
 def _wrapped(
@@ -87,7 +123,10 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
+    told = PngInfo()
+    if _CARDS in image.info:
+        told.add_itxt(_CARDS, image.info[_CARDS])
+    image.save(stream, format="PNG", optimize=True, pnginfo=told)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(stream.getvalue())
     partial.replace(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from common.files import write_text_atomically
-from reports.html import Row, Table, image_source, render, shared_script
+from reports.html import Row, Table, data_address, image_source, render, shared_script
 from reports.plots import grouped, line_figure, read_series
 from reports.run_report import (
     Report,
@@ -20,8 +20,14 @@ from reports.run_report import (
     result_rows,
     result_table,
     steps_in_words,
+    subtitle,
 )
+from reports.strip import read_strip
 from reports.text import bullets, markdown_table, said
+
+_RANGE = re.compile(r"/(low|high)$")
+_LARGEST_TABLE = 2**21
+"""Bytes of a metrics.csv that is put into the page; a longer one lies beside it."""
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -38,13 +44,12 @@ def render_markdown(report: Report, folder: Path) -> str:
     """The report as Markdown; pictures are linked relative to ``folder``."""
     content = report.content
     lines = [f"# {headline(report)}", ""]
+    alarms = (content.get("run") or {}).get("alarms", [])
+    lines += [f"- ALARM, {text}" for text in alarms]
     lines += [f"- {text}" for text in findings(report)] + [""]
     lines += markdown_table(*result_table(report)) + [""]
     lines += [f"- {text}" for text in notes(report)] + [""]
-    lines += [
-        f"Weights: {content['weights']}. Model: `{content['model']}`. Settings: `{content['config_path']}`.",
-        "",
-    ]
+    lines += [f"{subtitle(report)}. Settings: `{content['config_path']}`.", ""]
     for title, table in _more_tables(report).items():
         lines += [f"## {title}", "", *markdown_table(*table), ""]
     for title, path in report.pictures.items():
@@ -71,11 +76,19 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         headline(report),
         script=shared_script(folder) if folder is not None and (figures or folded) else None,
         report=report,
+        subtitle=subtitle(report),
+        alarms=(content.get("run") or {}).get("alarms", []),
         findings_=findings(report),
         results=Table(header, [*map(Row, cells[:-1]), Row(cells[-1], "marked")]),
         notes_=notes(report),
         tables={title: Table.of(*table, kind="text") for title, table in _more_tables(report).items()},
-        pictures={title: image_source(path.read_bytes()) for title, path in report.pictures.items()},
+        strip=(strip := read_strip(report.sheets)),
+        pictures={
+            title: image_source(path.read_bytes())
+            for title, path in report.pictures.items()
+            if strip is None or path not in report.sheets.values()
+        },
+        files=_files(report),
         figures=figures,
         folded=folded,
         is_finished=content.get("finished", True),
@@ -90,6 +103,18 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         },
         environment=content["environment"] | {"settings": content["config_path"]},
     )
+
+
+def _files(report: Report) -> dict[str, str]:
+    """What the page holds to be saved: names to addresses."""
+    texts = {
+        "report.json": json.dumps(report.content, indent=2, ensure_ascii=False).encode(),
+        "manifest.json": json.dumps(report.manifest, indent=2, ensure_ascii=False).encode(),
+    }
+    if report.curves is not None and report.curves.stat().st_size <= _LARGEST_TABLE:
+        texts["metrics.csv"] = report.curves.read_bytes()
+    kinds = {".json": "application/json", ".csv": "text/csv"}
+    return {name: data_address(text, kinds[Path(name).suffix]) for name, text in texts.items()}
 
 
 def _config(path: Path) -> str | None:
@@ -111,14 +136,21 @@ def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]
 
 def _curves(report: Report) -> tuple[list[go.Figure], list[go.Figure]]:
     """The columns of metrics.csv: what was validated and the losses; then all others."""
-    groups = grouped(read_series(report.curves)) if report.curves is not None else {}
+    read = read_series(report.curves) if report.curves is not None else {}
+    ends = {name: one for name, one in read.items() if name.startswith("health/") and _RANGE.search(name)}
+    groups = grouped({name: one for name, one in read.items() if name not in ends})
     ranks = {}
     for title, series in groups.items():
         names = [one.name.partition("/")[0] for one in series]
-        ranks[title] = 0 if {"val", "test"} & {*names} else 1 if "train" in names else 2
+        ranks[title] = 0 if {"val", "test"} & {*names} else 1 if {"train", "health"} & {*names} else 2
     drawn: tuple[list[go.Figure], list[go.Figure]] = ([], [])
     for title in sorted(groups, key=lambda title: (ranks[title], title)):
-        figure = line_figure(title, groups[title], _teacher_levels(title, report))
+        levels = _teacher_levels(title, report) | {
+            f"teacher's range, {name.rpartition('/')[2]}": one.points[-1][1]
+            for name, one in ends.items()
+            if name.startswith(f"{title}/") and one.points
+        }
+        figure = line_figure(title, groups[title], levels)
         if figure is not None:
             drawn[ranks[title] == 2].append(figure)
     return drawn

@@ -50,7 +50,8 @@ from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.metrics.teacher import Teacher
 from commands.sweeping.trial_process import environment, fit_command
 from common.files import asset_path, write_text_atomically
-from datamodules.prompts import CAPTIONS, EVAL_CAPTIONS, read_prompts
+from datamodules.prompts import read_prompts
+from datamodules.sources import CAPTIONS, EVAL_CAPTIONS
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation

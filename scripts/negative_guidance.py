@@ -37,7 +37,8 @@ from callbacks.metrics.measure import measure_pictures
 from callbacks.metrics.negative import REMOVAL_CASES, ClipScoreNegative, NegativeRemovalRate, RemovalCase
 from callbacks.metrics.reference import ReferenceStatistics
 from datamodules.evaluation_sets import EvaluationSet
-from datamodules.prompts import EVAL_CAPTIONS, read_prompts
+from datamodules.prompts import read_prompts
+from datamodules.sources import EVAL_CAPTIONS
 from lightning_modules.drawing import Drawer, Recipe, model_drawer
 from reports.html import plots_page
 from reports.plots import Series, line_figure

@@ -44,7 +44,8 @@ from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
 from commands.sweeping.trial_process import environment, fit_command, read_values
 from common.files import write_text_atomically
-from datamodules.prompts import EVAL_CAPTIONS, read_prompts
+from datamodules.prompts import read_prompts
+from datamodules.sources import EVAL_CAPTIONS
 from lightning_modules.generator import make_generator
 from lightning_modules.networks.loading import asset_path, load_parts
 from reports.html import plots_page

@@ -10,7 +10,7 @@ from typing import Any
 class Page(HTMLParser):
     """Checks that tags are balanced and collects every address and all text."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br", "input"}
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from datamodules.prompts import CAPTIONS, PromptDataModule
+from datamodules.prompts import PromptDataModule
+from datamodules.sources import CAPTIONS
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.networks.model_names import is_bundled
 from lightning_modules.objectives.base import Networks, StudentSample, Terms

@@ -18,8 +18,21 @@ function inPageColors(layout) {
   return {...layout, ...own};
 }
 
+/* An average that forgets: each value counts for `weight` of the one after it. The values themselves stay, pale. */
+function smooth(traces, weight) {
+  return traces.flatMap(trace => {
+    if (!weight || !trace.y || trace.y.length < 3 || trace.line?.dash || trace.fill) return [trace];
+    let sum = 0, all = 0;
+    const y = trace.y.map(value => (sum = weight * sum + value, all = weight * all + 1, sum / all));
+    return [{...trace, mode: "lines", opacity: .25, showlegend: false, hoverinfo: "skip"}, {...trace, y, mode: "lines"}];
+  });
+}
+
+const smoothing = document.querySelector(".smoothing");
+
 function draw(box) {
-  const {data, layout} = JSON.parse(box.nextElementSibling.textContent);
+  const {data: values, layout} = JSON.parse(box.nextElementSibling.textContent);
+  const data = smooth(values, Number(smoothing?.value ?? 0));
   if (!box.data) box.textContent = "";
   Plotly.react(box, data, inPageColors(layout), {
     responsive: true, displaylogo: false, showSendToCloud: false,
@@ -57,4 +70,50 @@ document.querySelectorAll(".sorts th:not(:first-child)").forEach(head => {
     rows.forEach(row => row.parentNode.append(row));
     sign = -sign;
   });
+});
+
+smoothing?.addEventListener("input", () => {
+  smoothing.previousElementSibling.value = smoothing.value;
+  drawn().forEach(draw);
+});
+
+/* The samples after so many updates. */
+document.querySelectorAll(".strip").forEach(strip => {
+  const slider = strip.querySelector("input"), frames = [...strip.querySelectorAll("img[data-frames]")];
+  const sources = frames.map(image => JSON.parse(image.dataset.frames));
+  slider?.addEventListener("input", () => {
+    slider.previousElementSibling.value = JSON.parse(slider.dataset.steps)[slider.value].toLocaleString("en");
+    frames.forEach((image, i) => image.src = sources[i][slider.value]);
+  });
+});
+
+/* A click on a picture shows it large. */
+document.addEventListener("click", event => {
+  if (!event.target.matches("figure img")) return;
+  const {src, alt} = event.target, large = document.createElement("dialog"), line = document.createElement("p");
+  const image = Object.assign(new Image(), {src, alt});
+  const kind = src.slice(0, 40).match(/image\/(\w+)/)?.[1] ?? "png";
+  const name = alt.replace(/[^\w]+/g, "_").slice(0, 80) + "." + kind;
+  const save = Object.assign(document.createElement("a"), {href: src, download: name, textContent: "Save"});
+  const close = Object.assign(document.createElement("button"), {textContent: "Close"});
+  close.addEventListener("click", () => large.close());
+  large.addEventListener("click", click => { if (click.target === large) large.close(); });
+  large.addEventListener("close", () => large.remove());
+  line.append(save, close, alt);
+  large.append(image, line);
+  document.body.append(large);
+  large.showModal();
+});
+
+/* The values of all curves, as they were before smoothing. */
+document.querySelector("button.curves")?.addEventListener("click", () => {
+  const quoted = text => '"' + String(text ?? "").replaceAll('"', '""') + '"';
+  const rows = figures.flatMap(box => JSON.parse(box.nextElementSibling.textContent).data
+    .flatMap(trace => [...(trace.x ?? [])].map((x, i) => [quoted(box.ariaLabel), quoted(trace.name), x, trace.y[i]])));
+  const text = [["plot", "curve", "x", "y"], ...rows].map(row => row.join(",")).join("\n") + "\n";
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
+  link.download = "curves.csv";
+  link.click();
+  URL.revokeObjectURL(link.href);
 });

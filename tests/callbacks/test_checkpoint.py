@@ -102,6 +102,18 @@ def test_a_metric_that_is_not_logged_is_named_once(tmp_path: Path) -> None:
     assert names(tmp_path) == ["last.ckpt"]
 
 
+def test_the_first_metric_that_is_logged_decides(tmp_path: Path) -> None:
+    """By what is better of it; a metric of the project's own is known, another is not."""
+    callback = RunCheckpoint(monitor=["val/fid", "val/frechet_distance"], mode="auto")
+    train(tmp_path, callback, 4, limit_val_batches=1, val_check_interval=2)
+    assert callback.best_monitor == "val/frechet_distance" and callback.best_score is not None
+    assert step_of(tmp_path, "best.ckpt") == callback.best_step
+    kept = callback.state_dict()
+    assert kept["best_monitor"] == "val/frechet_distance"
+    with pytest.raises(UserError, match="val/score"):
+        RunCheckpoint(monitor=["val/fid", "val/score"], mode="auto")
+
+
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     train(tmp_path, RunCheckpoint(), 1)
     real = os.replace

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,6 +28,8 @@ from lightning_modules.diffusion.steps import Steps
 from reports.html import figure_json
 from reports.plots import Series, grouped, line_figure, read_series, thinned
 from reports.run_report import Report, findings, render_text_table
+from reports.sheets import labelled_grid, save_png
+from reports.strip import read_strip
 from reports.text import bullets, format_value, markdown_table
 from reports.write import render_html, write_report
 from tests.callbacks.standin import StandIn, StandInData
@@ -33,7 +38,7 @@ from tests.pages import Page, figures, without_scripts
 
 KEYS = {
     "experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing", "environment",
-    "config_path", "finished", "command", "commit",
+    "config_path", "finished", "command", "commit", "run",
 }  # fmt: skip
 
 
@@ -149,12 +154,22 @@ def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert "not finished" not in page.text
-    *pictures, script = page.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in pictures)
+    *pictures, report, manifest, curves, script = page.addresses
+    assert all(address.startswith("data:image/webp;base64,") for address in pictures)
+    assert b64decode(curves.removeprefix("data:text/csv;base64,")) == (folder / "metrics.csv").read_bytes()
+    assert json.loads(b64decode(report.partition(",")[2])) == json.loads((folder / "report.json").read_text())
+    assert json.loads(b64decode(manifest.partition(",")[2]))["captions"]["count"] == 8
     assert script == "../../plotly.min.js", "what draws the curves lies once beside all experiments"
     assert "plotly.js v" in (tmp_path / "plotly.min.js").read_text()
     assert not re.search(r"https?:|url\(|@import|<link", text)
-    assert page.tags.count("img") == 3  # steps 4, 0, 2
+    assert page.tags.count("img") == 4  # student and teacher for two prompts
+    frames = [json.loads(each) for each in re.findall("data-frames='(.*?)'", text)]
+    assert [len(each) for each in frames] == [3, 3], "steps 0, 2, 4"
+    assert "data-steps='[0, 2, 4]'" in text and frames[0][-1] == pictures[0]
+    assert "student, 1 step" in page.text and "teacher, 2 steps" in page.text
+    assert f"teacher {tiny_sd.name} · on " in page.text
+    for name in ("milliseconds_per_image", "fastest to slowest pass", "Brackets hold the fastest"):
+        assert name in page.text
     assert "a<b>&c, step 4" in page.text and "a<b>" not in text
     drawn = {one["layout"]["title"]["text"]: one for one in figures(text)}
     assert list(drawn) == ["clip_score", "frechet_distance", "train/loss"]
@@ -392,3 +407,27 @@ def test_pictures_begin_with_the_last(tmp_path: Path) -> None:
     names = [path.stem for path in sample_pictures(tmp_path).values()]
     assert names[:3] == ["step_900", "score_views_step_900", "step_0"] and names[-1] == "step_800"
     assert len(names) == 8
+
+
+def test_a_strip_holds_the_pictures_of_the_sheets(tmp_path: Path) -> None:
+    """Cut out where the sheet says they are; of other prompts, and of a foreign PNG, there are none."""
+    sheets, colours = {}, {}
+    for step in range(0, 30, 2):
+        pictures = torch.full((2, 3, 4, 4), step / 32)
+        pictures[1, 0] = 1.0
+        colours[step] = [step / 32, 1.0]
+        views = {"student": pictures, "teacher": torch.zeros(2, 3, 4, 4)}
+        prompts = ["other", "prompts"] if step == 2 else ["a cat", "ein Hund, süß"]
+        sheets[step] = tmp_path / f"step_{step}.png"
+        save_png(labelled_grid(views, prompts, columns=1, least_size=16), sheets[step])
+    strip = read_strip(sheets)
+    assert strip is not None and strip.views == ["student", "teacher"]
+    assert len(strip.steps) <= 12 and strip.steps[0] == 0 and strip.steps[-1] == 28 and 2 not in strip.steps
+    assert [prompt for prompt, *_ in strip.cards] == ["a cat", "ein Hund, süß"]
+    for i, (_, frames, others) in enumerate(strip.cards):
+        for step, frame in zip(strip.steps, frames, strict=True):
+            red = np.asarray(Image.open(BytesIO(b64decode(frame.partition(",")[2]))))[..., 0]
+            assert red.shape == (16, 16) and abs(red.mean() / 255 - colours[step][i]) < 0.03
+        assert len(others) == 1
+    Image.new("RGB", (4, 4)).save(sheets[28])
+    assert read_strip(sheets) is None

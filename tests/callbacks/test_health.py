@@ -1,0 +1,83 @@
+"""Health: what it measures, when it raises the alarm, and what a run does then."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.health import Health, measures
+from callbacks.report import RunReport
+from common.errors import UserError
+from tests.callbacks.standin import StandIn, StandInData
+from tests.callbacks.test_evaluation import own_cache, trainer  # noqa: F401 - a fixture
+from tests.pages import figures
+
+
+def test_what_is_measured() -> None:
+    """Closed forms: a grey picture, a red one, and one that is half black and half white."""
+    images = torch.zeros(3, 3, 32, 32)
+    images[0], images[1, 0], images[2, :, :, 16:] = 0.5, 1.0, 1.0
+    latents = torch.tensor([0.0, 1.0, -1.0]).reshape(3, 1, 1, 1) * torch.tensor([[[1.0, 3.0]]])
+    found = measures(images, latents)
+    assert found["saturation"].tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+    assert found["contrast"].tolist() == pytest.approx([0, 0, 0.5], abs=1e-3)
+    assert found["latent_mean"].tolist() == pytest.approx([0, 2, -2], abs=1e-6)
+    assert found["latent_std"].tolist() == pytest.approx([0, 2**0.5, 2**0.5], abs=1e-6)
+    grey_red, grey_half, red_half = 0.5, 0.5, 0.5**0.5
+    assert found["diversity"].tolist() == pytest.approx(
+        [(grey_red + grey_half) / 2, (grey_red + red_half) / 2, (grey_half + red_half) / 2]
+    )
+
+
+class Drifting(StandIn):
+    """From the second update on its pictures are all of one colour."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.student_steps == 2:
+            draw = self.generator.images
+            self.generator.images = lambda *asked: 0 * draw(*asked)  # type: ignore[method-assign]
+        return loss
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_an_alarm_comes_once_and_may_end_the_run(
+    stop: bool,
+    tiny_sd: Path,
+    tmp_path: Path,
+    own_cache: Path,  # noqa: F811
+) -> None:
+    folder = tmp_path / "run" / "version_0"
+    health = Health(num_images=4, every_n_steps=1, teacher_steps=2, stop=stop)
+    run = trainer(folder, health, RunReport(), max_steps=4, limit_val_batches=0)
+    module = Drifting(tiny_sd)
+    with pytest.warns(UserWarning, match="ALARM at step 2: diversity 0 has left .* collapse"):
+        run.fit(module, StandInData())
+    assert module.student_steps == (2 if stop else 4)
+    named = [alarm.split()[2] for alarm in health.alarms]
+    assert "diversity" in named and len(named) == len(set(named))
+    assert all(alarm.startswith("step 2: ") for alarm in health.alarms)
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    rows = [row for row in rows if row["health/alarms"]]
+    assert [float(row["health/alarms"]) > 0 for row in rows] == [False, False, True, True, True][: len(rows)]
+    low, high = (float(rows[-1][f"health/diversity/{end}"]) for end in ("low", "high"))
+    assert low <= float(rows[0]["health/diversity/student"]) <= high
+    assert json.loads((folder / "report.json").read_text())["run"]["alarms"] == health.alarms
+    page = (folder / "report.html").read_text()
+    assert "Alarm, step 2: " in page
+    drawn = {one["layout"]["title"]["text"]: one["data"] for one in figures(page)}
+    names = [trace["name"] for trace in drawn["health/diversity"]]
+    assert names == ["health/diversity/student", "teacher's range, low", "teacher's range, high"]
+    assert drawn["health/diversity"][1]["y"] == pytest.approx([low, low])
+    again = Health(num_images=4)
+    again.load_state_dict(health.state_dict())
+    assert (again.ranges, again.outside, again.alarms) == (health.ranges, health.outside, health.alarms)
+
+
+def test_bad_settings() -> None:
+    for settings in ({"num_images": 3}, {"every_n_steps": 0}, {"tolerance": 0.0}):
+        with pytest.raises(UserError, match="Health"):
+            Health(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""Recipes at full size measure on COCO while they train, and go on without it; all models are miniatures."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+from callbacks.evaluation_share import EvaluationShare
+from commands.config_files import content_of
+from common.errors import UserError
+from tests.callbacks.networks import inception_file, pictures, save
+from tests.callbacks.standin import StandIn, StandInData
+from tests.callbacks.test_evaluation import trainer
+from tests.test_sbv2_configs import EXPERIMENTS
+from tests.tiny_judges import open_clip_network
+
+REAL = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith(("emoji", "own")))
+METRICS = "callbacks.metrics"
+ON_PICTURES = {"fid", "precision", "recall"}
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A folder in the layout of COCO: six captions of three pictures of different shapes."""
+    folder = tmp_path / "COCO"
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in (42, 73, 136)]
+    images = [{"id": number, "file_name": name} for number, name in zip((42, 73, 136), names, strict=True)]
+    captions = [{"id": i, "image_id": (42, 73, 136)[i % 3], "caption": f"A red cat {i}. "} for i in range(6)]
+    (folder / "annotations").mkdir(parents=True)
+    content = {"images": images, "annotations": captions}
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    drawn = save(pictures(3, height=20, width=28), folder / "val2014")
+    for path, name in zip(sorted(drawn.iterdir()), names, strict=True):
+        path.rename(drawn / name)
+    return folder
+
+
+def judges(folder: Path, clip: Path, **named: str) -> list[dict[str, Any]]:
+    """The recipes' metrics with miniature networks; of ``named`` paths those that are given."""
+    folder.mkdir(exist_ok=True)
+    architecture, weights = open_clip_network(folder)
+    eyes = {"inception": str(inception_file(folder))}
+    hps = {"version": "v2.0", "architecture": architecture, "checkpoint": str(weights)} | named
+    return [
+        {"class_path": f"{METRICS}.frechet.FID", "init_args": eyes},
+        {"class_path": f"{METRICS}.precision_recall.Precision", "init_args": {**eyes, "k": 1}},
+        {"class_path": f"{METRICS}.precision_recall.Recall", "init_args": {**eyes, "k": 1}},
+        {
+            "class_path": f"{METRICS}.clip_score.ClipScore",
+            "init_args": {"model": str(clip), "pretrained": None},  # else the recipe's
+        },
+        {"class_path": f"{METRICS}.hpsv2.HPSv2", "init_args": {k: v for k, v in hps.items() if v}},
+    ]
+
+
+def fit(name: str, teacher: Path, root: Path, metrics: list[dict[str, Any]], *options: str) -> Path:
+    """One update of a recipe, a validation after it, and the evaluation at the end; returns its folder."""
+    prompts = json.dumps([f"a red cat {number}" for number in range(4)])
+    cli.main([
+        "fit", "--config", str(EXPERIMENTS / f"{name}.yaml"), "--config", "configs/data/own_prompts.yaml",
+        f"--model.teacher={teacher}", f"--data.prompts={prompts}", "--data.batch_size=2",
+        "--data.micro_batch_size=1", "--trainer.max_steps=1", "--trainer.val_check_interval=1",
+        "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
+        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}",
+        f"--trainer.callbacks.Evaluation.metrics={json.dumps(metrics)}",
+        "--trainer.callbacks.Evaluation.timing_batch_size=1", "--trainer.callbacks.SampleGrid.num_images=1",
+        "--trainer.callbacks.SampleGrid.teacher_steps=2", "--trainer.callbacks.ScoreViews.num_images=1",
+        *options,
+    ])  # fmt: skip
+    return root / name / "version_0"
+
+
+def with_coco(coco: Path) -> list[str]:
+    return [
+        f"--data.eval_set.captions={coco / 'annotations' / 'captions_val2014.json'}",
+        "--data.eval_set.count=6", "--data.eval_set_size=5", f"--data.eval_reference={coco / 'val2014'}",
+    ]  # fmt: skip
+
+
+def measured(run: Path, stage: str) -> dict[str, float]:
+    """What metrics.csv holds of a stage."""
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    found = {key: float(value) for row in rows for key, value in row.items() if value}
+    return {key.removeprefix(f"{stage}/"): value for key, value in found.items() if key.startswith(stage)}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_recipe_measures_on_coco(name: str) -> None:
+    """The set, the metrics and the rule of best.ckpt come from the files that all of them build on."""
+    content = content_of(EXPERIMENTS / f"{name}.yaml")
+    data, trainer = content["data"]["init_args"], content["trainer"]
+    assert data["eval_set"]["class_path"].endswith("Coco30kSwiftBrush") and data["eval_set_size"] == 5000
+    assert data["eval_set"]["init_args"]["captions"] is None and data["eval_reference"] is None
+    callbacks = {one["class_path"].rpartition(".")[2]: one.get("init_args") for one in trainer["callbacks"]}
+    evaluation = callbacks["Evaluation"]
+    assert evaluation["leave_out"] is True and evaluation["final_size"] == 30_000
+    names = [one["class_path"].rpartition(".")[2] for one in evaluation["metrics"]]
+    assert names == ["FID", "Precision", "Recall", "ClipScore", "HPSv2"]
+    assert callbacks["RunCheckpoint"]["monitor"][0] == "val/fid" and trainer["val_check_interval"] == 2500
+    assert list(callbacks)[-1] == "EvaluationShare" and callbacks["EvaluationShare"]["max_share"] == 0.1
+
+
+def test_a_recipe_with_coco(
+    backbone_folder: Callable[[str], Path], tiny_clip: Path, coco: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    metrics = judges(tmp_path / "judges", tiny_clip)
+    run = fit("sd15_swiftbrush", backbone_folder("sd15"), tmp_path, metrics, *with_coco(coco))
+    names = ON_PICTURES | {"clip_score", "hpsv2"}
+    assert names <= measured(run, "val").keys() and names <= measured(run, "test").keys()
+    assert 0 < measured(run, "throughput")["evaluation_share"] < 1
+    report = json.loads((run / "report.json").read_text())
+    assert {report["metrics"][name]["num_images"] for name in names} == {6}
+    assert report["metrics"]["fid"]["details"]["reference_num_images"] == 3
+    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
+    assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
+    printed = capsys.readouterr().out
+    assert (run / "checkpoints" / "best.ckpt").exists() and "Evaluation: " not in printed
+    assert "Validation of step 1: " in printed and "Evaluation at the end: " in printed
+
+
+def test_a_recipe_without_coco(
+    backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What compares with pictures, and a judge that isn't found, are left out in one line."""
+    monkeypatch.setenv("HPS_ROOT", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    metrics = judges(tmp_path / "judges", tiny_clip, checkpoint="")
+    run = fit("flux_swiftbrush", backbone_folder("flux"), tmp_path, metrics, "--trainer.limit_val_batches=1")
+    assert measured(run, "val").keys() == measured(run, "test").keys() == {"clip_score"}
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Evaluation: ")]
+    assert "only the 8 of data.eval_captions drawn (no data.eval_set.captions)" in line
+    assert "fid, precision, recall left out (no real pictures: data.eval_reference is not set)" in line
+    assert "hpsv2 left out (hpsv2 v2.0: no checkpoint; looked for" in line and "hf download" in line
+    assert "configs/data/coco.yaml" in line
+    assert (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_judge_that_is_named_must_be_there(
+    backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
+) -> None:
+    metrics = judges(tmp_path / "judges", tiny_clip, checkpoint=str(tmp_path / "hsp.pt"))[3:]
+    with pytest.raises(UserError, match=r"looked for .*hsp\.pt"):
+        fit("sd15_swiftbrush", backbone_folder("sd15"), tmp_path, metrics)
+
+
+@pytest.mark.parametrize(("share", "validated"), [(1e-9, [1]), (1.0, [1, 2, 3, 4]), (None, [1, 2, 3, 4])])
+def test_validations_that_take_too_long_are_left_out(
+    share: float | None, validated: list[int], tiny_sd: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The first is measured; how long the others would take is then known, in a run that continues, too."""
+    bound = EvaluationShare(share)
+    trainer(tmp_path, bound, max_steps=4, val_check_interval=1).fit(StandIn(tiny_sd), StandInData())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    found = {int(row["step"]) for row in rows if row.get("throughput/evaluation_share")}
+    assert found == set(validated)
+    assert capsys.readouterr().out.count("is left out: with it evaluations would take") == 4 - len(validated)
+    assert bound.waited == (4 if share == 1e-9 else -1) and 0 < bound.evaluating < bound.total
+    again = EvaluationShare(share)
+    again.load_state_dict(bound.state_dict())
+    assert again.state_dict() == bound.state_dict()
+
+
+def test_shares_are_shares() -> None:
+    for share in (0.0, 1.5):
+        with pytest.raises(UserError, match="max_share"):
+            EvaluationShare(share)
