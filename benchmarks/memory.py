@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                    the table in docs/performance.md; computed on any machine
     python benchmarks/memory.py --models sd21 --output memory.json
+    python benchmarks/memory.py --few-bits assets/emoji-sd      errors of a network in 8 and 4 bits
 
 Nothing is allocated: the networks are built on PyTorch's meta device from the published configurations, and
 the two turns of an update run there, forward and backward, with the casts of bf16 autocast on a GPU and fused
@@ -32,10 +33,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import GIB, parser, table, write
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, ROOT
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.networks.backbones.calling import run_network
+from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, add_adapter
+from lightning_modules.networks.quantized import quantize_frozen
 from lightning_modules.networks.roles import ScoreModels
 
 GPUS = {16: 15.6, 24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}
@@ -248,11 +251,38 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return table(head, cells)
 
 
+@torch.no_grad()
+def errors_in_few_bits(path: str) -> str:
+    """How far a network with linear layers in few bits is from itself in float32, relative, by timestep.
+
+    At normal noise and captions of the bundled evaluation set.
+    """
+    parts, captions = load_parts(path), (ROOT / "assets/eval_captions.txt").read_text().splitlines()[:16]
+    condition = parts.backbone.prompt_encoder(parts).encode(captions)
+    noise = torch.randn(16, *parts.latent_shape, generator=torch.Generator().manual_seed(0))
+    times = [torch.full((16,), t) for t in (20, 500, 999)]
+
+    def outputs() -> list[Tensor]:
+        return [run_network(parts.denoiser, noise, t, condition) for t in times]
+
+    exact, rows = outputs(), []
+    for bits in (8, 4):
+        parts.denoiser = load_parts(path).denoiser.requires_grad_(False)
+        quantize_frozen([parts.denoiser], bits)
+        found = [(x - y).norm() / y.norm() for x, y in zip(outputs(), exact, strict=True)]
+        rows.append([f"{bits} bits", *(f"{float(error):.2%}" for error in found)])
+    return table(["", "t = 20", "t = 500", "t = 999"], rows)
+
+
 def main() -> None:
     """Compute and print."""
     reader, names = parser(__doc__), ["sd15", "sd21", "sdxl", "pixart"]
     reader.add_argument("--models", nargs="+", choices=[*names, "sd21_small"], default=names)
+    reader.add_argument("--few-bits", metavar="MODEL", help="errors of its network in 8 and 4 bits instead")
     given = reader.parse_args()
+    if given.few_bits:
+        write(errors_in_few_bits(given.few_bits), None, given.output)
+        return
     found = [row for model in tqdm(given.models, unit="model") for row in rows(model)]
     write(markdown(found), found, given.output)
 

@@ -33,6 +33,7 @@ class NetworkSettings:
     student_lora: StudentLoraSettings | None
     prompt_cache: str | None
     gradient_checkpointing: bool
+    in_shards: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ class Built:
 def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     """Load the teacher and make the other roles of it; what is not trained stays out of state dicts.
 
+    With `in_shards`, weights of the teacher are not read yet: `parallel.shard_networks` does.
+
     Raises:
         UserError: the teacher or the start can't be used, or the objective doesn't fit the teacher.
     """
     offloaded = () if settings.prompt_cache is None else ("text_encoders",)
-    parts = load_parts(settings.teacher, without=offloaded)
+    parts = load_parts(settings.teacher, without=offloaded, in_shards=settings.in_shards)
     schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
     student_scheduler(parts.scheduler, settings.steps)  # refuses steps that no scheduler of theirs takes
     student, student_base = make_student(

@@ -25,6 +25,7 @@ from lightning_modules.memory import memory_by_part
 from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
 from lightning_modules.networks.model_names import is_bundled, lasting_name
+from lightning_modules.networks.quantized import quantize_frozen
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -86,7 +87,8 @@ class OneStepDistillation(L.LightningModule):
         gradient_checkpointing: recompute activations of the trained networks in the backward pass: takes less
             memory and more time.
         frozen_weights: type of weights that are not trained: float32, bfloat16, or auto: bfloat16 where a
-            bf16-mixed run is on an accelerator, unless in shards.
+            bf16-mixed run is on an accelerator, unless in shards. 8bit, 4bit (bitsandbytes): linear layers in
+            the blocks of teacher and LoRA student, the rest as in auto; an export has whole weights.
         decode_slice: most pictures that an autoencoder takes at once; fewer need less memory.
         score_batch: most samples that teacher and fake score take at once where no gradient is wanted, under
             guidance two of each prompt; null: all. Half of that needs less memory and a little more time.
@@ -122,7 +124,7 @@ class OneStepDistillation(L.LightningModule):
         pair_regression: PairRegression | None = None,
         ema_decay: float | None = 0.9999,
         gradient_checkpointing: bool = False,
-        frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto",
+        frozen_weights: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = "auto",
         decode_slice: int = 16,
         score_batch: int | None = None,
         prompt_cache: str | None = None,
@@ -226,11 +228,12 @@ class OneStepDistillation(L.LightningModule):
             return
         if self.compile_mode:
             check_negative_scale(self.objective, self.seed)
-        built = build_networks(self.network_settings, self.objective)
+        trainer = self._trainer
+        in_shards = trainer is not None and isinstance(trainer.strategy, FullySharded)
+        built = build_networks(replace(self.network_settings, in_shards=in_shards), self.objective)
         self.parts, self.student, self.student_base = built.parts, built.student, built.student_base
         self.scores, self.generator, self.networks = built.scores, built.generator, built.networks
         self.objective.mean = mean_over_processes
-        trainer = self._trainer
         if self.image_losses is not None:
             self.image_terms = ImageTerms(self.image_losses, self.parts)
             if trainer is not None:
@@ -241,10 +244,14 @@ class OneStepDistillation(L.LightningModule):
             part.decoder.slice_size = self.decode_slice  # type: ignore[union-attr]
         for score in (self.scores.teacher, self.scores.fake_score):
             score.most_at_once = self.score_batch
-        cast_frozen([self.scores, self.generator, *judges], frozen_dtype(trainer, self.frozen_weights))
         trained = [self.student, *self.scores.networks()]
+        dtype = frozen_dtype(trainer, self.frozen_weights)
+        if self.frozen_weights in ("8bit", "4bit"):
+            quantize_frozen(trained, int(self.frozen_weights[0]))
+        cast_frozen([self.scores, self.generator, *judges], dtype)
         if trainer is not None and isinstance(trainer.strategy, FullySharded):
-            shard_networks(trained, trainer.strategy.device_mesh["data_parallel"])
+            mesh = trainer.strategy.device_mesh["data_parallel"]
+            shard_networks(trained, mesh, self.parts.weights)
         elif trainer is not None and trainer.strategy.root_device.type == "cpu":
             channels_last(trained)
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None

@@ -47,13 +47,17 @@ def memory_by_part(
     # networks of the objective move with the fake score, or else in turns of their own
     turns = {"student": trained[:2], "fake_score": (fake[0] + own[0], fake[1] + own[1])}
     states = [sum(round(turns[r][0] * each[at]) for r, each in kept.items() if r in turns) for at in (0, 1)]
-    teacher = {id(p) for p in scores.base.parameters()}
+    teacher = {id(x) for x in (*scores.base.parameters(), *scores.base.buffers())}
     frozen = {
-        "teacher": size(p for p in scores.base.parameters() if not p.requires_grad),
+        "teacher": size(
+            [*(p for p in scores.base.parameters() if not p.requires_grad), *scores.base.buffers()]
+        ),
         "text encoders": size(text_encoders.parameters()),
         "autoencoder": size(autoencoder.parameters()),
         "student's base": size(
-            p for p in student.parameters() if not p.requires_grad and id(p) not in teacher
+            x
+            for x in (*student.parameters(), *(student.buffers() if is_lora else ()))
+            if not x.requires_grad and id(x) not in teacher
         ),
     }
     if image_terms is not None:

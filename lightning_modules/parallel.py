@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from common.processes import from_every_rank, rank_and_world_size
 from lightning_modules.checkpoints import check_shards, is_sharded, plain_shards, read, reason
+from lightning_modules.networks.weight_files import WeightFiles, fill_shards
 from lightning_modules.networks.weights import check_fit
 
 _BUCKET_BYTES = 64 * 2**20
@@ -124,22 +125,36 @@ def _sharded_gradients(parameters: Iterable[nn.Parameter]) -> list[DTensor]:
     return [p.grad for p in parameters if isinstance(p.grad, DTensor)]
 
 
-def shard_networks(networks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+def shard_networks(
+    networks: Sequence[nn.Module], mesh: DeviceMesh, weights: WeightFiles | None = None
+) -> None:
     """Split each network's weights over the processes, block by block, so that one block at a time is whole.
 
     Frozen and trained weights share a group, so they must be of one type.
+
+    Args:
+        networks: parameters may be on the meta device.
+        mesh: of one dimension.
+        weights: what those on the meta device are filled from, each process reading its share.
     """
     for network in networks:
-        for block in _blocks(network):
+        for block in blocks(network):
             fully_shard(block, mesh=mesh)
         # by default the outermost group stays whole after a forward pass; weights are written between passes
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        if weights is not None:
+            fill_shards(network, weights)
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What stands in lists, and what diffusers says is not to be split; nothing inside another of them."""
     children = list(network.named_children())
-    listed = [block for _, child in children if isinstance(child, nn.ModuleList) for block in child]
-    return [*listed, *(child for name, child in children if name == "mid_block" and child is not None)]
+    found = [block for _, child in children if isinstance(child, nn.ModuleList) for block in child]
+    found += [child for name, child in children if name == "mid_block" and child is not None]
+    whole = getattr(network, "_no_split_modules", None) or ()
+    found += [part for part in network.modules() if type(part).__name__ in whole]
+    inside = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in dict.fromkeys(found) if id(block) not in inside]
 
 
 @torch.no_grad()

@@ -60,12 +60,13 @@ def frozen_dtype(trainer: Trainer | None, wanted: str = "auto") -> torch.dtype:
     """Type of weights that are not trained: float32, bfloat16 (a UserError in shards), or auto.
 
     Auto is bfloat16 where a bf16 run is on an accelerator: processors without bf16 units are slow with it.
+    Where weights are in few bits (8bit, 4bit), it is the type of the others.
     """
     # a group of shards has one type, and that of trained weights is float32
     sharded = trainer is not None and isinstance(trainer.strategy, FullySharded)
-    if sharded and wanted == "bfloat16":
-        raise UserError("frozen_weights is bfloat16, but shards hold trained weights too: set it to float32")
-    if wanted != "auto":
+    if sharded and wanted not in ("auto", "float32"):
+        raise UserError(f"frozen_weights is {wanted}, but shards hold trained weights too: set it to float32")
+    if wanted in ("float32", "bfloat16"):
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if sharded or trainer is None or str(trainer.precision) != "bf16-mixed":
         return torch.float32

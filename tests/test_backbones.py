@@ -12,8 +12,10 @@ import lightning as L
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 import cli
 from callbacks.metrics.teacher import Teacher
@@ -50,7 +52,7 @@ PIPELINES = {
 GUIDED = {"zimage": {"guidance_scale": 3.5}, "qwen": {"true_cfg_scale": 4.5, "negative_prompt": [" ", " "]}}
 UNGUIDED = {"zimage": {"guidance_scale": 0.0}, "qwen": {"true_cfg_scale": 1.0}}
 """How the stock pipeline is told kappa 4.5 and 1, where it isn't guidance_scale."""
-WITHOUT_NASA = ("zimage", "klein", "qwen")
+WITHOUT_NASA = ("zimage",)
 SIDES = {"sana": 32}  # in pixels; the others' pictures have PICTURE
 LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
 
@@ -172,10 +174,11 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
 
 def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     """On the untouched teacher, loaded as the card says, it draws what the folded student draws."""
+    tolerance = 1e-4 if run.name in ("sana", "zimage", "klein", "qwen") else 1e-5
     ours = load_generator(run.lora_checkpoint)
     expected = ours.images(TEXTS, SEEDS)
     folded = one_step(run.lora_folder, ours)
-    torch.testing.assert_close(folded, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(folded, expected, rtol=0, atol=tolerance)
     pipe: Any = stock_pipeline_of(run.teacher)
     card = (run.lora_folder / "README.md").read_text()
     kind = re.search(r"pipe.scheduler = (\w+)\.from_pretrained", card)
@@ -197,14 +200,14 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card
     assert "right at scale 1" in card and "(alpha 6 is folded in)" in card
     loaded = one_step(run.lora_folder, ours, pipe)
-    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=tolerance)
     assert (without - expected).abs().max() > 1e-3
     assert not (run.folder / "lora").exists()
     if run.name in ("sd15", "sdxl"):  # ComfyUI's names, read by diffusers' converter
         pipe.unload_lora_weights()
         torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), without)
         pipe.load_lora_weights(str(run.lora_folder / "lora"), weight_name="comfyui.safetensors")
-        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one_step(run.lora_folder, ours, pipe), expected, rtol=0, atol=tolerance)
 
 
 # --- commands, on the families that are not Stable Diffusion ----------------------------------------------
@@ -226,9 +229,9 @@ def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     with negative_prompting(pipe, "a blue mat", method="nasa", scale=0.5):
         torch.testing.assert_close(one_step(run.folder, ours, pipe), steered, rtol=0, atol=1e-4)
     assert (steered - ours.images(TEXTS, SEEDS)).abs().max() > 1e-3
-    picture = (tmp_path / "out" / "0000.png").read_bytes()
-    to_pil(steered[0]).save(tmp_path / "expected.png")
-    assert picture == (tmp_path / "expected.png").read_bytes()
+    # alone: other matrix sizes than of two pictures, so to rounding
+    picture = to_tensor(Image.open(tmp_path / "out" / "0000.png"))
+    torch.testing.assert_close(picture, steered[0], rtol=0, atol=0.51 / 255)
 
 
 @steered

@@ -15,7 +15,6 @@ from common.errors import UserError
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import trainer
-from tests.distributed_runs import run_processes
 from tests.test_sbv2_configs import EXPERIMENTS
 from tests.tiny_judges import open_clip_network
 
@@ -149,28 +148,6 @@ def test_a_judge_that_is_named_must_be_there(
     metrics = judges(tmp_path / "judges", tiny_clip, checkpoint=str(tmp_path / "hsp.pt"))[3:]
     with pytest.raises(UserError, match=r"looked for .*hsp\.pt"):
         fit("sd15_swiftbrush", backbone_folder("sd15"), tmp_path, metrics)
-
-
-def test_two_processes_measure_what_one_does(
-    backbone_folder: Callable[[str], Path], tiny_clip: Path, coco: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
-    teacher, metrics = backbone_folder("sd15"), judges(tmp_path / "judges", tiny_clip)[1:]
-    options = [*with_coco(coco), "--trainer.callbacks.RunCheckpoint.monitor=val/hpsv2"]
-    one = fit("sd15_swiftbrush", teacher, tmp_path / "one", metrics, *options)
-    together = ["--trainer.strategy=ddp", "--trainer.devices=2"]
-    run_processes(
-        2,
-        lambda: fit("sd15_swiftbrush", teacher, tmp_path / "two", metrics, *options, *together) and None,
-        tmp_path / "log",
-    )
-    two = tmp_path / "two" / "sd15_swiftbrush" / "version_0"
-    for stage in ("val", "test"):
-        expected = measured(one, stage)
-        assert expected.keys() == {"precision", "recall", "clip_score", "hpsv2"}
-        assert measured(two, stage) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (two / "checkpoints" / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize(("share", "validated"), [(1e-9, [1]), (1.0, [1, 2, 3, 4]), (None, [1, 2, 3, 4])])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
@@ -18,8 +18,15 @@ from callbacks.start_summary import memory_table
 from common.errors import UserError
 from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.generator import load_generator
+from lightning_modules.networks.backbones.flux2 import Flux2Klein
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.lora import (
+    StudentAdapter,
+    StudentBase,
+    StudentLoraSettings,
+    add_adapter,
+    write_lora,
+)
 from lightning_modules.networks.pipeline_folder import export_student
 from lightning_modules.networks.student import load_student
 from tests.tiny_distillation import (
@@ -229,6 +236,48 @@ def test_targets_that_match_nothing(tiny_sd: Path) -> None:
     module = distillation(tiny_sd, student_lora=StudentLoraSettings(targets=["to_x"]))
     with pytest.raises(UserError, match=r"LoRA targets \['to_x'\] match no layer"):
         module.configure_model()
+
+
+def test_flux2_by_its_makers_names(tmp_path: Path) -> None:
+    """What ComfyUI reads, read back by diffusers' converter: the same update of every layer."""
+    torch.manual_seed(0)
+    network = Flux2Transformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    targets = [
+        "to_q",
+        "to_v",
+        "add_k_proj",
+        "to_out.0",
+        "single_transformer_blocks.0.attn.to_out",
+        "to_qkv_mlp_proj",
+        "linear_in",
+        "x_embedder",
+    ]
+    lora = StudentLoraSettings(rank=2, alpha=6.0, targets=targets)
+    add_adapter(network, lora)
+    weights = {n: torch.randn_like(p) for n, p in network.named_parameters() if p.requires_grad}
+    adapter = StudentAdapter(StudentBase("base", ""), lora, weights)
+    write_lora(adapter, Flux2Klein(), tmp_path, torch.float32, {})
+    read = [
+        Flux2KleinPipeline.lora_state_dict(tmp_path, weight_name=name)
+        for name in ("pytorch_lora_weights.safetensors", "comfyui.safetensors")
+    ]
+    layers = {n.removeprefix("transformer.").partition(".lora_")[0] for n in read[0]}
+    absent = {"transformer_blocks.0.attn.to_k", *(f"transformer_blocks.0.attn.add_{x}_proj" for x in "qv")}
+    assert {n.removeprefix("transformer.").partition(".lora_")[0] for n in read[1]} == layers | absent
+    for layer in layers | absent:
+        updates = [
+            part[f"transformer.{layer}.lora_B.weight"] @ part[f"transformer.{layer}.lora_A.weight"]
+            for part in read if f"transformer.{layer}.lora_A.weight" in part
+        ]  # fmt: skip
+        if layer in absent:
+            assert not updates[0].any()
+        else:
+            b, a = (weights[f"{layer}.lora_{side}.student.weight"] for side in "BA")
+            for update in updates:
+                torch.testing.assert_close(update, 3.0 * b @ a)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_sd: Path, tmp_path: Path) -> None:

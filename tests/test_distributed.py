@@ -1,10 +1,13 @@
 """Several processes are one: gradients, losses, checkpoints and the order of prompts."""
 
+import copy
 import errno
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,13 +28,20 @@ from common.hashing import hash_tensors
 from datamodules.prompts import PromptDataModule
 from datamodules.real_pictures import RealPictures
 from lightning_modules import parallel
+from lightning_modules.build import Built, NetworkSettings, build_networks
 from lightning_modules.checkpoints import read
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings
+from lightning_modules.networks.roles import ScoreModels
 from lightning_modules.networks.student import load_student
+from lightning_modules.networks.weight_files import WeightFiles
+from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
 from tests.distributed_runs import run_processes
-from tests.tiny_distillation import PROMPTS, Pull, distillation, trainer
+from tests.tiny_distillation import PROMPTS, Hooks, Pull, distillation, fit, trainer
 
 BATCH = 6
 STEPS = 2
@@ -222,6 +233,59 @@ def test_shards_are_ddp(lora: str, tiny_sd: Path, tmp_path: Path) -> None:
     assert_same_numbers(notes(ddp), notes(tmp_path / "fsdp"), 1e-4)
 
 
+@pytest.mark.parametrize("adapters", [True, False])
+def test_shards_from_the_files_are_those_of_whole_networks(
+    adapters: bool, backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Bit for bit; no process reads more of a weight than its share, nor holds the network at any time."""
+    lora = LoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v"])
+    settings = NetworkSettings(
+        str(backbone_folder("sd3")), Steps((999,)), lora if adapters else None, None,
+        StudentLoraSettings(rank=2, alpha=4.0) if adapters else None, None, False,
+    )  # fmt: skip
+    read: list[Tensor] = []
+
+    def build(in_shards: bool) -> Built:
+        torch.manual_seed(0)
+        built = build_networks(replace(settings, in_shards=in_shards), SwiftBrush())
+        networks = [built.student, *built.scores.networks()]
+        own = [p for n in networks for name, p in n.named_parameters() if "lora_" not in name]
+        assert all(p.is_meta is in_shards for p in own)
+        parallel.shard_networks(networks, mesh, built.parts.weights)
+        return built
+
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        nonlocal mesh
+        mesh = init_device_mesh("cpu", (2,))
+        whole = build(False)
+        with pytest.MonkeyPatch.context() as patch:
+            rows = WeightFiles.rows
+            patch.setattr(WeightFiles, "rows", lambda *given: read.append(rows(*given)) or read[-1])
+            ours = build(True)
+        assert ours.student_base == whole.student_base
+        pairs = [(ours.student, whole.student), (ours.scores, whole.scores)]
+        for one, other in pairs:
+            expected = dict(other.named_parameters())
+            for name, parameter in one.named_parameters():
+                assert parameter.requires_grad is expected[name].requires_grad
+                assert torch.equal(parameter.to_local(), expected[name].to_local()), name  # type: ignore[operator]
+        # each network's share, which is half of it and what can't be halved
+        size = sum(p.numel() for p in load_parts(settings.teacher).denoiser.parameters())
+        assert 0.5 <= sum(x.numel() for x in read) / (len(ours.scores.networks()) + 1) / size < 0.52
+        x, t = torch.randn(1, *ours.parts.latent_shape), torch.tensor([500])
+        outputs = [
+            network(x, t, built.generator.prompt_encoder.encode(["a cat"])).epsilon
+            for built in (ours, whole) for network in (built.networks.student, built.networks.fake_score)
+        ]  # fmt: skip
+        assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+        outputs[0].sum().backward()
+        assert any(p.grad is not None for p in ours.student.parameters())
+
+    mesh: Any = None
+    run_processes(2, work, tmp_path / "log")
+
+
 def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> None:
     """Those of the objective, beside shards in one optimizer: one norm for both, equal on all processes."""
     fsdp = tmp_path / "fsdp"
@@ -233,6 +297,65 @@ def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> 
     one, ranks = notes(tmp_path / "one"), [notes(fsdp, rank) for rank in (0, 1)]
     assert relative_distance(ranks[0]["weights"], ranks[1]["weights"]) == 0
     assert_same_numbers(one, ranks[0], 1e-4)
+
+
+class ThreeCopies(ScoreModels):
+    """The fake score's adapter on frozen weights of its own, not the teacher's."""
+
+    def __init__(self, base: torch.nn.Module, *settings: Any) -> None:
+        super().__init__(copy.deepcopy(base), *settings)
+        self.untouched = base.requires_grad_(False).eval()
+
+    @contextmanager
+    def teacher_network(self) -> Iterator[torch.nn.Module]:
+        yield self.untouched
+
+    def networks(self) -> list[torch.nn.Module]:
+        return [*super().networks(), self.untouched]
+
+
+def test_three_roles_on_one_base_are_three_copies_in_two_processes(
+    backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same losses for 20 steps; without and with gradient checkpointing, under DDP and in shards."""
+    teacher = backbone_folder("sd3")
+
+    def losses(strategy: Any, copies: bool = False, checkpointing: bool = False) -> list[dict[str, float]]:
+        lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_k"], share_base=not copies)
+        module = distillation(
+            teacher, student_lora=lora, start_timestep=999, gradient_checkpointing=checkpointing,
+            student=sgd(20.0), fake_score=sgd(20.0), ema_decay=None,
+        )  # fmt: skip
+        found: list[dict[str, float]] = []
+
+        def note(m: OneStepDistillation) -> None:
+            logged = m.trainer.callback_metrics.items()
+            found.append({n: float(x) for n, x in logged if n.startswith(("train/", "gradient_norm/"))})
+
+        with pytest.MonkeyPatch.context() as patch:
+            if copies:
+                patch.setattr("lightning_modules.build.ScoreModels", ThreeCopies)
+            fit(module, tmp_path, 20, Hooks(after_step=note), batch_size=2, strategy=strategy, devices=2)
+        if copies:
+            assert isinstance(module.scores, ThreeCopies)
+        elif strategy == "ddp":
+            inside = {id(p) for p in module.scores.base.parameters()}
+            assert module.student is not None
+            assert all(id(p) in inside for p in module.student.parameters() if not p.requires_grad)
+        return found
+
+    def work() -> None:
+        for strategy in ("ddp", FullySharded):
+            ways = [(True, False), (False, True)]  # three copies, and shared with checkpointing
+            ways += [(False, False)] if strategy == "ddp" else []  # shards take long
+            runs = [losses(strategy if isinstance(strategy, str) else strategy(), *way) for way in ways]
+            assert runs[0][0]["gradient_norm/student"] == 0 and runs[0][-1]["gradient_norm/student"] > 1e-5
+            for run in runs[1:]:
+                assert len(run) == 20
+                for ours, expected in zip(run, runs[0], strict=True):
+                    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+    run_processes(2, work, tmp_path / "log")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from common.errors import UserError
 from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
-from lightning_modules.networks.student import load_student
+from lightning_modules.networks.student import load_network_file, load_student
 from lightning_modules.networks.weights import own_weights
 from tests.backbones import moved, private_copy, stock_pipeline_of
 
@@ -63,6 +63,18 @@ def test_they_draw_by_their_own_pipeline(
         assert (pixels(tmp_path / f"out/000{i}.png") - picture).abs().max() <= 0.51 / 255
     drawer = model_drawer(Recipe(str(folder)), PROMPTS, SEEDS, None, torch.device("cpu"))
     torch.testing.assert_close(drawer.draw([0, 1]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "klein", "qwen"])
+def test_a_network_alone_where_the_shift_depends_on_the_resolution(
+    name: str, backbone_folder: Folder, tmp_path: Path
+) -> None:
+    base = backbone_folder(name)
+    network = moved(base, 2)
+    save_file(network.state_dict(), tmp_path / "student.safetensors")
+    loaded = load_network_file(tmp_path / "student.safetensors", str(base), 999)
+    state = loaded.parts.denoiser.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(

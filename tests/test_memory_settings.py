@@ -2,13 +2,17 @@
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from common.errors import UserError
+from lightning_modules.networks.lora import StudentLoraSettings
+from lightning_modules.networks.quantized import QuantizedLinear, quantize_frozen
 from lightning_modules.parallel import FullySharded
 from lightning_modules.trainer_settings import frozen_dtype
 from tests.test_configs import ParseOnly
@@ -35,11 +39,63 @@ def test_type_of_frozen_weights(wanted: str, tiny_sd: Path, tmp_path: Path) -> N
     assert all(parameters[name].requires_grad for name in moved)
 
 
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.1)])
+def test_a_frozen_linear_layer_in_few_bits(bits: int, error: float) -> None:
+    """Near the layer's own weight, whose product and gradient it has exactly."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain, x = nn.Linear(96, 40).requires_grad_(False), torch.randn(2, 5, 96, requires_grad=True)
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Sequential(plain), nn.Sequential(plain)])
+    quantize_frozen([network], bits)
+    layer, same = (block[0] for block in network.blocks)  # type: ignore[union-attr]
+    assert isinstance(layer, QuantizedLinear) and layer.values is same.values
+    whole = layer.whole(torch.float32)
+    assert 0 < (whole - plain.weight).norm() < error * plain.weight.norm()
+    for_gradient = torch.randn(2, 5, 40)
+    outputs = layer(x), nn.functional.linear(x, whole, plain.bias)
+    gradients = [torch.autograd.grad(output, x, for_gradient)[0] for output in outputs]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+    assert sum(p.numel() * p.element_size() for p in (layer.values, layer.largest)) < 96 * 40 * bits / 8 * 1.2
+
+
+@pytest.mark.parametrize(("bits", "error"), [("8bit", 0.01), ("4bit", 0.2)])
+def test_three_roles_on_a_base_in_few_bits(
+    bits: str, error: float, backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_v"])
+    modules = [
+        distillation(
+            backbone_folder("sd3"), frozen_weights=kind, student_lora=lora, start_timestep=999,
+            gradient_checkpointing=kind != "float32",
+        )
+        for kind in ("float32", bits)
+    ]  # fmt: skip
+    outputs = []
+    for module in modules:
+        module.configure_model()
+        shape, condition = module.parts.latent_shape, module.generator.prompt_encoder.encode(["a red cat"])
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            outputs.append(module.networks.teacher(x, torch.tensor([500]), condition).x0)
+    assert 0 < (outputs[1] - outputs[0]).norm() < error * outputs[0].norm()
+    whole, packed = (module.memory_parts() for module in modules)
+    assert packed["teacher"][1] < 0.8 * whole["teacher"][1] and "student's base" not in packed
+    before = snapshot(modules[1])
+    fit(modules[1], tmp_path, 3)
+    moved = changed(before, snapshot(modules[1]))
+    assert moved == {name for name in before if "lora_" in name}
+
+
 def test_shards_have_one_type() -> None:
     sharded: Any = types.SimpleNamespace(strategy=FullySharded(), precision="bf16-mixed")
     assert frozen_dtype(sharded) == torch.float32
     with pytest.raises(UserError, match="frozen_weights is bfloat16.*float32"):
         frozen_dtype(sharded, "bfloat16")
+    with pytest.raises(UserError, match="frozen_weights is 4bit.*float32"):
+        frozen_dtype(sharded, "4bit")
 
 
 def test_pictures_are_decoded_in_slices(tiny_sd: Path, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ Shapes: B images, S image tokens, L text tokens (L⁺, L⁻), D channels, H head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ class NegativeText:
 
     Attributes:
         lengths: L⁺ and L⁻ of a network with joint attention.
+        mask: as given to `set`.
         cache: keys and values by layer, kept while gradients are off, until the prompts change.
         calls: of the network since the prompts changed, where they are counted.
         active: whether the processors do anything but what the stock ones do.
@@ -42,6 +44,7 @@ class NegativeText:
         self.lengths: tuple[int, int] | None = None
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.present: Tensor | None = None
+        self.mask: Tensor | None = None
         self.calls, self.active = 0, True
         self._raw: Tensor | None = None
         self._projected: Tensor | None = None
@@ -55,7 +58,7 @@ class NegativeText:
             mask: [N, L⁻], 1 at tokens to be attended to; None for all of them.
             present: boolean [B], false for images that have no negative prompt; None if all have one.
         """
-        self._raw, self._projected, self.present = embeddings, None, present
+        self._raw, self._projected, self.present, self.mask = embeddings, None, present, mask
         self.calls, self.active = 0, True
         # the bias that diffusers makes of such a mask
         self._bias = None if mask is None else (1 - mask.to(embeddings.dtype))[:, None, None] * -10000.0
@@ -190,6 +193,8 @@ class NegativeJointSD3:
 class NegativeJointFlux:
     """Stands in for diffusers' `FluxAttnProcessor`, in blocks with two streams and with one.
 
+    And for FLUX.2's `Flux2AttnProcessor`, in blocks with two streams.
+
     Tokens come as [B, L⁺ + L⁻ + S, D], in one tensor or two; each carries its rotary position.
     """
 
@@ -222,24 +227,115 @@ class NegativeJointFlux:
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        tokens = self._attend(query, key, value)
+        tokens = _attend_apart(self.text, self.stock, query, key, value)
         if encoder_hidden_states is None:
             return tokens
         text, image = tokens.split_with_sizes([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, L⁺ + L⁻ + S, H, d] each -> [B, L⁺ + L⁻ + S, H d], image tokens steered."""
-        plus, minus = self.text.lengths or (0, 0)
-        parts = (query, key, value)
-        backend = self.stock._attention_backend
-        without = [torch.cat([x[:, :plus], x[:, plus + minus :]], 1) for x in parts]
-        positive = dispatch_attention_fn(*without, backend=backend).flatten(2, 3).to(query.dtype)
-        negative = dispatch_attention_fn(*(x[:, plus:] for x in parts), backend=backend)
-        negative = negative.flatten(2, 3).to(query.dtype)
-        steered = self.text.steer(positive[:, plus:], negative[:, minus:])
-        return torch.cat([positive[:, :plus], negative[:, :minus], steered], 1)
+
+class NegativeParallelFlux2:
+    """Stands in for diffusers' `Flux2ParallelSelfAttnProcessor`: attention and MLP in common layers."""
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock = text, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        """All tokens [B, L⁺ + L⁻ + S, D]."""
+        if not self.text.active:
+            unsteered: Tensor = self.stock(attn, hidden_states, attention_mask, image_rotary_emb)
+            return unsteered
+        parts = attn.to_qkv_mlp_proj(hidden_states)
+        width = attn.mlp_hidden_dim * attn.mlp_mult_factor
+        projected, mlp = parts.split_with_sizes([parts.shape[-1] - width, width], -1)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected.chunk(3, -1))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        tokens = _attend_apart(self.text, self.stock, query, key, value)
+        output: Tensor = attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], -1))
+        return output
+
+
+class NegativeJointQwen:
+    """Stands in for diffusers' `QwenDoubleStreamAttnProcessor2_0`; text [B, L⁺ + L⁻, D], like its mask.
+
+    The negative text has the positions of the prompt's.
+    """
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock = text, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, S, D], text tokens [B, L⁺ + L⁻, D], each after its output projection."""
+        assert encoder_hidden_states is not None and self.text.lengths is not None
+        if not self.text.active:
+            unsteered: tuple[Tensor, Tensor] = self.stock(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask,
+                image_rotary_emb,
+            )  # fmt: skip
+            return unsteered
+        lengths, (turns, turns_of_text) = self.text.lengths, image_rotary_emb
+        image = self._projected(attn, hidden_states, turns, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        masks: Sequence[Tensor | None] = (None, None)
+        if encoder_hidden_states_mask is not None:
+            everywhere = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2])
+            masks = [
+                torch.cat([mask, everywhere], 1)[:, None, None]
+                for mask in encoder_hidden_states_mask.split_with_sizes(lengths, 1)
+            ]
+        found = []
+        for words, mask in zip(encoder_hidden_states.split_with_sizes(lengths, 1), masks, strict=True):
+            tokens = self._projected(
+                attn, words, turns_of_text[: words.shape[1]], ("add_q_proj", "add_k_proj", "add_v_proj"),
+                ("norm_added_q", "norm_added_k"),
+            )  # fmt: skip
+            both = (torch.cat([x, y], 1) for x, y in zip(tokens, image, strict=True))
+            out = dispatch_attention_fn(*both, attn_mask=mask, backend=self.stock._attention_backend)
+            found.append(out.flatten(2, 3).to(hidden_states.dtype).split_with_sizes(
+                [words.shape[1], hidden_states.shape[1]], 1
+            ))  # fmt: skip
+        (plus, positive), (minus, negative) = found
+        steered = self.text.steer(positive, negative)
+        return attn.to_out[1](attn.to_out[0](steered)), attn.to_add_out(torch.cat([plus, minus], 1))
+
+    @staticmethod
+    def _projected(
+        attn: Any, x: Tensor, turns: Tensor, layers: tuple[str, str, str], norms: tuple[str, str]
+    ) -> list[Tensor]:
+        """Queries and keys, turned by their positions, and values of one stream, [B, L, H, d]."""
+        query, key, value = (getattr(attn, name)(x).unflatten(-1, (attn.heads, -1)) for name in layers)
+        query, key = _normed(getattr(attn, norms[0]), query), _normed(getattr(attn, norms[1]), key)
+        return [*(apply_rotary_emb_qwen(y, turns, use_real=False) for y in (query, key)), value]
+
+
+def _attend_apart(text: NegativeText, stock: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[B, L⁺ + L⁻ + S, H, d] each -> [B, L⁺ + L⁻ + S, H d], image tokens steered."""
+    plus, minus = text.lengths or (0, 0)
+    parts = (query, key, value)
+    backend = stock._attention_backend
+    without = [torch.cat([x[:, :plus], x[:, plus + minus :]], 1) for x in parts]
+    positive = dispatch_attention_fn(*without, backend=backend).flatten(2, 3).to(query.dtype)
+    negative = dispatch_attention_fn(*(x[:, plus:] for x in parts), backend=backend)
+    negative = negative.flatten(2, 3).to(query.dtype)
+    steered = text.steer(positive[:, plus:], negative[:, minus:])
+    return torch.cat([positive[:, :plus], negative[:, :minus], steered], 1)
 
 
 def _positive_length(text: NegativeText) -> int:

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
+    Flux2AttnProcessor,
+    Flux2ParallelSelfAttention,
+    Flux2ParallelSelfAttnProcessor,
+)
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -23,18 +31,36 @@ from lightning_modules.guidance.methods import Method, make_method
 from lightning_modules.guidance.processors import (
     NegativeCrossAttention,
     NegativeJointFlux,
+    NegativeJointQwen,
     NegativeJointSD3,
+    NegativeParallelFlux2,
     NegativeText,
 )
 
 # what else than the prompt a pipeline may be given to encode
 _OTHER_TEXTS = (
     "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask",
+    "prompt_embeds_mask",
     "negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_embeds",
     "negative_pooled_prompt_embeds", "negative_prompt_attention_mask",
 )  # fmt: skip
 
-Processor = type[NegativeCrossAttention] | type[NegativeJointSD3] | type[NegativeJointFlux]
+Processor = (
+    type[NegativeCrossAttention]
+    | type[NegativeJointSD3]
+    | type[NegativeJointFlux]
+    | type[NegativeParallelFlux2]
+    | type[NegativeJointQwen]
+)
+Layers = list[tuple[Any, Processor]]
+STOCK: dict[Any, tuple[type, ...]] = {
+    NegativeCrossAttention: (AttnProcessor2_0, SanaAttnProcessor2_0),
+    NegativeJointSD3: (JointAttnProcessor2_0,),
+    NegativeJointFlux: (FluxAttnProcessor, Flux2AttnProcessor),
+    NegativeParallelFlux2: (Flux2ParallelSelfAttnProcessor,),
+    NegativeJointQwen: (QwenDoubleStreamAttnProcessor2_0,),
+}
+"""The processors of diffusers that each of ours stands in for."""
 
 
 class NegativePrompts:
@@ -93,12 +119,13 @@ def negative_prompting(
         with negative_prompting(pipe, "blurry", method="nasa", scale=0.2):
             pipe(prompt, num_inference_steps=1)
 
-    Works with pipelines whose network is a UNet2DConditionModel (Stable Diffusion 1, 2, XL), a PixArt, a
-    Stable Diffusion 3 or a FLUX transformer. The negative prompt is encoded as the pipeline encodes the
-    call's prompts; pooled embeddings stay the prompt's. The pipeline's own guidance is off inside (unless
-    there is nothing to do, and the stock pipeline is left as it is). Scheduler and number of steps do not
-    matter. Leaving restores network and pipeline, also after an exception; nesting is refused. With
-    cross-attention, keys and values of the negative text are computed once per call of the pipeline.
+    Works with pipelines whose network is a UNet2DConditionModel (Stable Diffusion 1, 2, XL) or a transformer
+    of PixArt, SANA, Stable Diffusion 3, FLUX.1, FLUX.2 klein or Qwen-Image. The negative prompt is encoded as
+    the pipeline encodes the call's prompts; pooled embeddings stay the prompt's. The pipeline's own guidance
+    is off inside (unless there is nothing to do, and the stock pipeline is left as it is). Scheduler and
+    number of steps do not matter. Leaving restores network and pipeline, also after an exception; nesting is
+    refused. With cross-attention, keys and values of the negative text are computed once per call of the
+    pipeline.
 
     The cost: on cross-attention models one attention more in each such layer (no projections, no other
     layers). With joint attention the negative text passes all blocks, and image tokens attend twice.
@@ -119,18 +146,18 @@ def negative_prompting(
             value is out of range, the prompts' numbers do not fit, or the call asks for guidance.
     """
     network = pipeline_network(pipe)
-    kind, layers = attention_layers(network)
+    layers = attention_layers(network)
     rule = make_method(method, network, scale, tau, alpha)
     negatives = NegativePrompts(negative_prompt)
     if rule.scale == 0 or negatives.empty:
         yield
         return
     text = NegativeText(rule, _text_projection(network))
-    joint, positions = kind is not NegativeCrossAttention, kind is NegativeJointFlux
     with (
-        _installed(kind, layers, text),
-        _first_calls(network, text, steps, joint),
-        _encoded_with_prompts(pipe, negatives, text, joint, positions),
+        _installed(layers, text),
+        _first_calls(network, text, steps),
+        _behind_the_prompt(network, text, layers),
+        _encoded_with_prompts(pipe, negatives, text),
         _unguided(pipe, network),
     ):
         yield
@@ -162,7 +189,7 @@ def negative_attention(
         UserError: as `negative_prompting`.
     """
     network = getattr(network, "_orig_mod", network)
-    kind, layers = attention_layers(network)
+    layers = attention_layers(network)
     if method.scale == 0 or (present is not None and not present.any()):
         yield
         return
@@ -171,22 +198,17 @@ def negative_attention(
     text.set(embeddings, negative.tensors.get("encoder_attention_mask"), present)
     # Outside the blocks, so that checkpointing them does not recompute it in one and reuse it in others.
     text.hidden_states(embeddings)
-    joint = kind is not NegativeCrossAttention
     with (
-        _installed(kind, layers, text),
+        _installed(layers, text),
         _first_calls(network, text, calls),
-        _behind_the_prompt(network, text) if joint else nullcontext(),
+        _behind_the_prompt(network, text, layers),
     ):
         yield
 
 
 @contextmanager
-def _first_calls(
-    network: nn.Module, text: NegativeText, calls: int | None, cut: bool = False
-) -> Iterator[None]:
+def _first_calls(network: nn.Module, text: NegativeText, calls: int | None) -> Iterator[None]:
     """After so many calls since the prompts changed the network is the stock one.
-
-    `cut`: the negative text stands behind the prompt's tokens already, and is taken away then.
 
     Raises:
         UserError: not even the first call.
@@ -197,16 +219,9 @@ def _first_calls(
     if calls < 1:
         raise UserError(f"Negative prompts in the first {calls} steps have no effect: give at least 1.")
 
-    def count(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def count(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         text.calls += 1
         text.active = text.calls <= calls
-        if text.active or not cut:
-            return None
-        assert text.lengths is not None
-        own = {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, : text.lengths[0]]}
-        if "txt_ids" in kwargs:
-            own["txt_ids"] = kwargs["txt_ids"][: text.lengths[0]]
-        return args, kwargs | own
 
     handle = network.register_forward_pre_hook(count, with_kwargs=True)
     try:
@@ -216,25 +231,45 @@ def _first_calls(
 
 
 @contextmanager
-def _behind_the_prompt(network: nn.Module, text: NegativeText) -> Iterator[None]:
-    """A network with joint attention gets the negative text behind the prompt's tokens."""
+def _behind_the_prompt(network: nn.Module, text: NegativeText, layers: Layers) -> Iterator[None]:
+    """A network with joint attention gets the negative text, and its mask, behind the prompt's tokens."""
 
     def append(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if not text.active:
             return args, kwargs
         positive = kwargs["encoder_hidden_states"]
-        negative = text.hidden_states(positive).expand(len(positive), -1, -1)
+        negative, more = text.hidden_states(positive).expand(len(positive), -1, -1), {}
+        if "txt_ids" in kwargs:
+            more["txt_ids"] = torch.cat([ids := kwargs["txt_ids"], _positions(ids, negative.shape[1])], -2)
+        if "encoder_hidden_states_mask" in kwargs:  # Qwen-Image's
+            masks = [
+                x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.to(x.device).bool()
+                for x, mask in zip(
+                    (positive, negative), (kwargs["encoder_hidden_states_mask"], text.mask), strict=True
+                )
+            ]
+            longest = int(masks[1].sum(1).max())  # the rest is padding for all
+            masks[1] = masks[1][:, :longest].expand(len(positive), -1)
+            negative, more["encoder_hidden_states_mask"] = negative[:, :longest], torch.cat(masks, 1)
         text.lengths = positive.shape[1], negative.shape[1]
-        more = {"encoder_hidden_states": torch.cat([positive, negative], 1)}
-        if "txt_ids" in kwargs:  # FLUX gives all of its text one position
-            more["txt_ids"] = torch.cat([kwargs["txt_ids"], kwargs["txt_ids"]])
-        return args, kwargs | more
+        return args, {**kwargs, **more, "encoder_hidden_states": torch.cat([positive, negative], 1)}
 
+    if layers[0][1] is NegativeCrossAttention:
+        yield
+        return
     handle = network.register_forward_pre_hook(append, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _positions(ids: Tensor, length: int) -> Tensor:
+    """Those of so many tokens of text beside `ids` [..., L, axes]: all zero in FLUX.1, counted in FLUX.2."""
+    found = ids.new_zeros(*ids.shape[:-2], length, ids.shape[-1])
+    if ids.shape[-1] == 4:
+        found[..., 3] = torch.arange(length, device=ids.device)
+    return found
 
 
 def pipeline_network(pipe: Any) -> nn.Module:
@@ -250,53 +285,53 @@ def pipeline_network(pipe: Any) -> nn.Module:
     raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer for a negative prompt.")
 
 
-def attention_layers(network: nn.Module) -> tuple[Processor, list[Any]]:
-    """The layers in which image tokens attend to text, and the processor class that is to act there.
+def attention_layers(network: nn.Module) -> Layers:
+    """The layers in which image tokens attend to text, each with the processor class that is to act there.
 
     Raises:
         UserError: there are none, their processors are not diffusers' default ones, or are ours already.
     """
-    found: dict[Processor, list[Any]] = {}
-    for module in network.modules():
-        if isinstance(module, FluxAttention):
-            found.setdefault(NegativeJointFlux, []).append(module)
-        elif isinstance(module, Attention) and module.added_kv_proj_dim is not None:
-            found.setdefault(NegativeJointSD3, []).append(module)
-        elif isinstance(module, Attention) and module.is_cross_attention:
-            found.setdefault(NegativeCrossAttention, []).append(module)
-    if len(found) != 1:
+    found = [(module, kind) for module in network.modules() if (kind := _processor_of(network, module))]
+    if not found or (NegativeCrossAttention in (kinds := {kind for _, kind in found}) and len(kinds) > 1):
         raise UserError(
             f"{type(network).__name__} has no cross-attention or joint attention to text in which a negative "
-            "prompt could act. Use a Stable Diffusion, PixArt or FLUX model."
+            "prompt could act. Use a Stable Diffusion, PixArt, SANA, FLUX or Qwen-Image model."
         )
-    kind, layers = next(iter(found.items()))
-    wanted: dict[Any, tuple[type, ...]] = {
-        NegativeCrossAttention: (AttnProcessor2_0, SanaAttnProcessor2_0),
-        NegativeJointSD3: (JointAttnProcessor2_0,),
-        NegativeJointFlux: (FluxAttnProcessor,),
-    }
-    for layer in layers:
+    for layer, kind in found:
         if isinstance(layer.processor, kind):
             raise UserError("A negative prompt acts on this network already: leave that context first.")
-        if type(layer.processor) not in wanted[kind] or getattr(layer, "fused_projections", False):
+        if type(layer.processor) not in STOCK[kind] or getattr(layer, "fused_projections", False):
             raise UserError(
                 f"{type(network).__name__} attends with {type(layer.processor).__name__}, but negative "
-                f"prompts need {wanted[kind][0].__name__} without fused projections: undo attention slicing, "
+                f"prompts need {STOCK[kind][0].__name__} without fused projections: undo attention slicing, "
                 "xformers, fusing or image adapters."
             )
-    return kind, layers
+    return found
+
+
+def _processor_of(network: nn.Module, module: Any) -> Processor | None:
+    """What is to act in a layer of the network; None where no text is attended to."""
+    if isinstance(module, Flux2ParallelSelfAttention):
+        return NegativeParallelFlux2
+    if isinstance(module, (FluxAttention, Flux2Attention)):
+        return NegativeJointFlux
+    if isinstance(module, Attention) and module.added_kv_proj_dim is not None:
+        return NegativeJointQwen if isinstance(network, QwenImageTransformer2DModel) else NegativeJointSD3
+    if isinstance(module, Attention) and module.is_cross_attention:
+        return NegativeCrossAttention
+    return None
 
 
 @contextmanager
-def _installed(kind: Processor, layers: list[Any], text: NegativeText) -> Iterator[None]:
+def _installed(layers: Layers, text: NegativeText) -> Iterator[None]:
     """Our processors in these layers, and the former ones again at the end."""
-    former = [layer.processor for layer in layers]
+    former = [layer.processor for layer, _ in layers]
     try:
-        for index, layer in enumerate(layers):
+        for index, (layer, kind) in enumerate(layers):
             layer.set_processor(kind(text, layer.processor, index))
         yield
     finally:
-        for layer, processor in zip(layers, former, strict=True):
+        for (layer, _), processor in zip(layers, former, strict=True):
             layer.set_processor(processor)
 
 
@@ -322,17 +357,16 @@ def _unguided(pipe: Any, network: nn.Module) -> Iterator[None]:
     kind = type(pipe)
     signature = inspect.signature(kind.__call__)
     embedded = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
-    guided = "do_classifier_free_guidance" in inspect.signature(kind.encode_prompt).parameters
+    name = "true_cfg_scale" if embedded or "true_cfg_scale" in signature.parameters else "guidance_scale"
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        name = "guidance_scale" if guided and not embedded else "true_cfg_scale"
         if (value := given.get(name)) is not None and value > 1:
             raise UserError(
                 f"{name} is {value}, but inside negative_prompting the pipeline's own guidance is off: "
                 "leave it out."
             )
-        if name == "guidance_scale" and name in signature.parameters and value is None:
+        if name in signature.parameters and value is None:
             kwargs[name] = 1.0
         return kind.__call__(self, *args, **kwargs)
 
@@ -344,13 +378,8 @@ def _unguided(pipe: Any, network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _encoded_with_prompts(
-    pipe: Any, negatives: NegativePrompts, text: NegativeText, joint: bool, positions: bool
-) -> Iterator[None]:
+def _encoded_with_prompts(pipe: Any, negatives: NegativePrompts, text: NegativeText) -> Iterator[None]:
     """Whenever the pipeline encodes prompts, encode the negative ones the same way and put them in `text`.
-
-    With `joint` attention the negative text is handed to the network behind the prompt's tokens, together
-    with its `positions` if the network takes those of text (the last thing the pipeline's encoder returns).
 
     Raises:
         UserError: the pipeline encodes no prompts.
@@ -359,7 +388,7 @@ def _encoded_with_prompts(
         raise UserError(f"{type(pipe).__name__} has no encode_prompt, so no negative prompt can be encoded.")
     stock = pipe.encode_prompt
     signature = inspect.signature(stock)
-    masked = "prompt_attention_mask" in signature.parameters
+    masked = not {"prompt_attention_mask", "prompt_embeds_mask"}.isdisjoint(signature.parameters)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
@@ -371,13 +400,9 @@ def _encoded_with_prompts(
         texts = negatives.per_image(len(output[0]) // images, images)
         encoded, rows = _encode(stock, bound.arguments, texts)
         present = None if all(texts) else torch.tensor([bool(entry) for entry in texts])
-        text.set(encoded[0][rows], encoded[1][rows] if masked else None, present)
-        if not joint:
-            return output
-        positive, negative = output[0], encoded[0][rows].to(output[0])
-        text.lengths = positive.shape[1], negative.shape[1]
-        rest = [*output[1:-1], torch.cat([output[-1], encoded[-1]])] if positions else output[1:]
-        return torch.cat([positive, negative.expand(len(positive), -1, -1)], 1), *rest
+        mask = encoded[1] if masked else None
+        text.set(encoded[0][rows], None if mask is None else mask[rows], present)
+        return output
 
     replaced = vars(pipe).get("encode_prompt")
     pipe.encode_prompt = encode_prompt

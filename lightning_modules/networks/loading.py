@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from lightning_modules.networks.backbones import Backbone, TextToImageParts, backbone_of
 from lightning_modules.networks.model_names import ModelName, may_be_hub_name, model_name
 from lightning_modules.networks.model_names import asset_path as asset_path
+from lightning_modules.networks.weight_files import WeightFiles
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -100,7 +102,10 @@ def _hub_folder(wanted: ModelName) -> Path:
 
 
 def load_parts(
-    path: str | Path, denoiser: nn.Module | None = None, without: Collection[str] = ()
+    path: str | Path,
+    denoiser: nn.Module | None = None,
+    without: Collection[str] = (),
+    in_shards: bool = False,
 ) -> TextToImageParts:
     """Load the parts of a text-to-image folder, in float32 and evaluation mode, on the CPU.
 
@@ -110,6 +115,8 @@ def load_parts(
         denoiser: use this network instead of the folder's (whose weights are then not read).
         without: which of "denoiser", "vae" and "text_encoders" to make without weights, on the meta device;
             they say how they are configured and take no memory.
+        in_shards: leave the denoiser's weights in their files for `fill_shards`, if these are .safetensors
+            with its present names; the parameters are on the meta device then, and `weights` says where from.
 
     Raises:
         UserError: path, model_index.json or a part is missing, corrupt or of another kind; names which.
@@ -122,6 +129,9 @@ def load_parts(
     encoders, tokenizers = (backbone.present(index, x) for x in (backbone.text_encoders, backbone.tokenizers))
     _check_files(model, ["vae", *encoders, *own, *tokenizers, "scheduler"])
     load = {part: _empty if part in without else _network for part in ("denoiser", "vae", "text_encoders")}
+    unread = _unread(model, *backbone.denoiser) if in_shards and denoiser is None else None
+    if unread is not None:
+        denoiser = unread[0]
     parts = TextToImageParts(
         backbone=backbone,
         denoiser=load["denoiser"](model, *backbone.denoiser) if denoiser is None else denoiser,
@@ -131,6 +141,7 @@ def load_parts(
         scheduler=load_scheduler(folder),
         index=index,
         path=str(model),
+        weights=None if unread is None else unread[1],
     )
     backbone.check_fit(parts)
     return parts
@@ -353,6 +364,29 @@ def _empty(model: ModelName, name: str, kind: Any) -> Any:
             return kind(kind.config_class.from_pretrained(model.name, subfolder=name))
 
     return _load(model.name, name, make).eval()
+
+
+def _unread(model: ModelName, name: str, kind: Any) -> tuple[nn.Module, WeightFiles] | None:
+    """A network of diffusers in evaluation mode with its buffers alone, and the files of its weights.
+
+    None where they must be read by its own loader.
+    """
+    files = weight_files(Path(model.name) / name, model.variant)
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+
+    def make() -> tuple[nn.Module, WeightFiles]:
+        with init_empty_weights(include_buffers=False):  # parameters are dropped as they are made
+            network = kind.from_config(kind.load_config(model.name, subfolder=name))
+        return network.eval(), WeightFiles(files)
+
+    network, weights = _load(model.name, name, make)
+    if not weights.fit(network):
+        return None
+    for key, buffer in network.named_buffers():
+        if key in weights:
+            buffer.copy_(weights[key])
+    return network, weights
 
 
 def _load(folder: str | Path, name: str, load: Callable[[], Any]) -> Any:

@@ -7,12 +7,14 @@ with a hash of its weights: a base that has changed since is refused rather than
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -129,13 +131,36 @@ def inject_adapter(network: nn.Module, lora: LoraSettings, name: str) -> LoraMod
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout
     )
-    wrapper = LoraModel(network, config, name)
+    with _weights_that_count_as_real(network):
+        wrapper = LoraModel(network, config, name)
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in adapter_parameters(module):
                 # trained weights are float32 on half-precision bases too
                 parameter.data = parameter.data.float()
     return wrapper
+
+
+@contextmanager
+def _weights_that_count_as_real(network: nn.Module) -> Iterator[None]:
+    """PEFT puts an adapter where its base is: the values it begins with would be lost on the meta device.
+
+    One zero stands for all entries of such a weight inside.
+    """
+    meta = [
+        (layer, name, parameter)
+        for layer in network.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for layer, name, parameter in meta:
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        setattr(layer, name, nn.Parameter(zeros, parameter.requires_grad))
+    try:
+        yield
+    finally:
+        for layer, name, parameter in meta:
+            setattr(layer, name, parameter)
 
 
 def adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
@@ -181,7 +206,8 @@ def write_lora(
 
     Diffusers' `pytorch_lora_weights.safetensors`, if the pipeline reads it, else (PixArt) a folder of PEFT's
     for the transformer. ComfyUI reads both (`comfy/lora.py`: keys that begin with "transformer." or
-    "base_model.model."), but of UNets the names of kohya's scripts alone: `comfyui.safetensors`.
+    "base_model.model."), but of UNets the names of kohya's scripts alone, and of FLUX.2 not those of its
+    blocks with one stream: `comfyui.safetensors`.
 
     Args:
         adapter: with its settings.
@@ -211,19 +237,76 @@ def write_lora(
     with safe_open(file, "pt") as written:
         own = written.metadata()
     save_file(load_file(file), file, metadata=own | facts)
-    if part == "unet":
-        save_file(_kohya(weights, settings.rank), folder / "comfyui.safetensors", metadata=facts)
+    if (renamed := _for_comfyui(backbone)) is not None:
+        save_file(renamed(weights), folder / "comfyui.safetensors", metadata=facts)
 
 
-def _kohya(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+def _for_comfyui(backbone: Backbone) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
+    """What names an adapter as ComfyUI reads it; None where it reads diffusers' names."""
+    kinds = {UNet2DConditionModel: _kohya, Flux2Transformer2DModel: _black_forest}
+    return kinds.get(backbone.denoiser[1])
+
+
+def _kohya(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter of a UNet by the names of kohya's scripts, whose alpha is the rank."""
     renamed = {}
-    for name, tensor in weights.items():
-        layer, side = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name).groups()  # type: ignore[union-attr]
+    for (layer, side), tensor in _by_layer(weights):
         stem = f"lora_unet_{layer.replace('.', '_')}"
         renamed[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
-        renamed[f"{stem}.alpha"] = torch.tensor(float(rank))
+        if side == "A":
+            renamed[f"{stem}.alpha"] = torch.tensor(float(len(tensor)))
     return renamed
+
+
+# Layers of FLUX.2: diffusers' names and its makers', which ComfyUI has behind "diffusion_model.", as in
+# diffusers' `_convert_non_diffusers_flux2_lora_to_diffusers`. A second group is one of three layers in one.
+_FLUX2 = {
+    r"transformer_blocks\.(\d+)\.attn\.to_([qkv])": r"double_blocks.\1.img_attn.qkv",
+    r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj": r"double_blocks.\1.txt_attn.qkv",
+    r"transformer_blocks\.(\d+)\.attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
+    r"transformer_blocks\.(\d+)\.attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
+    r"transformer_blocks\.(\d+)\.ff\.linear_in": r"double_blocks.\1.img_mlp.0",
+    r"transformer_blocks\.(\d+)\.ff\.linear_out": r"double_blocks.\1.img_mlp.2",
+    r"transformer_blocks\.(\d+)\.ff_context\.linear_in": r"double_blocks.\1.txt_mlp.0",
+    r"transformer_blocks\.(\d+)\.ff_context\.linear_out": r"double_blocks.\1.txt_mlp.2",
+    r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj": r"single_blocks.\1.linear1",
+    r"single_transformer_blocks\.(\d+)\.attn\.to_out": r"single_blocks.\1.linear2",
+    r"(double|single)_stream_modulation(_img|_txt|)\.linear": r"\1_stream_modulation\2.lin",
+    r"time_guidance_embed\.timestep_embedder\.linear_1": "time_in.in_layer",
+    r"time_guidance_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
+    r"x_embedder": "img_in", r"context_embedder": "txt_in",
+    r"proj_out": "final_layer.linear", r"norm_out\.linear": "final_layer.adaLN_modulation.1",
+}  # fmt: skip
+
+
+def _black_forest(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter of FLUX.2 by its makers' names, to whom queries, keys and values are one layer.
+
+    The adapters of three layers are one of three times the rank: A below each other, B as blocks.
+    """
+    renamed: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for (layer, side), tensor in _by_layer(weights):
+        match, name = next((m, to) for known, to in _FLUX2.items() if (m := re.fullmatch(known, layer)))
+        stem = f"diffusion_model.{match.expand(name)}"
+        if name.endswith(".qkv"):
+            thirds.setdefault(stem, {}).setdefault(match[2], {})[side] = tensor
+        else:
+            renamed[f"{stem}.lora_{side}.weight"] = tensor
+    for stem, parts in thirds.items():
+        some = next(iter(parts.values()))
+        absent = {"A": some["A"][:0], "B": some["B"][:, :0]}
+        sides = [parts.get(one, absent) for one in "qkv"]
+        renamed[f"{stem}.lora_A.weight"] = torch.cat([side["A"] for side in sides])
+        renamed[f"{stem}.lora_B.weight"] = torch.block_diag(*(side["B"] for side in sides))
+    return renamed
+
+
+def _by_layer(weights: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Layer and side (A or B) of each tensor of an adapter, as diffusers names them."""
+    for name, tensor in weights.items():
+        layer, side = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name).groups()  # type: ignore[union-attr]
+        yield (layer, side), tensor
 
 
 def lora_card(
@@ -243,7 +326,7 @@ def lora_card(
     arguments = "".join(f', {name}="{value}"' for name, value in base.options.items())
     # published text encoders often name another type than their networks, which do not work together
     pipeline = f'DiffusionPipeline.from_pretrained("{shown}"{arguments}{load}, torch_dtype=torch.float32)'
-    comfy = "; for ComfyUI take `comfyui.safetensors`" if backbone.denoiser[0] == "unet" else ""
+    comfy = "" if _for_comfyui(backbone) is None else "; for ComfyUI take `comfyui.safetensors`"
     note = ""
     if base.name.endswith(".ckpt"):
         note = f"`{shown}` is a checkpoint: load an `export` of it here.\n\n"

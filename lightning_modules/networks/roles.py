@@ -270,7 +270,9 @@ def _is_foldable(layer: BaseTunerLayer) -> bool:
 
     In bfloat16 a small adapter would be lost. On GPUs the weights' addresses must stay, for captured graphs.
     """
-    weight = layer.get_base_layer().weight
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if weight is None:  # in few bits
+        return False
     plain = weight.device.type == "cpu" and not isinstance(weight, DTensor)
     dropped = any(module.training and getattr(module, "p", 0.0) > 0 for module in layer.lora_dropout.values())
     return plain and weight.dtype == torch.float32 and not dropped

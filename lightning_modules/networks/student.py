@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError, first_line
 from common.files import nearest_path
+from common.hashing import hash_tensors
 from common.processes import say
 from lightning_modules.checkpoints import check_format, is_sharded
 from lightning_modules.checkpoints import read as read_content
@@ -166,7 +167,7 @@ def load_network_file(
         parts.scheduler = scheduler_of(schedule)
     if prediction_type is not None:
         parts.scheduler.register_to_config(prediction_type=prediction_type)
-    noise_schedule(parts.scheduler)
+    noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
     try:
         expected = parts.denoiser.state_dict()
         weights = own_weights(read_weights(path), expected, path)
@@ -373,7 +374,10 @@ def make_student(
     student.requires_grad_(True).train()
     if lora is None:
         return student, None
-    base = StudentBase(lasting_name(init or teacher), content_hash(student))
+    unread = parts.weights if init is None else None
+    base = StudentBase(
+        lasting_name(init or teacher), content_hash(student) if unread is None else hash_tensors(unread)
+    )
     add_adapter(student, lora)
     return student, base
 

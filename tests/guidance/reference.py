@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.guidance.methods import Method, Nasa
 
@@ -179,6 +180,105 @@ def flux(network: Any, inputs: dict[str, Any], negative: Tensor, method: Method)
             texts[i] = tokens[:, : length[i]]
         x = tokens[:, length[1] :]
     return network.proj_out(network.norm_out(x, temb))
+
+
+def flux2(network: Any, inputs: dict[str, Any], negative: Tensor, method: Method) -> Tensor:
+    """Output of a FLUX.2 transformer with the two texts in streams of their own, counted from zero each."""
+    x = network.x_embedder(inputs["hidden_states"])
+    temb = network.time_guidance_embed(inputs["timestep"] * 1000, None)
+    modulations = [layer(temb)[:, None].chunk(6, -1) for layer in
+                   (network.double_stream_modulation_img, network.double_stream_modulation_txt)]  # fmt: skip
+    (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp), c = modulations
+    texts = [network.context_embedder(inputs["encoder_hidden_states"]), network.context_embedder(negative)]
+    turns = []
+    for text in texts:
+        words = torch.zeros(text.shape[1], 4)
+        words[:, 3] = torch.arange(text.shape[1])
+        turns.append(network.pos_embed(torch.cat([words, inputs["img_ids"]])))
+    length = [text.shape[1] for text in texts]
+    for block in network.transformer_blocks:
+        attn, outs = block.attn, []
+        h = block.norm1(x) * (1 + scale) + shift
+        for text, turn in zip(texts, turns, strict=True):
+            inner = block.norm1_context(text) * (1 + c[1]) + c[0]
+            pairs = ((attn.norm_added_q, attn.add_q_proj, attn.norm_q, attn.to_q),
+                     (attn.norm_added_k, attn.add_k_proj, attn.norm_k, attn.to_k),
+                     (None, attn.add_v_proj, None, attn.to_v))  # fmt: skip
+            q, k, v = (
+                torch.cat([_by_head(n1, l1(inner), attn.heads), _by_head(n2, l2(h), attn.heads)], 1)
+                for n1, l1, n2, l2 in pairs
+            )
+            q, k = (_rotate(y, turn, attn.heads) for y in (q, k))
+            outs.append(softmax_attention(q, k, v, attn.heads))
+        z = steer(outs[0][:, length[0] :], outs[1][:, length[1] :], method)
+        x = x + gate * attn.to_out[0](z)
+        x = x + gate_mlp * block.ff(block.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        for i, out in enumerate(outs):
+            text = texts[i] + c[2] * attn.to_add_out(out[:, : length[i]])
+            texts[i] = text + c[5] * block.ff_context(block.norm2_context(text) * (1 + c[4]) + c[3])
+    shift, scale, gate = network.single_stream_modulation(temb)[:, None].chunk(3, -1)
+    for block in network.single_transformer_blocks:
+        attn, outs = block.attn, []
+        for text, turn in zip(texts, turns, strict=True):
+            tokens = torch.cat([text, x], 1)
+            parts = attn.to_qkv_mlp_proj(block.norm(tokens) * (1 + scale) + shift)
+            q, k, v, mlp = parts.split([*[attn.inner_dim] * 3, 2 * attn.mlp_hidden_dim], -1)
+            q, k = (_rotate(_by_head(n, y, attn.heads), turn, attn.heads)
+                    for n, y in ((attn.norm_q, q), (attn.norm_k, k)))  # fmt: skip
+            outs.append((softmax_attention(q, k, v, attn.heads), tokens, mlp))
+        z = steer(outs[0][0][:, length[0] :], outs[1][0][:, length[1] :], method)
+        for i, (out, tokens, mlp) in enumerate(outs):
+            first, second = mlp.chunk(2, -1)
+            inner = torch.cat([torch.cat([out[:, : length[i]], z], 1), F.silu(first) * second], -1)
+            tokens = tokens + gate * attn.to_out(inner)
+            texts[i] = tokens[:, : length[i]]
+        x = tokens[:, length[1] :]
+    return network.proj_out(network.norm_out(x, temb))
+
+
+def qwen(network: Any, inputs: dict[str, Any], negative: Tensor, mask: Tensor, method: Method) -> Tensor:
+    """Output of a Qwen-Image transformer with the two texts, and their masks, in streams of their own."""
+    x = network.img_in(inputs["hidden_states"])
+    temb = network.time_text_embed(inputs["timestep"], x)
+    texts = [network.txt_in(network.txt_norm(y)) for y in (inputs["encoder_hidden_states"], negative)]
+    masks = [inputs["encoder_hidden_states_mask"], mask]
+    turns = [network.pos_embed(inputs["img_shapes"], max_txt_seq_len=text.shape[1], device=x.device)
+             for text in texts]  # fmt: skip
+    biases = [torch.where(torch.cat([m, m.new_ones(x.shape[:2])], 1), 0.0, -1e9) for m in masks]
+    for block in network.transformer_blocks:
+        attn, outs = block.attn, []
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.img_mod(temb)[:, None].chunk(6, -1)
+        c = block.txt_mod(temb)[:, None].chunk(6, -1)
+        h = block.img_norm1(x) * (1 + scale) + shift
+        for text, (of_image, of_text), bias in zip(texts, turns, biases, strict=True):
+            inner = block.txt_norm1(text) * (1 + c[1]) + c[0]
+            q, k = (
+                torch.cat([_turned(_by_head(n1, l1(inner), attn.heads), of_text, attn.heads),
+                           _turned(_by_head(n2, l2(h), attn.heads), of_image, attn.heads)], 1)
+                for n1, l1, n2, l2 in ((attn.norm_added_q, attn.add_q_proj, attn.norm_q, attn.to_q),
+                                       (attn.norm_added_k, attn.add_k_proj, attn.norm_k, attn.to_k))
+            )  # fmt: skip
+            v = torch.cat([attn.add_v_proj(inner), attn.to_v(h)], 1)
+            outs.append(softmax_attention(q, k, v, attn.heads, bias))
+        length = [text.shape[1] for text in texts]
+        z = steer(outs[0][:, length[0] :], outs[1][:, length[1] :], method)
+        x = x + gate * attn.to_out[0](z)
+        x = x + gate_mlp * block.img_mlp(block.img_norm2(x) * (1 + scale_mlp) + shift_mlp)
+        for i, out in enumerate(outs):
+            text = texts[i] + c[2] * attn.to_add_out(out[:, : length[i]])
+            texts[i] = text + c[5] * block.txt_mlp(block.txt_norm2(text) * (1 + c[4]) + c[3])
+    return network.proj_out(network.norm_out(x, temb))
+
+
+def _turned(x: Tensor, turns: Tensor, heads: int) -> Tensor:
+    """Rotary positions as complex factors [L, d / 2] of each head's pairs of channels."""
+    real, imaginary = turns.real, turns.imag
+    parts = []
+    for part in x.chunk(heads, -1):
+        even, odd = part[..., 0::2], part[..., 1::2]
+        both = (even * real - odd * imaginary, odd * real + even * imaginary)
+        parts.append(torch.stack(both, -1).flatten(2))
+    return torch.cat(parts, -1)
 
 
 def _by_head(norm: Any, x: Tensor, heads: int) -> Tensor:

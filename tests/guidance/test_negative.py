@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    LCMScheduler,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
@@ -340,6 +348,15 @@ def test_bad_input(pipelines: dict[str, Any]) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="no cross-attention or joint"), negative_prompting(other, "x"):
         pass
+    image = ZImageTransformer2DModel(
+        in_channels=4, dim=24, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 4, 4], axes_lens=[640, 16, 16],
+    )  # fmt: skip
+    with (
+        pytest.raises(UserError, match="ZImage.*no cross-attention or joint attention"),
+        negative_attention(image, condition(5, 2), Nasa(0.5)),
+    ):
+        pass
     sliced = copy.copy(pipe)
     sliced.unet = copy.deepcopy(pipe.unet)
     sliced.unet.set_attention_slice(1)
@@ -374,6 +391,59 @@ def test_sana_equals_the_reference(rule: Method) -> None:
     expected = reference.cross_attention_network(network, {**inputs, "return_dict": False}, text, mask, rule)
     torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
     assert (steered - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("name", ["flux2", "qwen"])
+def test_joint_attention_equals_the_reference_in_training(name: str, rule: Method) -> None:
+    """Outputs and gradients of FLUX.2 and Qwen-Image, texts of different lengths; also with checkpoints."""
+    torch.manual_seed(0)
+    if name == "flux2":
+        network: Any = Flux2Transformer2DModel(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        )  # fmt: skip
+    else:
+        network = QwenImageTransformer2DModel(
+            in_channels=8, out_channels=2, num_layers=2, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=(4, 4, 4),
+        )  # fmt: skip
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(2, 4, 8), "timestep": torch.tensor([0.1, 0.9]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+    }  # fmt: skip
+    text, mask = torch.randn(2, 3, 12), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    if name == "flux2":
+        zero, two = torch.arange(1), torch.arange(2)
+        inputs["img_ids"] = torch.cartesian_prod(zero, two, two, zero)
+        inputs["txt_ids"] = torch.cartesian_prod(zero, zero, zero, torch.arange(5))
+        tensors = {"encoder_hidden_states": text}
+        expected = reference.flux2(network, inputs, text, rule)
+    else:
+        inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+        inputs["img_shapes"] = [[(1, 2, 2)]] * 2
+        tensors = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        expected = reference.qwen(network, inputs, text, mask.bool(), rule)
+    negative = Condition(tensors, {key: x[:1] for key, x in tensors.items()})
+    parameters = [
+        p for key, p in network.named_parameters() if "to_q" in key or "k_proj" in key or "in." in key
+    ]
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    plain = network(**inputs, return_dict=False)[0]
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        with negative_attention(network, negative, rule):
+            steered = network(**inputs, return_dict=False)[0]
+            found = torch.autograd.grad(steered.square().sum(), parameters)
+        torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    assert (steered - plain).abs().max() > 1e-2
+    assert torch.equal(network(**inputs, return_dict=False)[0], plain)
 
 
 def test_defaults_are_the_papers(pipelines: dict[str, Any]) -> None:

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
+from lightning_modules.build import NetworkSettings, build_networks, teacher_facts
 from lightning_modules.diffusion.condition import Condition
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.generator import make_generator
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
@@ -32,7 +34,10 @@ from lightning_modules.networks.backbones.codec import codes_of, latents_of
 from lightning_modules.networks.backbones.flux import pack, unpack
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import load_parts, noise_schedule
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
+from lightning_modules.objectives.discriminator import Discriminator
+from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
 from tests.conftest import make_tokenizer
 
@@ -326,3 +331,34 @@ def test_published_sizes() -> None:
     networks = (medium, flux, z_image, klein, qwen)
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
     assert sizes == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("sd3", "transformer_blocks.0.ff"), ("sana", "transformer_blocks.0"),
+        ("flux", "single_transformer_blocks.0.proj_mlp"),
+        ("klein", "single_transformer_blocks.0"), ("qwen", "transformer_blocks.0.img_mlp"),
+    ],
+)  # fmt: skip
+def test_features_of_transformers_for_a_discriminator(name: str, layer: str, backbone_folder: Folder) -> None:
+    """Heads fit them (their shape is found without any values), and a gradient comes to the latents."""
+    lora = LoraSettings(rank=2, alpha=4.0, targets=["to_q"])
+    settings = NetworkSettings(
+        str(backbone_folder(name)), Steps((999,)), lora, None,
+        StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q"]), None, False,
+    )  # fmt: skip
+    built = build_networks(settings, SwiftBrush())
+    facts, discriminator = teacher_facts(built), Discriminator([layer], role="teacher")
+    discriminator.build(facts)
+    x = torch.randn(2, *built.parts.latent_shape, requires_grad=True)
+    t, condition = torch.tensor([300, 700]), built.generator.prompt_encoder.encode(["a red cat", "a dog"])
+    features = built.networks.teacher(x, t, condition, features=[layer]).features[layer]
+    assert features.shape[0] == 2 and features.shape[-1] == facts.feature_shape(layer)[-1]
+    if name != "flux":  # whose guidance is an input
+        guided = built.networks.teacher(x, t, condition, 3.0, features=[layer]).features[layer]
+        torch.testing.assert_close(guided, features, rtol=1e-4, atol=1e-4)
+    logits = discriminator.logits(x, t, condition, built.networks)
+    assert logits.shape == (2, 1)
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert all(bool(one.any()) for one in gradient)

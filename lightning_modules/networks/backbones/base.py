@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from common.errors import UserError
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
+from lightning_modules.networks.weight_files import WeightFiles
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TextToImageParts:
         scheduler: the model's own; its constants are those it was trained with.
         index: content of model_index.json.
         path: the folder it was read from.
+        weights: of a denoiser on the meta device, what it is to be filled from.
     """
 
     backbone: Backbone
@@ -37,6 +39,7 @@ class TextToImageParts:
     scheduler: SchedulerMixin
     index: dict[str, Any]
     path: str
+    weights: WeightFiles | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -100,7 +100,8 @@ class QwenVlPromptEncoder(PromptEncoder):
 def _(network: QwenImageTransformer2DModel, x_t: Tensor, t: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     batch, _, height, width = x_t.shape
     mask = tensors["encoder_attention_mask"].bool()
-    longest = int(mask.sum(1).max())  # the rest is padding for all
+    # the rest is padding for all; without values there are shapes alone to be found
+    longest = mask.shape[1] if mask.is_meta else int(mask.sum(1).max())
     tokens: Tensor = network(
         hidden_states=pack(x_t),
         timestep=t / 1000,

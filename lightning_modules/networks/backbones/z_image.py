@@ -57,7 +57,10 @@ class Qwen3PromptEncoder(PromptEncoder):
 @call_denoiser.register
 def _(network: ZImageTransformer2DModel, x_t: Tensor, t: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     texts = zip(tensors["encoder_hidden_states"], tensors["encoder_attention_mask"].bool(), strict=True)
-    captions = [hidden[mask] for hidden, mask in texts]
+    # without values there are shapes alone to be found
+    captions = [hidden if mask.is_meta else hidden[mask] for hidden, mask in texts]
     pictures = list(x_t.unsqueeze(2).unbind())  # [C, 1, h, w] each
     output: list[Tensor] = network(pictures, (1000 - t) / 1000, captions, return_dict=False)[0]
+    if x_t.is_meta:  # it keeps the turns of its positions where they were used last: without values now
+        network.rope_embedder.freqs_cis = None
     return -torch.stack(output).squeeze(2)
