@@ -135,8 +135,13 @@ def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
     for name, result in report.content["metrics"].items():
         details = result["details"]
         if name == "milliseconds_per_image":
-            device = f"{details['statistic']}, batch {details['batch_size']}, {details['device']}"
-            ends = " to ".join(map(format_value, details["spread"]))
+            told = (
+                details.get("statistic"),
+                f"batch {details.get('batch_size', '–')}",
+                details.get("device"),
+            )
+            device = ", ".join(filter(None, told))
+            ends = " to ".join(map(format_value, details.get("spread", ()))) or "–"
             cells.append([
                 name, format_value(result["value"]), f"{result['num_images']:,}", device, "–", "–",
                 f"wall time with prompt encoding and decoding; fastest to slowest pass: {ends}",

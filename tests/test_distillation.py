@@ -65,8 +65,9 @@ def test_fifty_steps_leave_the_teacher_bit_for_bit(tiny_sd: Path, tmp_path: Path
     text = module.generator.prompt_encoder.encode(PROMPTS[:2])
     with torch.no_grad():
         expected = original(x_t, t, text.tensors["encoder_hidden_states"]).sample
-        assert torch.equal(module.scores.teacher(x_t, t, text).epsilon, expected)
-        assert not torch.equal(module.scores.fake_score(x_t, t, text).epsilon, expected)
+        # the same weights, but channels last: to rounding
+        torch.testing.assert_close(module.scores.teacher(x_t, t, text).epsilon, expected, rtol=0, atol=1e-5)
+        assert (module.scores.fake_score(x_t, t, text).epsilon - expected).abs().max() > 1e-4
 
 
 # --- the gradient

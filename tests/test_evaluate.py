@@ -143,7 +143,7 @@ def test_steps_and_guidance_of_a_stock_pipeline(evaluate: Evaluate, tmp_path: Pa
     assert manifest["model"] | {"hash": "", "weights": ""} == {
         "pictures": "tiny_sd0, 2 steps, guidance 3", "sampler": "DDIMScheduler", "steps": 2,
         "guidance_scale": 3.0, "dtype": "float32", "hash": "", "weights": "", "negative_guidance": "none",
-        "negative_scale": None,
+        "negative_scale": None, "negative_steps": None,
     }  # fmt: skip
     half = evaluate(count=4, dtype="bfloat16", output=tmp_path / "half")
     difference = abs(half["metrics"]["clip_score"]["value"] - one["metrics"]["clip_score"]["value"])

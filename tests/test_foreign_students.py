@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 
 import cli
 from common.errors import UserError
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.drawing import Recipe, model_drawer
 from lightning_modules.generator import load_generator
 from lightning_modules.networks.loading import load_parts
@@ -72,7 +73,7 @@ def test_a_network_alone_where_the_shift_depends_on_the_resolution(
     base = backbone_folder(name)
     network = moved(base, 2)
     save_file(network.state_dict(), tmp_path / "student.safetensors")
-    loaded = load_network_file(tmp_path / "student.safetensors", str(base), 999)
+    loaded = load_network_file(tmp_path / "student.safetensors", str(base), Steps((999,)))
     state = loaded.parts.denoiser.state_dict()
     assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
 

@@ -156,8 +156,8 @@ def test_card_opens_with_a_snippet_that_runs(
     call("export", "--checkpoint", checkpoint, "--output", "exports/mine", "--dtype", "float16")
     card = (tmp_path / "exports/mine/README.md").read_text()
     text = ModelCard(card).text.strip()  # what is read, after the data for the hub
-    assert text.startswith("```python\nfrom diffusers import DiffusionPipeline\n")
-    snippet = text.removeprefix("```python\n").split("```")[0]
+    assert "one step\n\n```python\nfrom diffusers import DiffusionPipeline\n" in text
+    snippet = text.split("```python\n")[1].split("```")[0]
     assert "num_inference_steps=1, guidance_scale=1.0" in snippet
     exec(snippet, {})
     assert Image.open(tmp_path / "apple.png").size == (16, 16)
