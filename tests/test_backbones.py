@@ -229,7 +229,7 @@ def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     with negative_prompting(pipe, "a blue mat", method="nasa", scale=0.5):
         torch.testing.assert_close(one_step(run.folder, ours, pipe), steered, rtol=0, atol=1e-4)
     assert (steered - ours.images(TEXTS, SEEDS)).abs().max() > 1e-3
-    # 8 bits, and what `generate` differs by without negative prompts, too: up to 3e-4 for klein and Qwen-Image
+    # 8 bits, and what `generate` differs by without negative prompts, too: 3e-4 for klein and Qwen-Image
     picture = to_tensor(Image.open(tmp_path / "out" / "0000.png"))
     torch.testing.assert_close(picture, steered[0], rtol=0, atol=0.7 / 255)
 
