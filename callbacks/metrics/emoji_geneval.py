@@ -4,21 +4,19 @@ The judge of object and style is the scoring CLIP, choosing among texts that dif
 the background is the colour of the corners.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from callbacks.metrics.clip_features import clip_network
 from callbacks.metrics.clip_score import text_extractor
-from callbacks.metrics.negative import background_colours
+from callbacks.metrics.negative import SeesBackgrounds
 from callbacks.metrics.task_accuracy import TaskAccuracy
 from datamodules.pictures import STYLES
 from datamodules.task_prompts import EMOJI_FILE, EMOJI_TASKS, Entry, emoji_prompt
 
 
-class EmojiTaskAccuracy(TaskAccuracy):
+class EmojiTaskAccuracy(SeesBackgrounds, TaskAccuracy):
     """Share of pictures that show all that their task is about, and the mean over the tasks.
 
     Args:
@@ -36,19 +34,6 @@ class EmojiTaskAccuracy(TaskAccuracy):
     ) -> None:
         super().__init__(clip_network(model, pretrained), prompts or str(EMOJI_FILE))
         self._texts: dict[str, Tensor] = {}
-        self._backgrounds: list[str] = []
-
-    def update(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        is_padding: Tensor | None = None,
-        positions: Sequence[int] | Tensor | None = None,
-    ) -> None:
-        """As ``ImageMetric.update``; the pixels are looked at, too."""
-        counted = images if is_padding is None else images[~is_padding.to(images.device)]
-        self._backgrounds = background_colours(counted)
-        super().update(images, prompts, is_padding, positions)
 
     def judge(self, features: Tensor, wanted: list[Entry]) -> list[bool]:
         pictures = F.normalize(features.double().cpu(), dim=-1)

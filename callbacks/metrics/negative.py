@@ -137,7 +137,25 @@ def read_cases(path: str | Path) -> list[RemovalCase]:
     return cases
 
 
-class NegativeRemovalRate(_WithNegatives):
+class SeesBackgrounds(ImageMetric):
+    """Knows the background of each counted picture of the present batch, by its corners."""
+
+    _backgrounds: list[str]
+
+    def update(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        is_padding: Tensor | None = None,
+        positions: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """As ``ImageMetric.update``; the pixels are looked at, too."""
+        counted = images if is_padding is None else images[~is_padding.to(images.device)]
+        self._backgrounds = background_colours(counted)
+        super().update(images, prompts, is_padding, positions)
+
+
+class NegativeRemovalRate(SeesBackgrounds, _WithNegatives):
     """Share of pictures in which the feature that the negative prompt names is not to be seen.
 
     Args:
@@ -164,18 +182,6 @@ class NegativeRemovalRate(_WithNegatives):
         """Pictures without the feature and pictures seen, for each case."""
         for name in ("removed", "seen"):
             self.add_sum(name, len(self.cases), dtype=torch.long)
-
-    def update(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        is_padding: Tensor | None = None,
-        positions: Sequence[int] | Tensor | None = None,
-    ) -> None:
-        """As ``ImageMetric.update``; the pixels are looked at, too."""
-        counted = images if is_padding is None else images[~is_padding.to(images.device)]
-        self._backgrounds = background_colours(counted)
-        super().update(images, prompts, is_padding, positions)
 
     def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         pairs = list(zip(prompts, self._negatives(prompts, positions), strict=True))

@@ -2,12 +2,14 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 
+from callbacks.evaluated import evaluation_set
 from callbacks.evaluation import Evaluation
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
@@ -79,6 +81,16 @@ def test_validation_logs_every_picture_once_without_padding(fitted: Fitted, tiny
     expected = evaluate_model(module.generator.images, CHOOSING[:7], [metric], 7)["clip_score"]
     assert run.callback_metrics["val/clip_score"].item() == pytest.approx(expected["value"], abs=1e-5)
     assert run.callback_metrics["val/frechet_distance"].item() > 0
+
+
+def test_validations_have_captions_of_their_own_and_groups_only_where_they_belong() -> None:
+    data = SimpleNamespace(eval_captions=CAPTIONS, val_captions=CHOOSING, eval_groups=["a"] * len(CAPTIONS))
+    run: Any = SimpleNamespace(datamodule=data, validating=True, sanity_checking=False)
+    validation = evaluation_set(run, 3)
+    assert (validation.captions, validation.groups) == (CHOOSING[:3], None)
+    run.validating = False
+    report = evaluation_set(run, 3)
+    assert (report.captions, report.groups) == (CAPTIONS[:3], ["a"] * 3)
 
 
 def test_final_results_hold_student_and_teacher(fitted: Fitted, tiny_clip: Path) -> None:
