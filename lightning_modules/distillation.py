@@ -63,9 +63,8 @@ class OneStepDistillation(L.LightningModule):
     """Student, frozen teacher and fake score (a LoRA on the teacher, a full copy, or none), trained in turns.
 
     One training step is one student update on the global batch, and the other updates that the objective
-    plans beside it; each trained network has its own optimizer. ``global_step`` counts student updates. Nothing
-    but prompts goes in, unless ``data.real``
-    is given.
+    plans beside it; each trained network has its own optimizer. ``global_step`` counts student updates.
+    Nothing but prompts goes in, unless ``data.real`` is given.
 
     Args:
         objective: the method; see ``lightning_modules/objectives``.
@@ -324,8 +323,8 @@ class OneStepDistillation(L.LightningModule):
         idle = [n for n, p in self.objective.named_parameters() if p.requires_grad and id(p) not in moved]
         if idle:
             raise UserError(
-                f"{type(self.objective).__name__} has a weight that no role trains, {idle[0]}: name its role in "
-                "parameters_of (lightning_modules/objectives/base.py), or set requires_grad to False"
+                f"{type(self.objective).__name__} has a weight that no role trains, {idle[0]}: name its "
+                "role in parameters_of (lightning_modules/objectives/base.py), or set requires_grad to False"
             )
 
     def on_fit_start(self) -> None:
@@ -490,9 +489,10 @@ class OneStepDistillation(L.LightningModule):
         return self._noted(role, terms.losses, part.share)
 
     def _noted(self, role: str, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        """The terms; one that is not finite makes its gradient so (0 · inf is NaN): every process skips the update."""
+        """The terms; one that is not finite makes its gradient so: then every process skips the update."""
         for name, value in terms.items():
             self.numbers.note(f"train/{role}_{name}", value, share)
+        # 0 · inf is NaN, which reaches every weight that the term depends on
         return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
 
     @torch.no_grad()
