@@ -1,11 +1,11 @@
-"""Peak memory of two updates at full size on the CPU, measured and computed: SANA 0.6B with weights at random.
+"""Peak memory of two updates at full size on the CPU, measured and computed: SANA 0.6B, random weights.
 
-    python benchmarks/full_size.py                 256 px, batch 2, in float32: some minutes, 8 GB, 3 GB of disk
+    python benchmarks/full_size.py             256 px, batch 2, in float32: minutes, 8 GB, 3 GB of disk
 
-SwiftBrush with teacher, LoRA fake score and LoRA student on one frozen base. The transformer has its published
-configuration; text encoder and autoencoder are tiny. Computed are the parts that the start of a run prints, and
-the largest sum of tensors that are alive at once in the two turns, which run on PyTorch's meta device; what
-Python and the imports take is measured. Measured is the peak of the resident set from the first update on.
+SwiftBrush with teacher, LoRA fake score and LoRA student on one frozen base. The transformer has its
+published configuration; text encoder and autoencoder are tiny. Computed are the parts that the start of a run
+prints, and the largest sum of tensors alive at once in the two turns, which run on PyTorch's meta device; of
+Python and the imports it is measured. Measured is the peak of the resident set from the first update on.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_folder(folder: Path) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """What is freed leaves the process at once: a run on the CPU keeps it for speed, and the GNU C library some."""
+    """Freed memory leaves the process at once; runs on the CPU keep it, the GNU C library a part of it."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, which is not adapted any more then
 
 
@@ -95,11 +95,9 @@ def measured(folder: Path, batch: int) -> dict[str, float]:
     adam = {"optimizer": lambda groups: torch.optim.Adam(groups, lr=1e-5)}
     module = OneStepDistillation(
         SwiftBrush(dropout_per_sample=True),
-        student=RoleOptimization(**adam), fake_score=FakeScoreSettings(**adam, lora=FAKE), teacher=str(folder),
-        start_timestep=999, student_lora=STUDENT, ema_decay=None,
+        student=RoleOptimization(**adam), fake_score=FakeScoreSettings(**adam, lora=FAKE),
+        teacher=str(folder), start_timestep=999, student_lora=STUDENT, ema_decay=None,
     )  # fmt: skip
-
-    live = LiveMemory()
 
     class Watch(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -108,24 +106,17 @@ def measured(folder: Path, batch: int) -> dict[str, float]:
             facts["after loading"] = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
 
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 2:  # a third update, of which all tensors are counted
-                facts["peak"] = resident("VmHWM")
-                facts["before the third"] = resident("VmRSS")
-                live.__enter__()
-
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
-                live.__exit__(None, None, None)
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            facts["peak"] = resident("VmHWM")
 
     run = L.Trainer(
-        max_steps=3, max_epochs=-1, accelerator="cpu", limit_val_batches=0, logger=False, precision="32-true",
+        max_steps=2, max_epochs=-1, accelerator="cpu", limit_val_batches=0, logger=False, precision="32-true",
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
         callbacks=[Watch()], check_val_every_n_epoch=None,
     )  # fmt: skip
     with patch("lightning_modules.distillation.keep_freed_memory", give_back_freed_memory):
         run.fit(module, PromptDataModule(["a red cat", "a dog"], batch_size=batch))
-    return facts | {"live": float(max(live.history))}
+    return facts
 
 
 def turns(batch: int) -> int:
@@ -170,16 +161,13 @@ def main() -> None:
         writer.start()  # in a process of its own, whose memory is not ours
         writer.join()
         facts = measured(Path(place), given.batch)
-    print(facts)
     peak, loaded = facts.pop("peak"), facts.pop("after loading")
-    live, _ = facts.pop("live"), facts.pop("before the third")
     facts.pop(GRADIENTS)
     facts["activations and gradients"] = float(turns(given.batch))
     total = sum(facts.values())
     rows = [[name, f"{size / GIB:.2f}"] for name, size in facts.items()]
     rows += [["computed", f"{total / GIB:.2f}"], ["measured peak", f"{peak / GIB:.2f}"]]
     rows += [["resident after loading", f"{loaded / GIB:.2f}"]]
-    rows += [["tensors of the third update, at most", f"{live / GIB:.2f}"]]
     write(
         table(["", "GiB"], rows) + f"\n\ncomputed / measured: {total / peak - 1:+.1%}",
         {**facts, "computed": total, "peak": peak}, given.output,
