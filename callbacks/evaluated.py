@@ -112,8 +112,8 @@ def evaluation_set(
     """The first captions of the stage (None: all); caption i is drawn from seed ``seed + i``.
 
     Group and negative prompt of each of its ``eval_captions`` are its ``eval_groups`` and
-    ``eval_negatives``, if it has these. Name and published protocol are those of its ``eval_set``, where these
-    are its captions and this is its ``frame``.
+    ``eval_negatives``, if it has these. Name and published protocol are those of its ``eval_set``, where
+    these are its captions and this is its ``frame``.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     every = measured_captions(trainer)

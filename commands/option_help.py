@@ -14,11 +14,11 @@ from common.files import ROOT
 _WIDTH, _NAMES = 110, 31
 _MORE = {
     "evaluate": [
-        "--config FILE names what is measured on what (several merge; emoji if none is given). In configs/eval/:",
+        "--config FILE says what is measured on what (several merge; else emoji). In configs/eval/:",
         *wrap(" ".join(sorted(file.stem for file in (ROOT / "configs" / "eval").glob("*.yaml"))), 106,
               initial_indent="  ", subsequent_indent="  "),
-        "Every option may stand in such a file. --data.KEY VALUE changes the set's settings; --data.help CLASS "
-        "and", "--metrics.help CLASS list those of a class. docs/evaluation.md tells what each needs.",
+        "Every option may stand in such a file. --data.KEY VALUE is an option of the set; --data.help CLASS",
+        "and --metrics.help CLASS list those of a class. docs/evaluation.md tells what each of them needs.",
     ],
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ def test_the_others_are_there() -> None:
 
 
 def substitutes(name: str, backbone_folder: Callable[[str], Path], clip: Path, folder: Path) -> list[str]:
-    """Options with which an experiment runs on miniatures, and on a few prompts; all else is the file's own."""
+    """Options with which an experiment runs on miniatures, and on a few prompts; all else is its own."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
     family = "sd3" if name.startswith("emoji_sd3") else name.split("_")[0]
     likes = {"emoji": "sd15", "own": "sd15", "sd21": "sd15", "sd35": "sd3"}

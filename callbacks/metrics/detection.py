@@ -31,7 +31,7 @@ SYNONYMS = {
     "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
     "dining table": "diningtable", "tv": "tvmonitor",
 }  # fmt: skip
-"""The detector's names of classes that the benchmark names otherwise: three as in COCO, six as in Pascal VOC."""
+"""The detector's names of what the benchmark names otherwise: three as in COCO, six as in Pascal VOC."""
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GREY = (153, 153, 153)
 _DIVISOR = 32

@@ -155,7 +155,7 @@ def test_the_whole_on_a_miniature(benchmark: Path, tiny_clip: Path, tmp_path: Pa
 
 
 def test_the_80_classes_are_those_of_the_detector() -> None:
-    """COCO's, three with a longer name in the benchmark; the published detector names six as Pascal VOC does."""
+    """COCO's, three with longer names in the benchmark; the published detector names six as Pascal VOC."""
     coco = [name for name in _COCO_CATEGORIES[1:] if name != "N/A"]
     longer = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     voc = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
