@@ -14,6 +14,7 @@ from common.files import ROOT
 _WIDTH, _NAMES = 110, 31
 _MORE = {
     "evaluate": [
+        "Give either --model, or --images with --captions.",
         "--config FILE says what is measured on what (several merge; else emoji). In configs/eval/:",
         *wrap(" ".join(sorted(file.stem for file in (ROOT / "configs" / "eval").glob("*.yaml"))), 106,
               initial_indent="  ", subsequent_indent="  "),
@@ -41,7 +42,7 @@ def text(command: str, module: str, description: str) -> str:
         default = _default(field.value)
         words = " ".join([told[name], *([f"({default})"] if default else [])])
         head = f"  {option} {_choices(ast.unparse(field.annotation))}".rstrip()
-        first, *rest = wrap(words, _WIDTH - _NAMES - 2)
+        first, *rest = wrap(words, _WIDTH - _NAMES - 2, break_on_hyphens=False)
         lines += [f"{head:<{_NAMES}}  {first}"] if len(head) <= _NAMES else [head, f"{'':<{_NAMES}}  {first}"]
         lines += [f"{'':<{_NAMES}}  {line}" for line in rest]
     more = _MORE.get(command, [])

@@ -24,7 +24,7 @@ from tests.test_experiments import REAL, substitutes
 from tests.test_sbv2_configs import EXPERIMENTS
 from tests.tiny_judges import open_clip_network
 
-METRICS, EVALUATION = "callbacks.metrics", "--trainer.callbacks.Evaluation"
+METRICS = "callbacks.metrics"
 ON_PICTURES = {"fid", "precision", "recall"}
 ALL = ON_PICTURES | {"clip_score", "hpsv2"}
 
@@ -70,17 +70,42 @@ def judges(folder: Path, clip: Path, **named: str) -> list[dict[str, Any]]:
     ]
 
 
-def fit(name: str, models: list[str], root: Path, metrics: list[dict[str, Any]], *options: str) -> Path:
-    """One update of a recipe, a validation after it, and the evaluation at the end; returns its folder."""
+def fit(
+    name: str,
+    models: list[str],
+    root: Path,
+    metrics: list[dict[str, Any]],
+    *options: str,
+    whole: bool = False,
+) -> Path:
+    """One update of a recipe, a validation after it, and the evaluation at the end; returns its folder.
+
+    Of the recipe's callbacks those that measure and keep checkpoints, unless it's to be the ``whole``.
+    """
+    changed: dict[str, dict[str, Any]] = {
+        "RunCheckpoint": {}, "Evaluation": {"metrics": metrics, "timing_batch_size": 1},
+        "EvaluationShare": {},
+    }  # fmt: skip
+    if whole:
+        drawn = {"num_images": 1}
+        changed |= {"StartSummary": {}, "SampleGrid": drawn | {"teacher_steps": 2}, "ScoreViews": drawn,
+                    "Health": {"num_images": 4, "teacher_steps": 2}, "RunReport": {}}  # fmt: skip
+    own = {
+        one["class_path"].rpartition(".")[2]: one
+        for one in content_of(EXPERIMENTS / f"{name}.yaml")["trainer"]["callbacks"]
+    }
+    assert not whole or own.keys() == changed.keys()
+    callbacks = [
+        {"class_path": one["class_path"], "init_args": one.get("init_args", {}) | changed[kind]}
+        for kind, one in own.items()
+        if kind in changed
+    ]
     cli.main([
         "fit", "--config", str(EXPERIMENTS / f"{name}.yaml"), "--config", "configs/data/own_prompts.yaml",
-        *models, "--trainer.max_steps=1", "--trainer.val_check_interval=1",
-        "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
-        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}",
-        f"{EVALUATION}.metrics={json.dumps(metrics)}",
-        f"{EVALUATION}.timing_batch_size=1", "--trainer.callbacks.SampleGrid.num_images=1",
-        "--trainer.callbacks.SampleGrid.teacher_steps=2", "--trainer.callbacks.ScoreViews.num_images=1",
-        "--trainer.callbacks.Health.teacher_steps=2", "--trainer.callbacks.Health.num_images=4", *options,
+        *models, "--data.micro_batch_size=2", f"--trainer.callbacks={json.dumps(callbacks)}",
+        "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={root}", *options,
     ])  # fmt: skip
     return root / name / "version_0"
 
@@ -138,17 +163,12 @@ def test_with_coco(
     norms = measured(run, "gradient_norm")
     assert all(math.isfinite(norms[role]) for role in ("student", "fake_score"))
     assert 0 < measured(run, "throughput")["evaluation_share"] < 1
-    report = json.loads((run / "report.json").read_text())
-    assert {report["metrics"][name]["num_images"] for name in ALL} == {6}
-    assert report["metrics"]["fid"]["details"]["reference_num_images"] == 3
-    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
-    assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
     printed = capsys.readouterr().out
     assert "Evaluation: " not in printed
     assert "Validation of step 1: " in printed and "Evaluation at the end: " in printed
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [name for name in REAL if name.endswith("_swiftbrush")])
 def test_without_coco(
     name: str, models: Callable[[str], list[str]], tiny_clip: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -157,9 +177,7 @@ def test_without_coco(
     monkeypatch.setenv("HPS_ROOT", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     metrics = judges(tmp_path / "judges", tiny_clip, checkpoint="")
-    run = fit(
-        name, models(name), tmp_path, metrics, "--trainer.limit_val_batches=1", f"{EVALUATION}.final_size=2"
-    )
+    run = fit(name, models(name), tmp_path, metrics)
     assert measured(run, "val").keys() == measured(run, "test").keys() == {"clip_score"}
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Evaluation: ")]
     assert "only the 8 of data.eval_captions drawn (no data.eval_set.captions)" in line
@@ -177,9 +195,10 @@ def test_two_processes_measure_what_one_does(
     ones = fit(name, models(name), tmp_path / "one", metrics, *with_coco(coco))
     expected = {stage: measured(ones, stage) for stage in ("val", "test")}
     assert expected["val"].keys() >= ALL
-    for strategy in ("ddp", "lightning_modules.parallel.FullySharded"):
-        together = [f"--trainer.strategy={strategy}", "--trainer.devices=2"]
-        root = tmp_path / strategy
+    sharded = json.dumps({"class_path": "lightning_modules.parallel.FullySharded"})
+    for kind, strategy in (("ddp", "ddp"), ("fsdp", sharded)):
+        together = [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--data.micro_batch_size=1"]
+        root = tmp_path / kind
 
         def work(root: Path = root, options: list[str] = together) -> None:
             fit(name, models(name), root, metrics, *with_coco(coco), *options)
@@ -195,18 +214,20 @@ def test_published_values_stand_only_beside_the_same_protocol(
     models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The end draws the set as published, here of six captions and three pictures; the validation fewer."""
+    """A whole run, whose end draws the set as published (here six captions), its validation fewer."""
     load = Coco30kSwiftBrush.load
     monkeypatch.setattr(
         Coco30kSwiftBrush, "load",
         lambda self: dataclasses.replace(load(self), published_count=6, published_references=3),
     )  # fmt: skip
-    all_metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
-    run = fit(name, models(name), tmp_path, [all_metrics[0], all_metrics[3]], *with_coco(coco))
-    details = {
-        metric: result["details"]
-        for metric, result in json.loads((run / "report.json").read_text())["metrics"].items()
-    }
+    metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
+    run = fit(name, models(name), tmp_path, metrics, *with_coco(coco), whole=True)
+    report = json.loads((run / "report.json").read_text())
+    assert {report["metrics"][metric]["num_images"] for metric in ALL} == {6}
+    assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
+    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
+    details = {metric: result["details"] for metric, result in report["metrics"].items()}
+    assert details["fid"]["reference_num_images"] == 3 and report["evaluation_set"] == "coco30k_swiftbrush"
     assert details["fid"]["label"] == "FID-6" and details["clip_score"]["label"] == "clip_score"
     assert all(text.startswith("open: ") for text in details["fid"]["differs_from_published"])
     assert "network" in details["clip_score"]["differs_from_published"][0]
