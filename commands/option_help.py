@@ -61,7 +61,7 @@ def _told(docstring: str) -> Iterator[tuple[str, str]]:
 
 def _default(value: ast.expr | None) -> str:
     """A default that says something; an option that is off by itself has none."""
-    if not isinstance(value, ast.Constant) or value.value in (None, False, ""):
+    if not isinstance(value, ast.Constant) or str(value.value) in ("None", "False", ""):
         return ""
     return str(value.value)
 
