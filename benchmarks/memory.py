@@ -1,8 +1,10 @@
 """What fits where: memory of a distillation by part, and the largest micro-batch that a GPU has room for.
 
     python benchmarks/memory.py                    the table in docs/performance.md; computed on any machine
-    python benchmarks/memory.py --models sd21 --output memory.json
+    python benchmarks/memory.py --parts            teachers of rectified flow: adapters on one base, by part
+    python benchmarks/memory.py --models sd35      what fits where of these, too; minutes each
     python benchmarks/memory.py --few-bits assets/emoji-sd      errors of a network in 8 and 4 bits
+    python benchmarks/memory.py --models sd21 --output memory.json
 
 Nothing is allocated: the networks are built on PyTorch's meta device from the published configurations, and
 the two turns of an update run there, forward and backward, with the casts of bf16 autocast on a GPU and fused
@@ -40,6 +42,7 @@ from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, add_adapter
 from lightning_modules.networks.quantized import quantize_frozen
 from lightning_modules.networks.roles import ScoreModels
+from lightning_modules.parallel import blocks
 
 GPUS = {16: 15.6, 24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}
 """GiB of cards that are sold as so many GB."""
@@ -53,6 +56,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "all weights, 8-bit Adam": {"state": EIGHT_BIT},
     "LoRA, rank 256": {"lora": True},
 }
+FLOWS = ("sana06", "sana", "sd35", "klein", "zimage", "flux", "qwen")
+ONE_BASE = {"two adapters on one base, rank 64": {"shared": True, "lora": True}}
+"""As in configs/base/flow.yaml."""
 BLOCK = 512  # CUDA's allocator rounds up to so many bytes
 
 
@@ -133,7 +139,7 @@ def build(name: str, lora: bool = False, checkpointing: bool = False) -> Network
         base = MODELS[name].network(**MODELS[name].shape)
         student = copy.deepcopy(base).requires_grad_(True).train()
         if lora:
-            add_adapter(student, StudentLoraSettings())
+            add_adapter(student, StudentLoraSettings(64, 64) if name in FLOWS else StudentLoraSettings())
         scores = ScoreModels(base, NoiseSchedule(torch.ones(1000, device="cpu")), LoraSettings(64, 108))
         for network in (student, scores):
             if checkpointing:
@@ -144,23 +150,29 @@ def build(name: str, lora: bool = False, checkpointing: bool = False) -> Network
     return Networks(student, scores)
 
 
-def fixed(name: str, lora: bool = False, ema: bool = False, state: float = ADAM) -> dict[str, float]:
-    """Bytes of each part that stays, without autoencoder and text encoders.
+def fixed(
+    name: str, lora: bool = False, ema: bool = False, state: float = ADAM, shared: bool = False
+) -> dict[str, float]:
+    """Bytes of each part that stays, without text encoders.
 
     Args:
+        shared: the student's base is the teacher.
         state: bytes that the student's optimizer keeps of a weight.
     """
     made = build(name, lora)
 
     def size(network: nn.Module, trained: bool) -> int:
-        return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad is trained)
+        found = [p for p in network.parameters() if p.requires_grad is trained]
+        found += [] if trained else network.buffers()  # positions, in float32
+        return sum(x.numel() * x.element_size() for x in found)
 
     student, fake = size(made.student, True), size(made.scores, True)
     return {
-        "student": student, "student's base": size(made.student, False), "teacher": size(made.scores, False),
+        "student": student, "student's base": 0 if shared else size(made.student, False),
+        "teacher": size(made.scores, False),
         "fake score": fake, "moving average": student if ema else 0,
         "optimizer states": student / 4 * state + fake / 4 * ADAM,
-        "autoencoder": 2 * 83.7e6,
+        "autoencoder": 2 * MODELS[name].autoencoder,
     }  # fmt: skip
 
 
@@ -221,13 +233,16 @@ def room(gib: float) -> float:
 
 def rows(model: str) -> list[dict[str, Any]]:
     """All ways of training one model, without and with gradient checkpointing."""
-    ways = [(lora, checkpointing) for lora in (False, True) for checkpointing in (False, True)]
+    students = ONE_BASE if model in FLOWS else STUDENTS
+    loras = {changes.get("lora", False) for changes in students.values()}
+    ways = [(lora, checkpointing) for lora in sorted(loras) for checkpointing in (False, True)]
     needs = {way: Needs(*(turns(model, batch, *way) for batch in (2, 4))) for way in ways}
     found = []
-    for name, changes in STUDENTS.items():
+    for name, changes in students.items():
         parts, lora = fixed(model, **changes), changes.get("lora", False)
         constant = sum(parts.values())
         row: dict[str, Any] = {"model": model, "student": name, "parts": parts, "gib": constant / GIB}
+        row["weights"] = parameters(model)
         row["batch 1"] = [(constant + needs[lora, way].peak(1)) / GIB for way in (False, True)]
         row["largest"] = {
             gb: [needs[lora, way].largest(room(gib) - constant) for way in (False, True)]
@@ -237,18 +252,51 @@ def rows(model: str) -> list[dict[str, Any]]:
     return found
 
 
+def parameters(model: str) -> int:
+    """Of the denoiser."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in MODELS[model].network(**MODELS[model].shape).parameters())
+
+
 def markdown(found: list[dict[str, Any]]) -> str:
     """GiB in all for one sample, then what fits; without / with gradient checkpointing."""
-    head = ["", "student", "weights and states", "batch 1", *(f"{gb} GB" for gb in GPUS)]
+    head = ["", "10⁹ weights", "student", "weights and states", "batch 1", *(f"{gb} GB" for gb in GPUS)]
     cells = [
         [
-            MODELS[row["model"]].title, row["student"], f"{row['gib']:.1f}",
+            MODELS[row["model"]].title, f"{row['weights'] / 1e9:.2f}", row["student"], f"{row['gib']:.1f}",
             " / ".join(f"{gib:.1f}" for gib in row["batch 1"]),
             *(" / ".join(str(batch or "–") for batch in row["largest"][gb]) for gb in GPUS),
         ]
         for row in found
     ]  # fmt: skip
     return table(head, cells)
+
+
+def parts_of_flows() -> tuple[str, dict[str, Any]]:
+    """GiB of what stays, of teacher, LoRA fake score and LoRA student on one base, and of gradients."""
+    head = ["", "10⁹ weights", "base, bf16", "student", "fake score", "optimizer states", "gradients",
+            "autoencoder", "in all", "base in 8 / 4 bits"]  # fmt: skip
+    found, lines = {}, []
+    for name in FLOWS:
+        parts = fixed(name, lora=True, shared=True)
+        base, student, fake = (parts[part] for part in ("teacher", "student", "fake score"))
+        sizes = [base, student, fake, parts["optimizer states"], max(student, fake), parts["autoencoder"]]
+        sizes.append(sum(sizes))
+        few = [base - 2 * linear_in_blocks(name) * (1 - share) for share in (8.125 / 16, 4.5 / 16)]
+        found[name] = {"weights": parameters(name), "bytes": dict(zip(head[2:], sizes))}
+        lines.append([
+            MODELS[name].title.partition(",")[0], f"{parameters(name) / 1e9:.2f}",
+            *(f"{size / GIB:.2f}" for size in sizes), " / ".join(f"{size / GIB:.1f}" for size in few),
+        ])  # fmt: skip
+    return table(head, lines), found
+
+
+def linear_in_blocks(name: str) -> int:
+    """Weights that `quantize_frozen` takes."""
+    with torch.device("meta"):
+        network = MODELS[name].network(**MODELS[name].shape)
+    layers = [layer for block in blocks(network) for layer in block.modules()]
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
 
 
 @torch.no_grad()
@@ -277,9 +325,15 @@ def errors_in_few_bits(path: str) -> str:
 def main() -> None:
     """Compute and print."""
     reader, names = parser(__doc__), ["sd15", "sd21", "sdxl", "pixart"]
-    reader.add_argument("--models", nargs="+", choices=[*names, "sd21_small"], default=names)
+    reader.add_argument("--models", nargs="+", choices=[*names, *FLOWS, "sd21_small"], default=names)
     reader.add_argument("--few-bits", metavar="MODEL", help="errors of its network in 8 and 4 bits instead")
+    reader.add_argument(
+        "--parts", action="store_true", help="teachers of rectified flow on one base, by part"
+    )
     given = reader.parse_args()
+    if given.parts:
+        write(*parts_of_flows(), given.output)
+        return
     if given.few_bits:
         write(errors_in_few_bits(given.few_bits), None, given.output)
         return

@@ -19,9 +19,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -46,6 +51,7 @@ class Published:
         network: class of the denoiser; shape: its settings.
         latent: shape of a latent.
         text: what it takes of each prompt: shapes without the batch, by keyword.
+        autoencoder: number of its weights.
     """
 
     title: str
@@ -53,6 +59,7 @@ class Published:
     shape: dict[str, Any]
     latent: tuple[int, int, int]
     text: dict[str, tuple[int, ...]]
+    autoencoder: float = 83.7e6
 
     def inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
         """Latents, timesteps and encoded prompts of no particular value."""
@@ -90,6 +97,48 @@ MODELS = {
     "pixart": Published(
         "PixArt-α, 512 px", PixArtTransformer2DModel, {"sample_size": 64, "caption_channels": 4096},
         (4, 64, 64), {"encoder_hidden_states": (120, 4096), "encoder_attention_mask": (120,)},
+    ),
+    "sd35": Published(
+        "SD 3.5 medium, 1024 px", SD3Transformer2DModel,
+        {
+            "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        (16, 128, 128), {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)},
+    ),
+    "sana": Published(
+        "SANA 1.6B, 1024 px", SanaTransformer2DModel, {"caption_channels": 2304}, (32, 32, 32),
+        {"encoder_hidden_states": (300, 2304), "encoder_attention_mask": (300,)}, 312.3e6,
+    ),
+    "sana06": Published(
+        "SANA 0.6B, 1024 px", SanaTransformer2DModel,
+        {
+            "num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16,
+            "cross_attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 2304,
+        },
+        (32, 32, 32), {"encoder_hidden_states": (300, 2304), "encoder_attention_mask": (300,)}, 312.3e6,
+    ),
+    "klein": Published(
+        "FLUX.2 klein 4B, 1024 px", Flux2Transformer2DModel,
+        {
+            "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        (128, 64, 64), {"encoder_hidden_states": (512, 7680)},
+    ),
+    "zimage": Published(
+        "Z-Image, 1024 px", ZImageTransformer2DModel, {}, (16, 128, 128),
+        {"encoder_hidden_states": (512, 2560), "encoder_attention_mask": (512,)},
+    ),
+    "flux": Published(
+        "FLUX.1 dev, 1024 px", FluxTransformer2DModel, {"guidance_embeds": True}, (16, 128, 128),
+        {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,), "guidance": ()},
+    ),
+    "qwen": Published(
+        "Qwen-Image, 1024 px", QwenImageTransformer2DModel, {}, (16, 128, 128),
+        {"encoder_hidden_states": (512, 3584), "encoder_attention_mask": (512,)}, 126.9e6,
     ),
     "sd21_small": Published(
         "SD 2.1, few channels", UNet2DConditionModel,

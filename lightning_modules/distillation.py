@@ -26,6 +26,7 @@ from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
 from lightning_modules.networks.model_names import is_bundled, lasting_name
 from lightning_modules.networks.quantized import quantize_frozen
+from lightning_modules.networks.step_counts import tell
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -78,6 +79,9 @@ class OneStepDistillation(L.LightningModule):
             start_timestep. A turn draws one of them; the student's own steps lead there without a gradient.
         step_noise: between its steps: fresh, fixed (the start's again, which no stock sampler does, so that
             such a student can't be exported), or none (a deterministic trajectory).
+        step_counts: numbers of steps, e.g. [1, 2, 4] of four timesteps, of which a turn draws one, evenly
+            among the timesteps, and tells it to student and fake score (TDM-unify); needs full copies. null:
+            the student is trained for all of its steps and told nothing.
         student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
@@ -117,6 +121,7 @@ class OneStepDistillation(L.LightningModule):
         start_timestep: int = 999,
         timesteps: list[int] | None = None,
         step_noise: StepNoise = "fresh",
+        step_counts: list[int] | None = None,
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
         further_roles: dict[str, RoleOptimization] | None = None,
@@ -137,9 +142,9 @@ class OneStepDistillation(L.LightningModule):
         check_range("model.decode_slice", decode_slice, 1, 2**31)
         check_range("model.score_batch", score_batch, 1, 2**31)
         check_range("model.ema_decay", ema_decay, 0, 1)
-        plain = ("teacher", "start_timestep", "timesteps", "step_noise", "student_init", "ema_decay",
-                 "gradient_checkpointing", "frozen_weights", "decode_slice", "score_batch", "prompt_cache",
-                 "compile", "seed", "max_skipped_updates")  # fmt: skip
+        plain = ("teacher", "start_timestep", "timesteps", "step_noise", "step_counts", "student_init",
+                 "ema_decay", "gradient_checkpointing", "frozen_weights", "decode_slice", "score_batch",
+                 "prompt_cache", "compile", "seed", "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         given = {"student": student, "fake_score": fake_score, **(further_roles or {})}
@@ -149,7 +154,7 @@ class OneStepDistillation(L.LightningModule):
         self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
         self.network_settings = NetworkSettings(
             teacher,
-            as_steps(timesteps or start_timestep, step_noise),
+            as_steps(timesteps or start_timestep, step_noise, step_counts or ()),
             fake_score.lora if fake_score else None,
             student_init,
             student_lora,
@@ -467,9 +472,17 @@ class OneStepDistillation(L.LightningModule):
     def _objective_terms(self, role: str, sample: StudentSample, part: Part) -> dict[str, Tensor]:
         """The objective's terms for one role, noted together with its numbers."""
         assert part.random is not None
+        self._tell(sample.told)
         terms = self.objective.loss(role, sample, self.networks, part.random)
         self.numbers.note_all("objective", terms.numbers, part.share, self.trainer.world_size)
         return self._noted(role, terms.losses, part.share)
+
+    def _tell(self, count: int) -> None:
+        """Tell student and fake score the number of steps that samples were drawn in; 0 is all."""
+        if self.steps.counts:
+            for network in (self.student, self.scores.full_copy):
+                if network is not None:
+                    tell(network, count or len(self.steps))
 
     def _noted(self, role: str, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """The terms; one that is not finite makes its gradient so: then every process skips the update."""
@@ -534,6 +547,7 @@ class OneStepDistillation(L.LightningModule):
         times the schedule's length.
         """
         schedule, condition = self.networks.schedule, self.generator.prompt_encoder.encode(prompts)
+        self._tell(0)
         with self.evaluation_weights():
             noise = partial(self.generator.noise, seeds)
             x0 = self.generator.latents(noise(), condition, fresh=noise)

@@ -174,7 +174,7 @@ def test_the_stock_class_draws_what_we_draw(run: Run) -> None:
 
 def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
     """On the untouched teacher, loaded as the card says, it draws what the folded student draws."""
-    tolerance = 1e-4 if run.name in ("sana", "zimage", "klein", "qwen") else 1e-5
+    tolerance = 1e-5
     ours = load_generator(run.lora_checkpoint)
     expected = ours.images(TEXTS, SEEDS)
     folded = one_step(run.lora_folder, ours)
@@ -221,7 +221,8 @@ steered = pytest.mark.parametrize(
 
 @steered
 def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
-    words = ["--prompt", TEXTS[0], "--seed", SEEDS[0], "--negative-prompt", "a blue mat"]
+    # the other text ends in a blank, which the command drops and Qwen's tokenizer reads
+    words = ["--prompt", TEXTS[1], "--seed", SEEDS[1], "--negative-prompt", "a blue mat"]
     call("generate", "--model", run.folder, *words, "--negative-scale", 0.5, "--output", tmp_path / "out")
     ours = load_generator(run.folder)
     steered = ours.images(TEXTS, SEEDS, negative_prompt="a blue mat", negative_method=Nasa(0.5))
@@ -229,9 +230,8 @@ def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     with negative_prompting(pipe, "a blue mat", method="nasa", scale=0.5):
         torch.testing.assert_close(one_step(run.folder, ours, pipe), steered, rtol=0, atol=1e-4)
     assert (steered - ours.images(TEXTS, SEEDS)).abs().max() > 1e-3
-    # 8 bits, and what `generate` differs by without negative prompts, too: 3e-4 for klein and Qwen-Image
     picture = to_tensor(Image.open(tmp_path / "out" / "0000.png"))
-    torch.testing.assert_close(picture, steered[0], rtol=0, atol=0.7 / 255)
+    torch.testing.assert_close(picture, steered[1], rtol=0, atol=0.505 / 255)
 
 
 @steered

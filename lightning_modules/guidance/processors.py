@@ -122,12 +122,12 @@ class NegativeCrossAttention:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query = self._projected(attn, attn.to_q(hidden_states), attn.norm_q)
-        positive = _attend(query, *self._keys_values(attn, encoder_hidden_states), attention_mask)
+        positive = attend(query, *self._keys_values(attn, encoder_hidden_states), attention_mask)
         key, value = self._negative_keys_values(attn, encoder_hidden_states)
         if len(key) not in (1, batch_size):
             raise UserError(f"{len(key)} negative prompts do not fit a batch of {batch_size} images.")
         key, value = (x.expand(batch_size, -1, -1, -1) for x in (key, value))
-        negative = _attend(query, key, value, self.text.bias(query))
+        negative = attend(query, key, value, self.text.bias(query))
         hidden_states = self.text.steer(positive, negative)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if attn.residual_connection:
@@ -176,13 +176,13 @@ class NegativeJointSD3:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         assert encoder_hidden_states is not None
         size, split = hidden_states.shape[1], _positive_length(self.text)
-        image = _projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        words = _projections(
+        image = joint_projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        words = joint_projections(
             attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
             ("norm_added_q", "norm_added_k"),
         )  # fmt: skip
-        positive = _attend(*(torch.cat([x, y[:, :, :split]], 2) for x, y in zip(image, words, strict=True)))
-        negative = _attend(*(torch.cat([x, y[:, :, split:]], 2) for x, y in zip(image, words, strict=True)))
+        positive = attend(*(torch.cat([x, y[:, :, :split]], 2) for x, y in zip(image, words, strict=True)))
+        negative = attend(*(torch.cat([x, y[:, :, split:]], 2) for x, y in zip(image, words, strict=True)))
         text = torch.cat([positive[:, size:], negative[:, size:]], 1)
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
@@ -352,7 +352,7 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _projections(
+def joint_projections(
     attn: Any, x: Tensor, layers: tuple[str, str, str], norms: tuple[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, L, d] of one stream of joint attention."""
@@ -360,7 +360,7 @@ def _projections(
     return _normed(getattr(attn, norms[0]), query), _normed(getattr(attn, norms[1]), key), value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of [B, H, S, d] to [B, H, L, d], heads put side by side: [B, S, H d]."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return out.transpose(1, 2).flatten(2).to(query.dtype)

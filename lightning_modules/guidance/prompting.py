@@ -300,7 +300,7 @@ def attention_layers(network: nn.Module) -> Layers:
     for layer, kind in found:
         if isinstance(layer.processor, kind):
             raise UserError("A negative prompt acts on this network already: leave that context first.")
-        if type(layer.processor) not in STOCK[kind] or getattr(layer, "fused_projections", False):
+        if not isinstance(layer.processor, STOCK[kind]) or getattr(layer, "fused_projections", False):
             raise UserError(
                 f"{type(network).__name__} attends with {type(layer.processor).__name__}, but negative "
                 f"prompts need {STOCK[kind][0].__name__} without fused projections: undo attention slicing, "

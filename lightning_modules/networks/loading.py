@@ -144,6 +144,7 @@ def load_parts(
         weights=None if unread is None else unread[1],
     )
     backbone.check_fit(parts)
+    backbone.prepare(parts)
     return parts
 
 

@@ -4,17 +4,13 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lightning_modules.diffusion.broadcast import expand_like
-from lightning_modules.networks.backbones.stable_diffusion_3 import (
-    MAX_TOKENS,
-    RepeatedLastToken,
-    clip_texts,
-)
+from lightning_modules.networks.backbones.calling import call_denoiser
+from lightning_modules.networks.backbones.stable_diffusion_3 import MAX_TOKENS, CountedLastToken, clip_texts
 from lightning_modules.pretraining import LatentDiffusionPretraining
 from lightning_modules.pretraining.tools import text_config, tokenize
 
@@ -60,6 +56,7 @@ class StableDiffusion3Pretraining(LatentDiffusionPretraining):
         configs = [CLIPTextConfig(**text_config(text, self.tokenizer)) for text in texts]
         self.text_encoders = torch.nn.ModuleList(map(CLIPTextModelWithProjection, configs))
         self.transformer = SD3Transformer2DModel(**transformer)
+        self.transformer.set_attn_processor(CountedLastToken())
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         x0, noise = self.clean(batch, generator)
@@ -73,13 +70,10 @@ class StableDiffusion3Pretraining(LatentDiffusionPretraining):
         ids = tokenize(self.tokenizer, captions, self.device)["input_ids"]
         width = self.transformer.config.joint_attention_dim
         hidden, pooled = clip_texts(self.text_encoders, [ids, ids], width)
-        self.transformer.set_attn_processor(RepeatedLastToken(MAX_TOKENS))
-        return self.transformer(
-            x_t, timestep=t, encoder_hidden_states=F.pad(hidden, (0, 0, 0, 1)), pooled_projections=pooled
-        ).sample
+        text = {"encoder_hidden_states": F.pad(hidden, (0, 0, 0, MAX_TOKENS)), "pooled_projections": pooled}
+        return call_denoiser(self.transformer, x_t, t, text)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
-        self.transformer.set_attn_processor(JointAttnProcessor2_0())
         first, second = self.text_encoders
         return StableDiffusion3Pipeline(
             self.transformer, self.scheduler, self.autoencoder, first, self.tokenizer, second, self.tokenizer,

@@ -1,6 +1,7 @@
 """Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers import (
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,9 +34,10 @@ from lightning_modules.networks import loading
 from lightning_modules.networks.backbones.calling import GUIDANCE, run_network
 from lightning_modules.networks.backbones.codec import codes_of, latents_of
 from lightning_modules.networks.backbones.flux import pack, unpack
+from lightning_modules.networks.backbones.stable_diffusion_3 import CountedLastToken, attend_counted
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import load_parts, noise_schedule
-from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings
+from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, inject_adapter
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.swiftbrush import SwiftBrush
@@ -362,3 +365,72 @@ def test_features_of_transformers_for_a_discriminator(name: str, layer: str, bac
     assert logits.shape == (2, 1)
     (gradient,) = torch.autograd.grad(logits.sum(), x)
     assert all(bool(one.any()) for one in gradient)
+
+
+# --- Stable Diffusion 3 without T5 ------------------------------------------------------------------------
+
+
+def without_t5(backbone_folder: Folder, place: Path) -> Path:
+    folder = private_copy(backbone_folder("sd3"), place)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_zeros_in_the_place_of_t5_are_computed_once(backbone_folder: Folder, tmp_path: Path) -> None:
+    """As the whole network: output, gradients of all weights and of an adapter's; also recomputed."""
+    parts = load_parts(without_t5(backbone_folder, tmp_path / "sd3"))
+    network, ours = parts.denoiser, parts.denoiser.transformer_blocks[0].attn.processor
+    stock = load_parts(backbone_folder("sd3")).denoiser.transformer_blocks[0].attn.processor
+    assert type(ours) is CountedLastToken and type(stock) is JointAttnProcessor2_0
+    targets = ["to_q", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.2", "context_embedder"]
+    inject_adapter(network, LoraSettings(rank=2, alpha=4.0, targets=targets), "fake_score")
+    torch.manual_seed(0)
+    for parameter in network.requires_grad_(True).parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    encoder = parts.backbone.prompt_encoder(parts)
+    condition, negative = encoder.encode(["a red cat", "a dog"]), encoder.encode(["tea"])
+    text = condition.tensors["encoder_hidden_states"]
+    x, t, lengths = torch.randn(2, 4, 8, 8, requires_grad=True), torch.tensor([3.0, 700.0]), []
+    network.context_embedder.register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
+
+    def output(processor: Any, condition: Condition = condition) -> Tensor:
+        network.set_attn_processor(processor)
+        return run_network(network, x, t, condition)
+
+    def with_gradients(processor: Any) -> list[Tensor]:
+        y = output(processor)
+        inputs = [x, *network.parameters()]
+        return [y, *torch.autograd.grad(y.square().mean(), inputs, allow_unused=True, materialize_grads=True)]
+
+    expected, found = with_gradients(stock), with_gradients(ours)
+    network.enable_gradient_checkpointing()
+    for one in (found, with_gradients(ours)):
+        for given, wanted in zip(one, expected, strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    short = text.shape[1] - 255
+    assert lengths == [text.shape[1], short, short]
+    with torch.no_grad():
+        uncounted = network(x, text[:, :short], condition.tensors["pooled_projections"], t).sample
+        assert (uncounted - expected[0]).abs().max() > 0.1
+        lengths.clear()
+        # all of them where they aren't zeros, where a negative prompt stands behind them, and beside dropout
+        ended = F.pad(text[:, 1:], (0, 0, 0, 1), value=1)
+        other = Condition({**condition.tensors, "encoder_hidden_states": ended}, condition.null)
+        torch.testing.assert_close(output(ours, other), output(stock, other))
+        pictures = []
+        for processor in (ours, stock):
+            network.set_attn_processor(processor)
+            with negative_attention(network, negative, Nasa(0.5)):
+                pictures.append(run_network(network, x, t, condition))
+        assert torch.equal(*pictures)
+        network.peft_config["fake_score"].lora_dropout = 0.1
+        assert torch.equal(output(ours), output(stock))
+        assert min(lengths) == text.shape[1]
+
+
+def test_a_key_counted_by_a_bias_is_one_that_stands_there_so_often() -> None:
+    query, key, value = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+    outputs = [attend_counted(query, key, value, 256, by_bias) for by_bias in (True, False)]
+    torch.testing.assert_close(*outputs)

@@ -115,6 +115,10 @@ class Backbone(ABC):
             if name not in self.optional or (index.get(name) or [None])[0] is not None
         }
 
+    def prepare(self, parts: TextToImageParts) -> None:
+        """What the family changes in networks that were read: nothing, or how they compute the same."""
+        return
+
     @abstractmethod
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         """Turns prompts into what the network is conditioned on, as the stock pipeline does."""

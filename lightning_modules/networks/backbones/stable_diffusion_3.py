@@ -10,18 +10,24 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from lightning_modules.guidance.processors import attend, joint_projections
 from lightning_modules.networks.backbones.base import Backbone, TextToImageParts
 from lightning_modules.networks.backbones.calling import call_denoiser
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 
-MAX_TOKENS = 256  # of T5: the stock pipeline's default
+MAX_TOKENS = 256  # of T5: the stock pipeline's default; as many zeros stand for an absent one
 
 
 class StableDiffusion3(Backbone):
-    """Text and picture in one attention; the network predicts ε − x0 and is told 1000 σ."""
+    """Text and picture in one attention; the network predicts ε − x0 and is told 1000 σ.
+
+    Without T5 the prompts end in 256 zeros, as in the stock pipeline. Where they are exactly that, our calls
+    of the network compute one of them and count it 256 times (`CountedLastToken`): the same function up to
+    rounding, with an eighth of the tokens for the smallest pictures. Not so under NASA and NAG, nor beside
+    an adapter with dropout, to which equal tokens aren't equal. Layers of the text give the zeros once.
+    """
 
     pipeline_class = StableDiffusion3Pipeline
     denoiser = ("transformer", SD3Transformer2DModel)
@@ -32,6 +38,10 @@ class StableDiffusion3(Backbone):
     }
     tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
     optional = ("text_encoder_3", "tokenizer_3")
+
+    def prepare(self, parts: TextToImageParts) -> None:
+        if "text_encoder_3" in parts.left_out:
+            parts.denoiser.set_attn_processor(CountedLastToken())
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         width = parts.denoiser.config.joint_attention_dim
@@ -46,8 +56,21 @@ class StableDiffusion3(Backbone):
 
 @call_denoiser.register
 def _(network: SD3Transformer2DModel, x_t: Tensor, t: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = network(x_t, timestep=t, **tensors, return_dict=False)[0]
+    named: dict[str, Any] = dict(tensors)
+    if _zeros_count_as_one(network, text := named["encoder_hidden_states"]):
+        named["encoder_hidden_states"] = text[:, : 1 - MAX_TOKENS]
+        named["joint_attention_kwargs"] = {"last_count": MAX_TOKENS}
+    output: Tensor = network(x_t, timestep=t, **named, return_dict=False)[0]
     return output
+
+
+def _zeros_count_as_one(network: Any, text: Tensor) -> bool:
+    """Whether text [B, L, D] ends in the zeros of an absent T5 and the network treats them alike."""
+    counting = isinstance(network.transformer_blocks[0].attn.processor, CountedLastToken)
+    if not counting or text.is_meta or text.shape[1] <= MAX_TOKENS:
+        return False
+    adapters = getattr(network, "peft_config", {}).values()
+    return not any(one.lora_dropout for one in adapters) and not bool(text[:, -MAX_TOKENS:].any())
 
 
 class ClipT5PromptEncoder(PromptEncoder):
@@ -79,36 +102,48 @@ def clip_texts(encoders: Iterable[Any], ids: Sequence[Tensor], width: int) -> tu
     return F.pad(hidden, (0, width - hidden.shape[-1])), pooled
 
 
-class RepeatedLastToken(JointAttnProcessor2_0):
-    """Joint attention to text whose last token stands for `count` equal ones.
+class CountedLastToken(JointAttnProcessor2_0):
+    """Joint attention to text whose last token stands for `last_count` equal ones; of 1, diffusers' own.
 
-    Text has no positions here: equal tokens stay equal, and weigh as one whose score is higher by log(count).
-    So the 256 zeros in the place of T5 cost one token.
+    Text has no positions here, so that equal tokens stay equal through all blocks and one need be computed.
+    As a key it weighs as many by a score that is higher by log(last_count), or stands there so often.
     """
 
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.mode = _LastKeyMode(math.log(count))
-
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **more: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
+        last_count: int = 1,
+        **kwargs: Any,
     ) -> Any:
-        if encoder_hidden_states is None:
-            return super().__call__(attn, hidden_states, **more)
-        with self.mode:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, **more)
+        """Image tokens [B, S, D], text tokens [B, L, D], each after its output projection."""
+        if last_count == 1 or encoder_hidden_states is None:
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
+            )
+        image = joint_projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        words = joint_projections(
+            attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
+            ("norm_added_q", "norm_added_k"),
+        )  # fmt: skip
+        query, key, value = (torch.cat([x, y], 2) for x, y in zip(image, words, strict=True))
+        # a bias takes the fastest kernels of GPUs away, and half precision rounds it
+        by_bias = query.device.type == "cpu" and query.dtype.itemsize >= 4
+        tokens = attend_counted(query, key, value, last_count, by_bias)
+        image_tokens, text = tokens.split_with_sizes([hidden_states.shape[1], words[0].shape[2]], 1)
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image_tokens)), text
 
 
-class _LastKeyMode(TorchFunctionMode):
-    """Attention inside adds `bias` to the scores of the last key."""
-
-    def __init__(self, bias: float) -> None:
-        super().__init__()
-        self.bias = bias
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            mask = args[0].new_zeros(1, 1, 1, args[1].shape[2])
-            mask[..., -1] = self.bias
-            kwargs = {**kwargs, "attn_mask": mask}
-        return func(*args, **(kwargs or {}))
+def attend_counted(query: Tensor, key: Tensor, value: Tensor, count: int, by_bias: bool) -> Tensor:
+    """Attention of [B, H, S, d] to [B, H, L, d] whose last key stands for so many: [B, S, H d]."""
+    if not by_bias:
+        more = [x[:, :, -1:].expand(-1, -1, count - 1, -1) for x in (key, value)]
+        return attend(query, *(torch.cat(pair, 2) for pair in zip((key, value), more, strict=True)))
+    bias = query.new_zeros(1, 1, 1, key.shape[2])
+    bias[..., -1] = math.log(count)
+    return attend(query, key, value, bias)
