@@ -22,7 +22,7 @@ from tests.callbacks.test_evaluation import trainer
 from tests.distributed_runs import run_processes
 from tests.test_experiments import REAL, substitutes
 from tests.test_sbv2_configs import EXPERIMENTS
-from tests.tiny_judges import open_clip_network
+from tests.tiny_judges import copied_clip, open_clip_network
 
 METRICS = "callbacks.metrics"
 ON_PICTURES = {"fid", "precision", "recall"}
@@ -145,7 +145,12 @@ def models(
     backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
 ) -> Callable[[str], list[str]]:
     """Options that put miniatures in the place of a recipe's models, and a few prompts in that of its own."""
-    return lambda name: substitutes(name, backbone_folder, tiny_clip, tmp_path)
+    return lambda name: substitutes(
+        name,
+        backbone_folder,
+        copied_clip(tiny_clip, tmp_path / "clip"),
+        tmp_path,  # not the one that judges
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
