@@ -121,10 +121,11 @@ def evaluation_set(
     groups, negatives = (
         getattr(data, name, None) if are_reported else None for name in ("eval_groups", "eval_negatives")
     )
-    own = getattr(data, "eval_set", None)
-    is_set = are_reported and own is not None and own.frame == frame
+    own: EvaluationSet | None = getattr(data, "eval_set", None)
+    if own is None or not are_reported or own.frame != frame:
+        own = EvaluationSet("run", [], [])
     return replace(
-        own if is_set else EvaluationSet("run", [], []),
+        own,
         captions=captions,
         seeds=[seed + i for i in range(len(captions))],
         negatives=negatives and negatives[:size],
