@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -60,11 +61,11 @@ SHOWN_PROMPTS = 3
 
 
 class OneStepDistillation(L.LightningModule):
-    """Student, frozen teacher and fake score (LoRA teacher), each trained in its turns by its own optimizer.
+    """Student, frozen teacher and fake score (a LoRA on the teacher, a full copy, or none), trained in turns.
 
     One training step is one student update on the global batch, and the other updates that the objective
-    plans beside it. ``global_step`` counts student updates. Nothing but prompts goes in, unless ``data.real``
-    is given.
+    plans beside it; each trained network has its own optimizer. ``global_step`` counts student updates.
+    Nothing but prompts goes in, unless ``data.real`` is given.
 
     Args:
         objective: the method; see ``lightning_modules/objectives``.
@@ -292,6 +293,7 @@ class OneStepDistillation(L.LightningModule):
         steps = int(self.trainer.max_steps)
         if self.image_terms is not None:
             self.image_terms.weights(0, steps)  # a schedule without an end shows here, before any training
+        self._check_own_weights()
         built = {
             role: item.build(self._parameter_groups(role), steps) for role, item in self.optimization.items()
         }
@@ -314,6 +316,21 @@ class OneStepDistillation(L.LightningModule):
         if not groups:
             raise UserError(f"{type(self.objective).__name__} names the role {role}, but gives it no weights")
         return groups
+
+    def _check_own_weights(self) -> None:
+        """Every weight of the objective itself moves in the turns of some role.
+
+        Raises:
+            UserError: one would never move.
+        """
+        given: list[Any] = [g for role in self.objective.roles for g in self.objective.parameters_of(role)]
+        moved = {id(p) for g in given for p in (g["params"] if isinstance(g, dict) else [g])}
+        idle = [n for n, p in self.objective.named_parameters() if p.requires_grad and id(p) not in moved]
+        if idle:
+            raise UserError(
+                f"{type(self.objective).__name__} has a weight that no role trains, {idle[0]}: name its "
+                "role in parameters_of (lightning_modules/objectives/base.py), or set requires_grad to False"
+            )
 
     def on_fit_start(self) -> None:
         """Say what real pictures the training sees; processes begin with the same weights."""
@@ -366,8 +383,8 @@ class OneStepDistillation(L.LightningModule):
         size = getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None)
         parts = cut(batch, self.num_batches, size)
         encode = self.generator.prompt_encoder.encode
-        for number, part in ((n, part) for n, of_batch in enumerate(parts) for part in of_batch):
-            part.random = StepRandom(self.seed, step, part.indices, self.device, number)
+        for part in chain.from_iterable(parts):
+            part.random = StepRandom(self.seed, step, part.indices, self.device, part.number)
             part.inputs = Inputs(
                 encode(part.prompts), encode(part.negatives or []) if needs_negatives else None
             )
@@ -488,6 +505,7 @@ class OneStepDistillation(L.LightningModule):
         """The terms; one that is not finite makes its gradient so: then every process skips the update."""
         for name, value in terms.items():
             self.numbers.note(f"train/{role}_{name}", value, share)
+        # 0 · inf is NaN, which reaches every weight that the term depends on
         return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
 
     @torch.no_grad()

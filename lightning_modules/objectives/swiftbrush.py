@@ -40,7 +40,8 @@ class SwiftBrush(Objective):
         g = σ_t² (ε_teacher^κ(x_t, t, y) − ε_fake^κ(x_t, t, y))
         L = ½ MSE(x̂, sg[x̂ − g]),  ∂L/∂x̂ = g / numel
 
-    Fake score, on the same x̂ detached, with new ε, t ~ U{0 … T − 1}, no guidance, text dropped now and then::
+    Fake score, on the same x̂ detached, with new ε, t ~ U{0 … num_timesteps − 1}, no guidance, text dropped
+    now and then::
 
         L = MSE(α_t ε_fake(x_t, t, y or ∅), α_t ε)
 
@@ -77,7 +78,8 @@ class SwiftBrush(Objective):
 
     Args:
         guidance_scale: κ of both scores in the student's turn, a number or a rule.
-        fake_guidance_scale: κ of the fake score; null: the teacher's, the same draw.
+        fake_guidance_scale: κ of the fake score; null: the teacher's, the same draw. Two random
+            rules share one uniform number.
         teacher_negatives: the teacher's guidance goes away from y⁻ instead of ∅.
         fake_score_negatives: the fake score's, too.
         student_negatives: α of NASA in the student's forward pass, a number or a rule with one draw per step;
