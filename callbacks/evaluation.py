@@ -261,7 +261,7 @@ class Evaluation(Callback):
             count, fewer = len(student.steps), {}
             metrics = self._student_row(student, drawn, count)
             for less in (1, 2):
-                if less < count:
+                if less < count and (not student.steps.counts or less in student.steps.counts):
                     with student.generator.taking(less):
                         fewer[f"steps_{less}"] = self._student_row(student, drawn, less)
             is_asked = self.teacher_rows and self.metrics

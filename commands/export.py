@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from common.errors import UserError, first_line
 from common.files import asset_path
@@ -35,6 +35,8 @@ class Options:
             one-step network)
         schedule: for a network alone, a scheduler_config.json (the base's)
         teacher: of a checkpoint, where its teacher lies now (where it was in training)
+        steps: in how many of its steps the student draws, of those it was trained for (all); one that takes
+            their number as a condition becomes a stock network for this number
         push_to_hub: also upload the folder to this model of the Hugging Face hub, owner/name; one that is not
             there yet is made private
     """
@@ -50,6 +52,7 @@ class Options:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     schedule: Path | None = None
     teacher: str | None = None
+    steps: PositiveInt | None = None
     push_to_hub: str | None = None
 
 
@@ -66,6 +69,8 @@ def run(options: Options) -> None:
     if options.push_to_hub is not None:
         check_hub(options.push_to_hub)
     student, notes = _student(options)
+    if options.steps is not None:
+        student.steps = student.steps.fewer(options.steps)
     folder = export_student(
         student.parts.denoiser, student.parts, student.steps, options.output,
         getattr(torch, options.dtype), student.facts, student.adapter, notes,

@@ -17,6 +17,7 @@ from lightning_modules.networks.lora import LoraSettings, StudentBase, StudentLo
 from lightning_modules.networks.pipeline_folder import student_scheduler
 from lightning_modules.networks.prompt_cache import use_prompt_cache
 from lightning_modules.networks.roles import RunNetworks, ScoreModels, captured
+from lightning_modules.networks.step_counts import add_step_counts
 from lightning_modules.networks.student import make_student
 from lightning_modules.networks.weights import hide_from_state_dict
 from lightning_modules.objectives.base import Objective, TeacherFacts
@@ -65,6 +66,12 @@ def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     Raises:
         UserError: the teacher or the start can't be used, or the objective doesn't fit the teacher.
     """
+    if settings.steps.counts and (settings.lora or settings.student_lora or settings.in_shards):
+        raise UserError(
+            "model.step_counts: student and fake score are told the number of steps, and learn it with all "
+            "of their weights. Set fake_score.lora and student_lora to null, and don't train in shards; or "
+            "leave step_counts out."
+        )
     offloaded = () if settings.prompt_cache is None else ("text_encoders",)
     parts = load_parts(settings.teacher, without=offloaded, in_shards=settings.in_shards)
     schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
@@ -74,6 +81,10 @@ def build_networks(settings: NetworkSettings, objective: Objective) -> Built:
     )
     # before the fake score's adapter goes into the network
     scores = ScoreModels(parts.denoiser, schedule, settings.lora, "fake_score" in objective.roles)
+    if settings.steps.counts:
+        for network in (student, scores.full_copy):
+            if network is not None:
+                add_step_counts(network, settings.steps.counts)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
         scores.enable_gradient_checkpointing()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -26,6 +27,7 @@ from lightning_modules.networks.ema import StudentEMA
 from lightning_modules.networks.lora import StudentBase, StudentLoraSettings
 from lightning_modules.networks.model_names import is_bundled, lasting_name
 from lightning_modules.networks.quantized import quantize_frozen
+from lightning_modules.networks.step_counts import tell
 from lightning_modules.networks.student import architecture
 from lightning_modules.networks.weights import check_fit
 from lightning_modules.objectives.base import (
@@ -60,11 +62,11 @@ SHOWN_PROMPTS = 3
 
 
 class OneStepDistillation(L.LightningModule):
-    """Student, frozen teacher and fake score (LoRA teacher), each trained in its turns by its own optimizer.
+    """Student, frozen teacher and fake score (a LoRA on the teacher, a full copy, or none), trained in turns.
 
     One training step is one student update on the global batch, and the other updates that the objective
-    plans beside it. ``global_step`` counts student updates. Nothing but prompts goes in, unless ``data.real``
-    is given.
+    plans beside it; each trained network has its own optimizer. ``global_step`` counts student updates.
+    Nothing but prompts goes in, unless ``data.real`` is given.
 
     Args:
         objective: the method; see ``lightning_modules/objectives``.
@@ -79,6 +81,9 @@ class OneStepDistillation(L.LightningModule):
             start_timestep. A turn draws one of them; the student's own steps lead there without a gradient.
         step_noise: between its steps: fresh, fixed (the start's again, which no stock sampler does, so that
             such a student can't be exported), or none (a deterministic trajectory).
+        step_counts: numbers of steps, e.g. [1, 2, 4] of four timesteps, of which a turn draws one, evenly
+            among the timesteps, and tells it to student and fake score (TDM-unify); needs full copies. null:
+            the student is trained for all of its steps and told nothing.
         student_init: one-step model to start from: an exported or other diffusers folder, or a .ckpt; null:
             the teacher.
         student_lora: train an adapter of the student on frozen weights; null: train all weights.
@@ -118,6 +123,7 @@ class OneStepDistillation(L.LightningModule):
         start_timestep: int = 999,
         timesteps: list[int] | None = None,
         step_noise: StepNoise = "fresh",
+        step_counts: list[int] | None = None,
         student_init: str | None = None,
         student_lora: StudentLoraSettings | None = None,
         further_roles: dict[str, RoleOptimization] | None = None,
@@ -138,9 +144,9 @@ class OneStepDistillation(L.LightningModule):
         check_range("model.decode_slice", decode_slice, 1, 2**31)
         check_range("model.score_batch", score_batch, 1, 2**31)
         check_range("model.ema_decay", ema_decay, 0, 1)
-        plain = ("teacher", "start_timestep", "timesteps", "step_noise", "student_init", "ema_decay",
-                 "gradient_checkpointing", "frozen_weights", "decode_slice", "score_batch", "prompt_cache",
-                 "compile", "seed", "max_skipped_updates")  # fmt: skip
+        plain = ("teacher", "start_timestep", "timesteps", "step_noise", "step_counts", "student_init",
+                 "ema_decay", "gradient_checkpointing", "frozen_weights", "decode_slice", "score_batch",
+                 "prompt_cache", "compile", "seed", "max_skipped_updates")  # fmt: skip
         self.save_hyperparameters(*plain)
         self.objective = objective
         given = {"student": student, "fake_score": fake_score, **(further_roles or {})}
@@ -150,7 +156,7 @@ class OneStepDistillation(L.LightningModule):
         self.optimization = {role: item for role in objective.roles if (item := given[role]) is not None}
         self.network_settings = NetworkSettings(
             teacher,
-            as_steps(timesteps or start_timestep, step_noise),
+            as_steps(timesteps or start_timestep, step_noise, step_counts or ()),
             fake_score.lora if fake_score else None,
             student_init,
             student_lora,
@@ -289,6 +295,7 @@ class OneStepDistillation(L.LightningModule):
         steps = int(self.trainer.max_steps)
         if self.image_terms is not None:
             self.image_terms.weights(0, steps)  # a schedule without an end shows here, before any training
+        self._check_own_weights()
         built = {
             role: item.build(self._parameter_groups(role), steps) for role, item in self.optimization.items()
         }
@@ -311,6 +318,21 @@ class OneStepDistillation(L.LightningModule):
         if not groups:
             raise UserError(f"{type(self.objective).__name__} names the role {role}, but gives it no weights")
         return groups
+
+    def _check_own_weights(self) -> None:
+        """Every weight of the objective itself moves in the turns of some role.
+
+        Raises:
+            UserError: one would never move.
+        """
+        given: list[Any] = [g for role in self.objective.roles for g in self.objective.parameters_of(role)]
+        moved = {id(p) for g in given for p in (g["params"] if isinstance(g, dict) else [g])}
+        idle = [n for n, p in self.objective.named_parameters() if p.requires_grad and id(p) not in moved]
+        if idle:
+            raise UserError(
+                f"{type(self.objective).__name__} has a weight that no role trains, {idle[0]}: name its "
+                "role in parameters_of (lightning_modules/objectives/base.py), or set requires_grad to False"
+            )
 
     def on_fit_start(self) -> None:
         """Say what real pictures the training sees; processes begin with the same weights."""
@@ -363,8 +385,8 @@ class OneStepDistillation(L.LightningModule):
         size = getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None)
         parts = cut(batch, self.num_batches, size)
         encode = self.generator.prompt_encoder.encode
-        for number, part in ((n, part) for n, of_batch in enumerate(parts) for part in of_batch):
-            part.random = StepRandom(self.seed, step, part.indices, self.device, number)
+        for part in chain.from_iterable(parts):
+            part.random = StepRandom(self.seed, step, part.indices, self.device, part.number)
             part.inputs = Inputs(
                 encode(part.prompts), encode(part.negatives or []) if needs_negatives else None
             )
@@ -469,14 +491,23 @@ class OneStepDistillation(L.LightningModule):
     def _objective_terms(self, role: str, sample: StudentSample, part: Part) -> dict[str, Tensor]:
         """The objective's terms for one role, noted together with its numbers."""
         assert part.random is not None
+        self._tell(sample.told)
         terms = self.objective.loss(role, sample, self.networks, part.random)
         self.numbers.note_all("objective", terms.numbers, part.share, self.trainer.world_size)
         return self._noted(role, terms.losses, part.share)
+
+    def _tell(self, count: int) -> None:
+        """Tell student and fake score the number of steps that samples were drawn in; 0 is all."""
+        if self.steps.counts:
+            for network in (self.student, self.scores.full_copy):
+                if network is not None:
+                    tell(network, count or len(self.steps))
 
     def _noted(self, role: str, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """The terms; one that is not finite makes its gradient so: then every process skips the update."""
         for name, value in terms.items():
             self.numbers.note(f"train/{role}_{name}", value, share)
+        # 0 · inf is NaN, which reaches every weight that the term depends on
         return {name: term * (1 + 0 * term.detach()) for name, term in terms.items()}
 
     @torch.no_grad()
@@ -536,6 +567,7 @@ class OneStepDistillation(L.LightningModule):
         times the schedule's length.
         """
         schedule, condition = self.networks.schedule, self.generator.prompt_encoder.encode(prompts)
+        self._tell(0)
         with self.evaluation_weights():
             noise = partial(self.generator.noise, seeds)
             x0 = self.generator.latents(noise(), condition, fresh=noise)

@@ -20,6 +20,7 @@ from lightning_modules.networks.backbones.calling import GUIDANCE, rescale, run_
 from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import TextToImageParts, noise_schedule
+from lightning_modules.networks.step_counts import tell
 from lightning_modules.networks.student import Weights, load_student
 from lightning_modules.pipelines import in_batches
 
@@ -107,6 +108,7 @@ class OneStepGenerator(nn.Module):
         def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return run_network(self.student, x_t, t, condition)
 
+        tell(self.student, len(self.steps))
         embedded = GUIDANCE if takes_guidance(self.student) else None
         x_t = noise
         for k in range(len(self.steps)):

@@ -15,6 +15,7 @@ from lightning_modules.diffusion.steps import Steps
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
 from lightning_modules.networks.roles import RoleNetwork
+from lightning_modules.networks.step_counts import tell
 from lightning_modules.objectives.base import Inputs, Objective, StepInput
 
 
@@ -78,16 +79,22 @@ class StudentSampler:
         """What a step is given that is drawn for the whole global batch, by way of the student's own steps.
 
         Backward simulation (DMD2, arXiv 2405.14867, section 4.5): what the student sees in training is what
-        it sees in use.
+        it sees in use. Of a student that takes the number of its steps that is drawn, too, from those that it
+        knows (TDM-unify, arXiv 2503.06674).
         """
-        k = int(random.shared_uniform("student_step") * len(self.steps))
+        steps, count = self.steps, 0
+        if steps.counts:
+            count = steps.counts[int(random.shared_uniform("step_count") * len(steps.counts))]
+            steps = steps.fewer(count)
+            tell(self._network, count)
+        k = int(random.shared_uniform("student_step") * len(steps))
         x_t = start = random.normal("start", self.latent_shape)
         for i in range(k):
-            said = self._predict(x_t, condition, self.steps.at(i, start), negative, negative_scale)
-            x_t = self.steps.next_input(
+            said = self._predict(x_t, condition, steps.at(i, start), negative, negative_scale)
+            x_t = steps.next_input(
                 i, said, self._schedule, start, lambda step: random.normal(f"step_{step}", self.latent_shape)
             )
-        return StepInput(x_t, self.steps.at(k, start), k)
+        return StepInput(x_t, steps.at(k, start), k, count)
 
     def _predict(
         self,

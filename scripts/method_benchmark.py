@@ -71,6 +71,7 @@ class Method(NamedTuple):
         config: the configuration's name.
         samples: whether it sees samples of the teacher.
         steps: of the student.
+        numbers: of steps that it is trained for, one of which is drawn beside the step.
         origin: row whose student of the same seed it starts from, and draws the samples; "": the teacher.
     """
 
@@ -78,6 +79,7 @@ class Method(NamedTuple):
     config: str
     samples: bool = False
     steps: int = 1
+    numbers: int = 1
     origin: str = ""
 
 
@@ -99,6 +101,7 @@ STEPS = {
     "pgsb_4step": Method("PG-SB, 4 steps", "emoji_pgsb_4step", steps=4),
     "dmd2_4step": Method("DMD2 without discriminator, 4 steps", "emoji_dmd2_4step", steps=4),
     "tdm_4step": Method("TDM, 4 steps", "emoji_tdm_4step", steps=4),
+    "tdm_unify": Method("TDM, told 4, 2 or 1 steps", "emoji_tdm_unify", steps=4, numbers=3),
     "tdm": Method("TDM", "emoji_tdm_4step"),
     "pgsb": METHODS["pgsb"],
     "dmd2": METHODS["dmd2"],
@@ -264,14 +267,16 @@ def configure(cell: Cell, updates: int, folder: Path, samples: Path, batch_size:
 def operations(method: str, folder: Path, samples: Path, batch_size: int) -> float:
     """Floating-point operations of one student update with all that it plans beside it; counted once.
 
-    Of a student of K steps the mean of K updates, in each of which another step is drawn. Where a student
-    starts makes no difference.
+    Of a student of K steps the mean of K updates, in each of which another step is drawn; of one that is
+    trained for several numbers of steps that of K for each of them. Where a student starts makes no
+    difference.
     """
     rows = METHODS | STEPS
     method = next(name for name, row in rows.items() if _costs(row) == _costs(rows[method]))
     kept = folder / "operations" / f"{method}.json"
     if not kept.is_file():
-        total, count = 0, Cell(method, 0).of.steps
+        total, row = 0, Cell(method, 0).of
+        count = row.steps * row.numbers
         step, uniform = OneStepDistillation.training_step, StepRandom.shared_uniform
 
         def counted(module: OneStepDistillation, *batch: Any) -> None:
@@ -281,7 +286,11 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
             total += counter.get_total_flops()
 
         def in_turn(random: StepRandom, name: str) -> float:
-            return random.step / count if name == "student_step" else uniform(random, name)
+            places = {
+                "student_step": random.step % row.steps / row.steps,
+                "step_count": random.step // row.steps / row.numbers,
+            }
+            return places[name] if name in places else uniform(random, name)
 
         place = folder / "operations"
         with (

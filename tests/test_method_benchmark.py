@@ -53,24 +53,28 @@ def test_one_step_from_four_starts_from_that_row_s_student(
     assert (model.student_init, list(model.timesteps)) == (None, [625, 469, 312, 156])
 
 
-@pytest.mark.parametrize("method", ["pgsb", "pgsb_4step"])
-def test_operations_of_every_step_count(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over the drawn steps: each step before one is a forward pass more."""
+@pytest.mark.parametrize(
+    ("method", "steps", "numbers"), [("pgsb", 1, 1), ("pgsb_4step", 4, 1), ("tdm_unify", 4, 3)]
+)
+def test_operations_of_every_step_count(
+    method: str, steps: int, numbers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over the drawn steps and numbers of them: each step before one is a forward pass more."""
     monkeypatch.setattr(method_benchmark.FlopCounterMode, "get_total_flops", lambda counter: 7)
-    drawn = list[float]()
+    drawn = list[tuple[float, float]]()
 
     def fit(words: list[str]) -> None:
         assert words[0] == "fit"
-        for step in range(4 if method == "pgsb_4step" else 1):
+        for step in range(steps * numbers):
             random = StepRandom(0, step, torch.arange(2))
             OneStepDistillation.training_step(None, random)  # type: ignore[arg-type]
 
     def step(module: Any, random: StepRandom) -> None:
-        drawn.append(random.shared_uniform("student_step") * 4)
+        drawn.append((random.shared_uniform("student_step") * 4, random.shared_uniform("step_count") * 3))
 
     monkeypatch.setattr(OneStepDistillation, "training_step", step)
     monkeypatch.setattr(method_benchmark.cli, "main", fit)
     monkeypatch.setattr(method_benchmark, "configure", lambda *given: ["--nothing"])
     (tmp_path / "operations" / f"{method}-seed0").mkdir(parents=True)
     assert method_benchmark.operations(method, tmp_path, tmp_path, 2) == 7
-    assert drawn == ([0, 1, 2, 3] if method == "pgsb_4step" else [0])
+    assert drawn == [(k, count) for count in range(numbers) for k in range(steps)]

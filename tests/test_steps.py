@@ -168,6 +168,18 @@ def test_steps_of_an_opened_student(tiny_sd: Path, tmp_path: Path) -> None:
         export_student(parts.denoiser, parts, Steps((999, 499), "fixed"), tmp_path / "fixed")
 
 
+def test_a_terminal_sigma_is_refused_before_any_training(backbone_folder: Callable[[str], Path]) -> None:
+    """Qwen-Image's schedule ends at a sigma of its own, which depends on the number of steps."""
+    folder = backbone_folder("qwen")
+    scheduler = load_parts(folder).scheduler
+    for noise in ("fresh", "none"):
+        with pytest.raises(UserError, match="terminal sigma .shift_terminal.*leave model.timesteps out"):
+            student_scheduler(scheduler, Steps((999, 499), noise))
+    assert student_scheduler(scheduler, Steps((999,))).config.shift_terminal is None
+    with pytest.raises(UserError, match="shift_terminal"):
+        distillation(folder, timesteps=[999, 499]).configure_model()
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 

@@ -321,3 +321,13 @@ def test_a_role_without_weights(tiny_sd: Path, tmp_path: Path) -> None:
     module = distillation(tiny_sd, objective, further_roles={"judge": adam()})
     with pytest.raises(UserError, match="names the role judge, but gives it no weights"):
         fit(module, tmp_path, 1)
+
+
+def test_an_objectives_weight_that_no_role_trains(tiny_sd: Path, tmp_path: Path) -> None:
+    objective = SwiftBrush()
+    objective.idle = nn.Linear(2, 1)
+    objective.parameters_of = lambda role: [objective.idle.bias]  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="a weight that no role trains, idle.weight"):
+        fit(distillation(tiny_sd, objective), tmp_path, 1)
+    objective.idle.weight.requires_grad = False
+    fit(distillation(tiny_sd, objective), tmp_path, 1)

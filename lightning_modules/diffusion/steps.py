@@ -29,13 +29,16 @@ class Steps:
     Args:
         timesteps: descending.
         noise: between the steps.
+        counts: of a student that takes the number of its steps as a condition, those that it knows,
+            ascending, the last one all of the steps; () for all other students.
 
     Raises:
-        UserError: the timesteps don't descend, or several end below 1.
+        UserError: the timesteps don't descend, or several end below 1; the counts are others.
     """
 
     timesteps: tuple[int, ...]
     noise: StepNoise = "fresh"
+    counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the timesteps."""
@@ -47,6 +50,12 @@ class Steps:
             )
         if self.noise not in ("fresh", "fixed", "none"):
             raise UserError(f"step_noise is {self.noise!r}: it is fresh, fixed or none")
+        known = (0, *self.counts)
+        if self.counts and (known[-1] != len(times) or any(a >= b for a, b in zip(known, known[1:]))):
+            raise UserError(
+                f"step_counts {list(self.counts)}: give the numbers of steps from the smallest up to all "
+                f"{len(times)} of timesteps, e.g. [1, 2, 4]"
+            )
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -60,14 +69,23 @@ class Steps:
         """`count` of the steps, evenly among them, from the first one.
 
         Raises:
-            UserError: there are not so many.
+            UserError: there are not so many, or the student does not know this number.
         """
+        if self.counts and count not in self.counts:
+            raise UserError(
+                f"the student was trained for {', '.join(map(str, self.counts))} steps, not for {count}: "
+                "give one of these"
+            )
         if not 1 <= count <= len(self):
             raise UserError(
                 f"the student was trained for the timesteps {list(self.timesteps)}: give from 1 to "
                 f"{len(self)} steps, not {count}"
             )
         return Steps(tuple(self.timesteps[i * len(self) // count] for i in range(count)), self.noise)
+
+    def by_count(self) -> dict[int, Steps]:
+        """The steps for each number that may be drawn, by `StudentSample.told`; 0 is all of them."""
+        return {0: self} | {count: self.fewer(count) for count in self.counts}
 
     def at(self, k: int, x: Tensor) -> Tensor:
         """Timestep k for each sample of x, [B], int64."""
@@ -107,16 +125,20 @@ class Steps:
 def step_facts(steps: Steps) -> dict[str, Any]:
     """The steps as plain data; see `steps_of`."""
     several = {"timesteps": list(steps.timesteps), "step_noise": steps.noise} if len(steps) > 1 else {}
-    return {"start_timestep": steps.start, **several}
+    known = {"step_counts": list(steps.counts)} if steps.counts else {}
+    return {"start_timestep": steps.start, **several, **known}
 
 
 def steps_of(facts: Mapping[str, Any]) -> Steps:
     """The steps that `step_facts` has written down."""
-    return as_steps(facts.get("timesteps") or int(facts["start_timestep"]), facts.get("step_noise", "fresh"))
+    times, noise = facts.get("timesteps") or int(facts["start_timestep"]), facts.get("step_noise", "fresh")
+    return as_steps(times, noise, facts.get("step_counts") or ())
 
 
-def as_steps(timesteps: int | Sequence[int] | Steps, noise: StepNoise = "fresh") -> Steps:
+def as_steps(
+    timesteps: int | Sequence[int] | Steps, noise: StepNoise = "fresh", counts: Sequence[int] = ()
+) -> Steps:
     """Steps as they are; one step at a timestep; or several."""
     if isinstance(timesteps, Steps):
         return timesteps
-    return Steps((timesteps,) if isinstance(timesteps, int) else tuple(timesteps), noise)
+    return Steps((timesteps,) if isinstance(timesteps, int) else tuple(timesteps), noise, tuple(counts))

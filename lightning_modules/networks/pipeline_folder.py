@@ -38,6 +38,7 @@ from lightning_modules.networks.loading import (
     pipeline_folder,
 )
 from lightning_modules.networks.lora import StudentAdapter, lora_card, write_lora
+from lightning_modules.networks.step_counts import folded
 
 MARKER, LORA = "one_step.json", "lora"
 _PLACES = {"_name_or_path", "name_or_path"}  # both libraries note where a part was read from
@@ -147,7 +148,8 @@ def export_student(
         UserError: there is something else in the folder, or no stock scheduler for the student.
 
     Args:
-        denoiser: the student; not changed.
+        denoiser: the student; not changed. One that takes the number of its steps becomes a stock network
+            that draws in so many.
         parts: the teacher's parts (its `denoiser` is not used); its scheduler gives the schedule.
         steps: where the student is called.
         output: folder to write; a former export is replaced, anything else in it is refused.
@@ -163,9 +165,11 @@ def export_student(
             "No stock scheduler adds the same noise before every step (step_noise: fixed): this student can "
             "be drawn with by generate and evaluate only."
         )
+    denoiser, steps = folded(denoiser, len(steps)), dataclasses.replace(steps, counts=())
     scheduler = student_scheduler(parts.scheduler, steps)
     target = check_output_folder(Path(output), own_names)
     facts = {name: without_place(value) for name, value in (card or {}).items()}
+    facts.pop("step_counts", None)
     facts |= {**step_facts(steps), "dtype": str(dtype).removeprefix("torch.")}
     with written_at_once(target) as folder:
         cast = dataclasses.replace(

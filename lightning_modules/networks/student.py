@@ -44,6 +44,7 @@ from lightning_modules.networks.lora import (
 )
 from lightning_modules.networks.model_names import lasting_name
 from lightning_modules.networks.pipeline_folder import MARKER, is_own_export, student_scheduler
+from lightning_modules.networks.step_counts import add_step_counts, folded
 from lightning_modules.networks.weights import content_hash, difference, other_value, own_weights
 
 Weights = Literal["ema", "online"]
@@ -303,6 +304,8 @@ def _whole(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Mo
     """The student of a checkpoint that holds all of its weights."""
     config = dict(facts["architecture"])
     student: nn.Module = DENOISERS[config.get(CLASS, "UNet2DConditionModel")].from_config(config)
+    if counts := steps_of(facts).counts:
+        add_step_counts(student, counts)
     if found := difference(state, student.state_dict()):
         raise UserError(
             f"The student in {path} is of another architecture than the checkpoint says: {found}. "
@@ -360,6 +363,7 @@ def make_student(
         student: nn.Module = copy.deepcopy(parts.denoiser, {id(tensor): tensor for tensor in kept})
     else:
         loaded = load_student(init)
+        loaded.parts.denoiser = folded(loaded.parts.denoiser, len(loaded.steps))
         # students of this project start at one timestep; any other model is taken to know its whole schedule
         if loaded.facts and loaded.start_timestep != start_timestep:
             found: str | None = f"it starts at timestep {loaded.start_timestep}, this run at {start_timestep}"

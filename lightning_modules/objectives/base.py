@@ -69,6 +69,7 @@ class StudentSample:
         x_t: what the step that carries the gradient was given, [B, C, H, W].
         t: the timesteps of that step, [B].
         k: its number among the student's steps.
+        told: in how many steps, where the student knows several numbers of them and one was drawn; else 0.
         real: given pictures, for objectives that need some.
     """
 
@@ -78,15 +79,20 @@ class StudentSample:
     x_t: Tensor | None = None
     t: Tensor | None = None
     k: int = 0
+    told: int = 0
     real: Real | None = None
 
 
 class StepInput(NamedTuple):
-    """What step k of the student is given: x_t [B, C, H, W], without a gradient, and t [B]."""
+    """What step k of the student is given: x_t [B, C, H, W], without a gradient, and t [B].
+
+    `told` is that of :class:`StudentSample`.
+    """
 
     x_t: Tensor
     t: Tensor
     k: int
+    told: int = 0
 
 
 class Sampler(Protocol):
@@ -105,7 +111,7 @@ class Sampler(Protocol):
         """Input of the step whose turn it is, which is drawn, the same for the whole global batch.
 
         The steps before it are taken without a gradient, with the negative prompts as in a call. Of a
-        one-step student it is the start noise.
+        one-step student it is the start noise. One that takes the number of its steps is told one of them.
         """
 
     def __call__(

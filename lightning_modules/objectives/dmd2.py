@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,14 @@ from lightning_modules.objectives.base import (
 from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.pieces import (
     Noised,
+    OwnTimesteps,
     check_timesteps,
     denoising_loss,
     mean_distance,
     mix_towards_student,
     noised,
+    own_timesteps_of,
+    timesteps_of,
 )
 
 
@@ -56,6 +60,8 @@ class DMD2(Objective):
         student_share: the fake score is moved towards the student by this share of the way after each of the
             student's updates (SenseFlow: 0.03, CDM: 0.001); needs full copies.
         discriminator: on features of the fake score's middle block in the paper; null: none.
+        intervals: whole: t of all steps of the student alike, with one fake score for them all; own: t
+            between a step's own timestep and the next one's, for the fake score, too (phases).
 
     Raises:
         ValueError: a number is out of range.
@@ -69,6 +75,7 @@ class DMD2(Objective):
         max_timestep: int = 980,
         student_share: float = 0.0,
         discriminator: Discriminator | None = None,
+        intervals: Literal["whole", "own"] = "whole",
     ) -> None:
         super().__init__()
         if fake_updates < 1 or not 0 <= student_share <= 1:
@@ -78,7 +85,9 @@ class DMD2(Objective):
             )
         self.guidance, self.fake_updates = as_guidance(guidance_scale), fake_updates
         self.timesteps, self.student_share = UniformTimesteps(min_timestep, max_timestep), student_share
-        self.discriminator = discriminator
+        self.discriminator, self.intervals = discriminator, intervals
+        self.own: OwnTimesteps = {}
+        self.fake_own: OwnTimesteps = {}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,6 +97,9 @@ class DMD2(Objective):
     def build(self, facts: TeacherFacts) -> None:
         """Make the discriminator's heads; raises ValueError if a setting does not fit the teacher."""
         check_timesteps(self.timesteps, facts.schedule)
+        if self.intervals == "own":
+            self.own = own_timesteps_of(facts, self.timesteps.low, self.timesteps.high)
+            self.fake_own = own_timesteps_of(facts, 0, facts.schedule.num_timesteps)
         if self.discriminator is not None:
             self.discriminator.build(facts)
 
@@ -97,7 +109,8 @@ class DMD2(Objective):
 
     def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"matching": ½ MSE(x̂, sg[x̂ − g])}``: gradient g / numel at ``sample.x0``; and "adversarial"."""
-        at = noised(sample.x0, networks, random, "student", self.timesteps)
+        timesteps = timesteps_of(sample, self.timesteps, self.own)
+        at = noised(sample.x0, networks, random, "student", timesteps)
         with torch.no_grad():
             gradient = self.score_gradient(at, sample, networks, random)
         numbers: dict[str, float | Tensor] = {
@@ -121,7 +134,7 @@ class DMD2(Objective):
 
     def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"denoising": MSE}`` on the detached samples, and the discriminator's own terms."""
-        losses = {"denoising": denoising_loss(sample.x0, sample.condition, networks, random)}
+        losses = {"denoising": denoising_loss(sample, networks, random, self.fake_own)}
         if self.discriminator is not None:
             losses |= self.discriminator.own_terms(sample, networks, random)
         return Terms(losses)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_modules.diffusion.broadcast import at_least_float32, expand_like
-from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.diffusion.timesteps import UniformTimesteps
-from lightning_modules.objectives.base import Networks
+from lightning_modules.diffusion.timesteps import UniformTimesteps, own_timesteps
+from lightning_modules.objectives.base import Networks, StudentSample, TeacherFacts
 
 
 class Noised(NamedTuple):
@@ -35,6 +35,28 @@ def noised(
     return Noised(x0, networks.schedule.add_noise(x0, noise, t), t, noise)
 
 
+OwnTimesteps = Mapping[int, Sequence[UniformTimesteps]]
+"""The part of a range of timesteps that is each step's own, by a sample's `told` and `k`; empty: no parts."""
+
+
+def own_timesteps_of(facts: TeacherFacts, low: int, high: int) -> OwnTimesteps:
+    """Matching in phases: each step of the student at its own noise alone.
+
+    Where new noise comes between the steps, x̂ of step k noised to t, from t_{k+1} on, has the distribution
+    of what step k + 1 is given, noised on to t: both are α_t x̂ + σ_t n. Below t_{k+1} the next steps are at
+    work, above t_k the former ones were. As t tells which step it is, one fake score is one for each step.
+
+    Raises:
+        ValueError: a step has no timesteps of its own.
+    """
+    return {count: own_timesteps(steps, low, high) for count, steps in facts.steps.by_count().items()}
+
+
+def timesteps_of(sample: StudentSample, whole: UniformTimesteps, own: OwnTimesteps) -> UniformTimesteps:
+    """Where a loss looks at a sample: anywhere, or at its step's own timesteps."""
+    return own[sample.told][sample.k] if own else whole
+
+
 def check_timesteps(timesteps: UniformTimesteps, schedule: NoiseSchedule) -> None:
     """Raise ValueError if timesteps lie past the schedule."""
     if timesteps.high > schedule.num_timesteps:
@@ -44,14 +66,17 @@ def check_timesteps(timesteps: UniformTimesteps, schedule: NoiseSchedule) -> Non
         )
 
 
-def denoising_loss(x0: Tensor, condition: Condition, networks: Networks, random: StepRandom) -> Tensor:
+def denoising_loss(
+    sample: StudentSample, networks: Networks, random: StepRandom, own: OwnTimesteps = MappingProxyType({})
+) -> Tensor:
     """MSE of what the fake score says about noised samples, by what its network puts out: ε, v, x0 or flow.
 
-    Without guidance and text dropout, t uniform over the whole schedule, as in DMD2's code (there ε).
+    Without guidance and text dropout, t uniform over the whole schedule, as in DMD2's code (there ε), or over
+    the step's own part of it.
     """
-    everywhere = UniformTimesteps(0, networks.schedule.num_timesteps)
-    x0, x_t, t, noise = noised(x0.detach(), networks, random, "fake", everywhere)
-    prediction = networks.fake_score(x_t, t, condition)
+    at = timesteps_of(sample, UniformTimesteps(0, networks.schedule.num_timesteps), own)
+    x0, x_t, t, noise = noised(sample.x0.detach(), networks, random, "fake", at)
+    prediction = networks.fake_score(x_t, t, sample.condition)
     alpha, sigma = (expand_like(value, x0) for value in networks.schedule.alpha_sigma(t))
     targets = {
         "epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0

@@ -5,6 +5,8 @@ With a random guidance scale it is PG-SB, with negative prompts NASA-T (both SNO
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +28,7 @@ from lightning_modules.objectives.base import (
     TeacherFacts,
     Terms,
 )
+from lightning_modules.objectives.pieces import OwnTimesteps, own_timesteps_of, timesteps_of
 
 
 class SwiftBrush(Objective):
@@ -37,7 +40,8 @@ class SwiftBrush(Objective):
         g = σ_t² (ε_teacher^κ(x_t, t, y) − ε_fake^κ(x_t, t, y))
         L = ½ MSE(x̂, sg[x̂ − g]),  ∂L/∂x̂ = g / numel
 
-    Fake score, on the same x̂ detached, with new ε, t ~ U{0 … T − 1}, no guidance, text dropped now and then::
+    Fake score, on the same x̂ detached, with new ε, t ~ U{0 … num_timesteps − 1}, no guidance, text dropped
+    now and then::
 
         L = MSE(α_t ε_fake(x_t, t, y or ∅), α_t ε)
 
@@ -74,7 +78,8 @@ class SwiftBrush(Objective):
 
     Args:
         guidance_scale: κ of both scores in the student's turn, a number or a rule.
-        fake_guidance_scale: κ of the fake score; null: the teacher's, the same draw.
+        fake_guidance_scale: κ of the fake score; null: the teacher's, the same draw. Two random
+            rules share one uniform number.
         teacher_negatives: the teacher's guidance goes away from y⁻ instead of ∅.
         fake_score_negatives: the fake score's, too.
         student_negatives: α of NASA in the student's forward pass, a number or a rule with one draw per step;
@@ -83,6 +88,8 @@ class SwiftBrush(Objective):
         max_timestep: one more than its largest t.
         prompt_dropout: probability that the fake score is trained with ∅ in place of the prompts.
         dropout_per_sample: decide per sample rather than once for the global batch.
+        intervals: whole: t of all steps of the student alike, with one fake score for them all; own: t
+            between a step's own timestep and the next one's, for the fake score, too (phases).
 
     Raises:
         ValueError: on timesteps or a probability out of range (``max_timestep`` past the schedule:
@@ -100,6 +107,7 @@ class SwiftBrush(Objective):
         teacher_negatives: bool = False,
         fake_score_negatives: bool = False,
         student_negatives: float | GuidanceScale | None = None,
+        intervals: Literal["whole", "own"] = "whole",
     ) -> None:
         super().__init__()
         if not 0 <= prompt_dropout <= 1:
@@ -110,17 +118,22 @@ class SwiftBrush(Objective):
         self.fake_guidance = None if fake_guidance_scale is None else as_guidance(fake_guidance_scale)
         self.teacher_negatives, self.fake_score_negatives = teacher_negatives, fake_score_negatives
         self.student_negatives = None if student_negatives is None else as_guidance(student_negatives)
-        self.student_timesteps = UniformTimesteps(min_timestep, max_timestep)
+        self.student_timesteps, self.intervals = UniformTimesteps(min_timestep, max_timestep), intervals
+        self.own: OwnTimesteps = {}
+        self.fake_own: OwnTimesteps = {}
         self.prompt_dropout = prompt_dropout
         self.dropout_per_sample = dropout_per_sample
 
     def build(self, facts: TeacherFacts) -> None:
-        """Check the timesteps.
+        """Check the timesteps, and cut them into the steps' intervals if that is asked for.
 
         Raises:
-            ValueError: ``max_timestep`` lies past the schedule.
+            ValueError: ``max_timestep`` lies past the schedule, or a step has no timesteps of its own.
         """
         self._check(facts.schedule)
+        if self.intervals == "own":
+            self.own = own_timesteps_of(facts, self.student_timesteps.low, self.student_timesteps.high)
+            self.fake_own = own_timesteps_of(facts, 0, facts.schedule.num_timesteps)
 
     def sample(self, student: Sampler, inputs: Inputs, random: StepRandom, role: str) -> StudentSample:
         """The drawn step; NASA-T: away from the negative prompts, at one α for batch and steps."""
@@ -162,7 +175,8 @@ class SwiftBrush(Objective):
         """g [B, C, H, W], which points from the teacher's x0 towards the fake score's, and t [B]."""
         if NEGATIVE_PROMPTS in self.needs and sample.negative is None:
             raise ValueError("the objective needs negative prompts, but the samples have none")
-        t = self.student_timesteps.draw(random.uniform("student_timestep")).to(x0.device)
+        timesteps = timesteps_of(sample, self.student_timesteps, self.own)
+        t = timesteps.draw(random.uniform("student_timestep")).to(x0.device)
         noise = random.normal("student_noise", x0.shape[1:]).to(x0)
         x_t = networks.schedule.add_noise(x0, noise, t)
         text, teacher_kappa, fake_kappa = sample.condition, *kappas
@@ -177,7 +191,8 @@ class SwiftBrush(Objective):
     def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"denoising": MSE(α_t ε_fake, α_t ε)}`` at the detached sample: trains the fake score only."""
         x0 = at_least_float32(sample.x0.detach())
-        timesteps = UniformTimesteps(0, networks.schedule.num_timesteps)
+        everywhere = UniformTimesteps(0, networks.schedule.num_timesteps)
+        timesteps = timesteps_of(sample, everywhere, self.fake_own)
         t = timesteps.draw(random.uniform("fake_timestep")).to(x0.device)
         noise = random.normal("fake_noise", x0.shape[1:]).to(x0)
         x_t = networks.schedule.add_noise(x0, noise, t)

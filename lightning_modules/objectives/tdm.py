@@ -52,8 +52,10 @@ class TDM(Objective):
     (with sums in place of the means it is the ratio of the two densities, up to a factor that is one for all
     samples of a τ; the means temper it, as thousands of numbers would make it zero or huge).
 
+    TDM-unify is ``model.step_counts``: for each number of steps that is drawn the intervals are other ones.
+
     Where this differs from the official code: the normaliser is at least 1e-5; the point where the trajectory
-    is left is the interval's end and is not drawn; TDM-unify (the number of steps as a condition) is missing.
+    is left is the interval's end and is not drawn; the code has no TDM-unify.
 
     Args:
         guidance_scale: κ of the teacher, a number or a rule.
@@ -81,8 +83,8 @@ class TDM(Objective):
             raise ValueError(f"huber={huber}, margin={margin}, min_timestep={min_timestep}: none is below 0")
         self.guidance, self.huber, self.importance = as_guidance(guidance_scale), huber, importance
         self.intervals, self.min_timestep, self.margin = intervals, min_timestep, margin
-        self.ends: list[int | None] = []
-        self.ranges: list[UniformTimesteps] = []
+        self.ends: dict[int, list[int | None]] = {}  # by the sample's told, and k
+        self.ranges: dict[int, list[UniformTimesteps]] = {}
 
     def build(self, facts: TeacherFacts) -> None:
         """Cut the schedule into the steps' intervals.
@@ -90,18 +92,19 @@ class TDM(Objective):
         Raises:
             ValueError: there is noise between the steps, or one's interval is empty.
         """
-        times = facts.steps.timesteps
-        if len(times) > 1 and facts.steps.noise != "none":
+        if len(facts.steps) > 1 and facts.steps.noise != "none":
             raise ValueError(
                 f"step_noise is {facts.steps.noise}: the trajectory is deterministic, set it to none"
             )
-        self.ends = [*times[1:], None]
-        tops = times if self.intervals == "own" else [facts.schedule.num_timesteps] * len(times)
-        self.ranges = [
-            UniformTimesteps(max(self.min_timestep, end or 0), top - self.margin)
-            for end, top in zip(self.ends, tops, strict=True)
-        ]
-        check_timesteps(self.ranges[0], facts.schedule)
+        for count, steps in facts.steps.by_count().items():
+            times = steps.timesteps
+            self.ends[count] = [*times[1:], None]
+            tops = times if self.intervals == "own" else [facts.schedule.num_timesteps] * len(times)
+            self.ranges[count] = [
+                UniformTimesteps(max(self.min_timestep, end or 0), top - self.margin)
+                for end, top in zip(self.ends[count], tops, strict=True)
+            ]
+        check_timesteps(self.ranges[0][0], facts.schedule)
 
     def turns(self, step: int) -> Sequence[Turn]:
         """The fake score first, on the same samples."""
@@ -113,10 +116,10 @@ class TDM(Objective):
         """From where the sample's step arrives on to τ; and the new noise ε. Without gradient."""
         assert sample.x_t is not None and sample.t is not None
         x0 = at_least_float32(sample.x0.detach())
-        t = self.ranges[sample.k].draw(random.uniform(f"{name}_timestep")).to(x0.device)
+        t = self.ranges[sample.told][sample.k].draw(random.uniform(f"{name}_timestep")).to(x0.device)
         fresh = random.normal(f"{name}_noise", x0.shape[1:]).to(x0)
         alpha, sigma = (expand_like(value, x0) for value in schedule.alpha_sigma(t))
-        end = self.ends[sample.k]
+        end = self.ends[sample.told][sample.k]
         if end is None:  # the last step arrives at x̂ itself
             return Diffused(alpha * x0 + sigma * fresh, t, fresh), fresh
         at = [expand_like(value, x0) for value in schedule.alpha_sigma(sample.t)]
@@ -141,6 +144,7 @@ class TDM(Objective):
         numbers: dict[str, float | Tensor] = {
             "student_timestep": at.t.float().mean(),
             "student_step": float(sample.k),
+            **({"student_steps": float(sample.told)} if sample.told else {}),
             "nonfinite_score_gradients": (~torch.isfinite(target)).sum(),
         }
         return Terms({"matching": (error / mean_distance(x0, real)).mean()}, numbers)

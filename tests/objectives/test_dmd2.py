@@ -10,8 +10,10 @@ import torch
 
 from common.errors import UserError
 from lightning_modules.diffusion.schedule import NoiseSchedule
-from lightning_modules.objectives.base import StudentSample, Turn
+from lightning_modules.diffusion.steps import Steps
+from lightning_modules.objectives.base import StudentSample, TeacherFacts, Turn
 from lightning_modules.objectives.dmd2 import DMD2
+from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.objectives.analytic import (
     FAKE,
     REAL,
@@ -78,6 +80,24 @@ def test_timesteps(make_scores: Any, text: Any) -> None:
     DMD2().fake_score_loss(sample, scores, step_random(size))
     spans = [(int(call.t.min()), int(call.t.max())) for call in scores.calls]
     assert spans == [(20, 979), (20, 979), (0, 999)]
+
+
+@pytest.mark.parametrize("kind", [DMD2, SwiftBrush])
+def test_each_step_at_its_own_noise(make_scores: Any, text: Any, schedule: NoiseSchedule, kind: Any) -> None:
+    """From the next step's timestep up to below its own, student and fake score alike; of 2 steps others."""
+    objective, size = kind(intervals="own"), 5_000
+    objective.build(TeacherFacts(schedule, SHAPE[1:], Steps((900, 600, 300, 100), counts=(1, 2, 4)), len))
+    for count, k, low, high in ((0, 1, 300, 600), (4, 3, 0, 100), (2, 0, 300, 900), (1, 0, 0, 900)):
+        scores, random = make_scores(), step_random(size)
+        sample = StudentSample(torch.zeros(size, 1, 1, 1), text([1.0] * size), k=k, told=count)
+        objective.student_loss(sample, scores, random), objective.fake_score_loss(sample, scores, random)
+        spans = [(int(call.t.min()), int(call.t.max())) for call in scores.calls]
+        expected = [(max(low, 20), high - 1)] * 2 + [(low, high - 1)]
+        for (first, last), (least, most) in zip(expected, spans, strict=True):
+            assert first <= least <= first + 2 and last - 2 <= most <= last
+    facts = TeacherFacts(schedule, SHAPE[1:], Steps((900, 600)), len)
+    with pytest.raises(ValueError, match="low=600, high=500"):
+        kind(intervals="own", max_timestep=500).build(facts)
 
 
 def test_turns() -> None:

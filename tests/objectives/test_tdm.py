@@ -99,13 +99,13 @@ def test_what_does_not_fit_is_refused(schedule: NoiseSchedule) -> None:
         objective(schedule, Steps((900, 300)))
     with pytest.raises(ValueError, match="low=300, high=295"):
         objective(schedule, Steps((305, 300), "none"))
-    assert objective(schedule, intervals="whole").ranges[1].high == schedule.num_timesteps - 10
+    assert objective(schedule, intervals="whole").ranges[0][1].high == schedule.num_timesteps - 10
 
 
 def test_weighted_noise_is_unit_normal(make_scores: Any, text: Any, schedule: NoiseSchedule) -> None:
     """Of one number a sample, where mean and sum are the same, w is the ratio of N(0, 1) to what n has."""
     count, made = 20_000, objective(schedule)
-    made.ranges[0] = UniformTimesteps(880, 881)
+    made.ranges[0][0] = UniformTimesteps(880, 881)
     x0, x_t = torch.full((count, 1, 1, 1), 0.7), torch.full((count, 1, 1, 1), 1.9)
     given = StudentSample(x0, text(VALUES), x_t=x_t, t=torch.full((count,), 900), k=0)
     at, fresh = made.diffused(given, schedule, StepRandom(3, 0, torch.arange(count)), "fake")
