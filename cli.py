@@ -33,6 +33,8 @@ COMMANDS = {
     "app": ("commands.app", "a local page to try a student beside its teacher"),
 }
 """Module and help of each command. The module has a dataclass `Options` and `run(options)`."""
+SLOW = {f"commands.{name}" for name in ("evaluate", "encode_prompts", "draw_teacher", "merge")}
+"""Modules that import torch, which their help does not wait for."""
 OTHER_WORDS = {
     "train": "fit", "distill": "fit", "distil": "fit", "resume": "fit", "eval": "evaluate",
     "measure": "evaluate", "sample": "generate", "infer": "generate", "inference": "generate",
@@ -82,8 +84,12 @@ def run_command(args: list[str]) -> None:
 
 def _run(command: str, args: list[str]) -> None:
     path, description = COMMANDS[command]
-    if path == TRAINER and {"-h", "--help"} & {*args}:
-        print(importlib.import_module("commands.trainer_help").text(command, description))
+    if {"-h", "--help"} & {*args} and (path == TRAINER or path in SLOW):
+        if path == TRAINER:
+            told = importlib.import_module("commands.trainer_help").text(command, description)
+        else:
+            told = importlib.import_module("commands.option_help").text(command, path, description)
+        print(told)
         raise SystemExit(0)
     # here, as most commands import torch: seconds that the list of commands need not take
     module = importlib.import_module(path)

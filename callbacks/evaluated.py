@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -111,7 +112,8 @@ def evaluation_set(
     """The first captions of the stage (None: all); caption i is drawn from seed ``seed + i``.
 
     Group and negative prompt of each of its ``eval_captions`` are its ``eval_groups`` and
-    ``eval_negatives``, if it has these.
+    ``eval_negatives``, if it has these. Name and published protocol are those of its ``eval_set``, where
+    these are its captions and this is its ``frame``.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     every = measured_captions(trainer)
@@ -119,11 +121,15 @@ def evaluation_set(
     groups, negatives = (
         getattr(data, name, None) if are_reported else None for name in ("eval_groups", "eval_negatives")
     )
-    return EvaluationSet(
-        name="run",
+    own: EvaluationSet | None = getattr(data, "eval_set", None)
+    if own is None or not are_reported or own.frame != frame:
+        own = EvaluationSet("run", [], [])
+    return replace(
+        own,
         captions=captions,
         seeds=[seed + i for i in range(len(captions))],
         negatives=negatives and negatives[:size],
         groups=groups and groups[:size],
         frame=frame,
+        told=None,
     )

@@ -48,6 +48,7 @@ class FinalResults:
         metrics: results of the student; ``teacher_metrics``: of each of the teacher's rows, if it was asked.
         fewer_steps: of a student of several steps, results in 1 and 2 of them (``steps_1``, ``steps_2``).
         manifest: what a comparable measurement must share with this one.
+        drawn: the captions, with the published protocol that they may have.
     """
 
     step: int
@@ -56,6 +57,7 @@ class FinalResults:
     teacher_metrics: dict[str, Results] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     fewer_steps: dict[str, Results] = field(default_factory=dict)
+    drawn: EvaluationSet | None = None
 
 
 class Evaluation(Callback):
@@ -139,6 +141,10 @@ class Evaluation(Callback):
         loaded = self._leave_out(data) if self.leave_out else []
         bind_metrics(self.metrics, self.extractor, self.reference, trainer.strategy.root_device)
         loaded.clear()  # the metrics hold them now
+        if stage == "fit" and self.final_size:  # at the end it would be too late
+            last = evaluation_set(trainer, self.final_size)
+            for metric in self.metrics:
+                metric.prepare(last.captions, last.groups, last.negatives)
         self._rest(trainer)
         described = describe_reference(self.reference, evaluation_captions(trainer)) or {}
         if described.get("captions_are_those_of_the_evaluation") is False:
@@ -268,10 +274,18 @@ class Evaluation(Callback):
             rows = self._teacher_rows(trainer, student.parts.path, drawn) if is_asked else {}
         guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
         manifest = self.manifest(trainer, len(drawn), self.seed, guidance, weights)
-        self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest, fewer)
+        self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest, fewer, drawn)
         self._rest(trainer)
         self._log_final(trainer, self.final)
         return self.final
+
+    def last(self, trainer: Trainer, step: int, weights: str) -> FinalResults:
+        """What the last validation or test has measured, after ``step`` updates."""
+        count = max(result["num_images"] for result in self.measured.values())
+        # the validation step draws caption i from seed i, whatever the seed of the final evaluation
+        manifest = self.manifest(trainer, count, 0, {"student": None}, weights)
+        drawn = evaluation_set(trainer, count, frame=self.frame)
+        return FinalResults(step, weights, self.measured, manifest=manifest, drawn=drawn)
 
     def _student_row(self, student: Student, drawn: EvaluationSet, steps: int) -> Results:
         draw = student.generator.images

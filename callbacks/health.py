@@ -29,10 +29,11 @@ _SIDE = 16
 class Health(Callback):
     """Logs five numbers of a few of the student's pictures, and raises an alarm where one leaves its range.
 
-    ``health/NAME/student`` beside ``health/NAME/low`` and ``/high``, the teacher's range: the mean over its
-    pictures of the same prompts and seeds, and ``tolerance`` times their deviation around it, widened to
-    where the student starts from. An alarm is a warning, ``health/alarms`` (how many numbers are outside)
-    and a table in the loggers, and stands in the report; it comes once for each number until that is back.
+    ``health/NAME/student`` beside ``health/NAME/low`` and ``/high``, the teacher's range: from the mean over
+    its pictures of the same prompts and seeds to where the student starts from, and ``tolerance`` times the
+    deviation of its pictures beyond both. (The mean of eight pictures varies by a third of that deviation.)
+    An alarm is a warning, ``health/alarms`` (how many numbers are outside) and a table in the loggers, and
+    stands in the report; it comes once for each number until that is back.
 
     Args:
         num_images: pictures; more of them than evaluation captions are drawn from further seeds. The
@@ -80,8 +81,8 @@ class Health(Callback):
         found = measures(pictures, latents)
         start = self._student_values(trainer, pl_module)
         for name, values in found.items():
-            middle, width = float(values.mean()), self.tolerance * float(values.std())
-            self.ranges[name] = (min(middle - width, start[name]), max(middle + width, start[name]))
+            ends, width = (float(values.mean()), start[name]), self.tolerance * float(values.std())
+            self.ranges[name] = (min(ends) - width, max(ends) + width)
         self._log(trainer, student.student_steps, start)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -118,10 +118,7 @@ class RunReport(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         evaluation = next((one for one in callbacks if isinstance(one, Evaluation) and one.measured), None)
         if evaluation is not None:
-            count = max(result["num_images"] for result in evaluation.measured.values())
-            # the validation step draws caption i from seed i, whatever the seed of the final evaluation
-            manifest = evaluation.manifest(trainer, count, 0, {"student": None}, weights)
-            found = FinalResults(student.student_steps, weights, evaluation.measured, manifest=manifest)
+            found = evaluation.last(trainer, student.student_steps, weights)
         self._write(trainer, replace(found, weights=weights), student, is_finished=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,6 +205,7 @@ def publish(
         "config_path": str(run / CONFIG_NAME),
         "finished": is_finished,
         "run": run_facts(trainer, student),
+        "evaluation_set": None if found.drawn is None else found.drawn.name,
     }
     machine = {
         "accelerator": trainer.strategy.root_device.type,
@@ -219,6 +217,7 @@ def publish(
         subject, found.metrics, facts | manifest, timing, pictures, machine=machine,
         seeds=f"{manifest['seeds']['first']} + place of the caption" if manifest else "",
         teacher=found.teacher_metrics, fewer_steps=found.fewer_steps, curves=curves,
+        evaluation_set=found.drawn,
         row=student_row(len(student.steps)) + ("" if is_finished else ", at its last validation"),
     )  # fmt: skip
     path = write_report(replace(report, sheets=dict(sheets or {})), folder)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.evaluated import as_student, weights_of
-from callbacks.evaluation import Evaluation, FinalResults
+from callbacks.evaluation import Evaluation
 from callbacks.logging_media import log_media
 from callbacks.report import publish
 from callbacks.run_folder import run_dir
@@ -76,10 +76,9 @@ class StageReport(Callback):
         student, seconds = as_student(module), time.perf_counter() - self._begin
         folder = run_dir(trainer) / str(trainer.state.fn.value)  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
-        count = max(result["num_images"] for result in evaluation.measured.values())
-        # the validation step draws caption i from seed i, whatever the seed of the final evaluation
-        manifest = evaluation.manifest(trainer, count, 0, {"student": None}, weights)
-        found = FinalResults(student.student_steps, weights, evaluation.measured, manifest=manifest)
+        found = evaluation.last(trainer, student.student_steps, weights)
+        assert found.drawn is not None
+        count = len(found.drawn)
         timing = {
             "seconds": seconds, "images_per_second": count / seconds, "peak_memory_gib": peak_memory_gib(),
         }  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.evaluated import as_student, evaluating
+from callbacks.health import Health
 from callbacks.run_folder import run_dir
 from callbacks.samples import Pictures
 from callbacks.throughput import Throughput, matmul_rate
@@ -124,7 +125,7 @@ class StartSummary(Callback):
         most = sum(trainer.num_val_batches) * getattr(data, "eval_batch_size", 0)
         pictures = validations * int(min(some // trainer.world_size, most))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Pictures):
+            if isinstance(callback, Pictures | Health):
                 rhythm = callback.every_n_steps
                 pictures += callback.num_images * ((end - after) // rhythm if rhythm else validations)
             pictures += min(getattr(callback, "final_size", 0), every_caption) // trainer.world_size

@@ -45,6 +45,7 @@ from lightning_modules.parallel import (
     mean_over_processes,
     same_on_all_processes,
     shard_networks,
+    shard_text_encoders,
     without_sync,
 )
 from lightning_modules.sampler import StudentSampler, check_negative_scale
@@ -258,6 +259,7 @@ class OneStepDistillation(L.LightningModule):
         if trainer is not None and isinstance(trainer.strategy, FullySharded):
             mesh = trainer.strategy.device_mesh["data_parallel"]
             shard_networks(trained, mesh, self.parts.weights)
+            shard_text_encoders(self.generator.prompt_encoder, mesh)
         elif trainer is not None and trainer.strategy.root_device.type == "cpu":
             channels_last(trained)
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None

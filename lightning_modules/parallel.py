@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch._utils import _take_tensors
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.processes import from_every_rank, rank_and_world_size
 from lightning_modules.checkpoints import check_shards, is_sharded, plain_shards, read, reason
+from lightning_modules.networks.backbones.prompt_encoder import PromptEncoder
 from lightning_modules.networks.weight_files import WeightFiles, fill_shards
 from lightning_modules.networks.weights import check_fit
 
@@ -146,8 +147,21 @@ def shard_networks(
             fill_shards(network, weights)
 
 
+def shard_text_encoders(encoder: PromptEncoder, mesh: DeviceMesh) -> None:
+    """Split the weights of text encoders, if there are any; what is in no block is whole while they encode.
+
+    They keep their classes, by whose names transformers knows which of their layers' outputs can be had.
+    """
+    for network in encoder.text_encoders:
+        for block in blocks(network):
+            fully_shard(block, mesh=mesh)
+    if len(encoder.text_encoders):
+        fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(encoder, "embed_texts")
+
+
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """What stands in lists, and what diffusers says is not to be split; nothing inside another of them."""
+    """What stands in lists, and what its class says is not to be split; nothing inside another of them."""
     children = list(network.named_children())
     found = [block for _, child in children if isinstance(child, nn.ModuleList) for block in child]
     found += [child for name, child in children if name == "mid_block" and child is not None]

@@ -127,9 +127,13 @@ _LABELS = {"fid": "FID", "geneval": "GenEval (HF detector)"}
 
 
 def label(name: str, evaluation_set: EvaluationSet) -> str:
-    """Name of a metric in tables; with its sample count where that is not the published one (FID-5k)."""
+    """Name of a metric in tables; with its sample count where that is not the published one.
+
+    FID has it wherever one is published (FID-5k, FID-30k).
+    """
     plain, count = _LABELS.get(name, name), len(evaluation_set)
-    if not _is_few_samples(evaluation_set):
+    is_whole = not _is_few_samples(evaluation_set)
+    if is_whole and (name != "fid" or evaluation_set.published_count is None):
         return plain
     return f"{plain}-{count / 1000:g}k" if count >= 1000 else f"{plain}-{count}"
 

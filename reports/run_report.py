@@ -21,7 +21,7 @@ class Report:
     Attributes:
         content: report.json: ``experiment, step, weights, model, metrics, teacher_metrics, timing,
             environment, config_path, command, commit``, of a run ``finished`` and ``run`` (teacher, method,
-            batch, hardware, alarms), too.
+            batch, hardware, alarms) and ``evaluation_set``, too.
         manifest: what a comparable measurement must share with this one.
         pictures: titles to PNG files, shown in this order, the first one large, the others folded.
         curves: a metrics.csv, or None.
@@ -51,6 +51,8 @@ def subtitle(report: Report) -> str:
     run = content.get("run") or {}
     parts = [f"{name} {run[name]}" for name in ("method", "teacher", "batch") if run.get(name)]
     parts += [f"on {run['hardware']}"] if run.get("hardware") else []
+    measured = content.get("evaluation_set") or "run"  # "run": captions of its own
+    parts += [] if measured == "run" else [f"measured on {measured}"]
     return " · ".join([*parts, f"{content['weights']} weights", str(content["model"])])
 
 

@@ -52,7 +52,6 @@ PIPELINES = {
 GUIDED = {"zimage": {"guidance_scale": 3.5}, "qwen": {"true_cfg_scale": 4.5, "negative_prompt": [" ", " "]}}
 UNGUIDED = {"zimage": {"guidance_scale": 0.0}, "qwen": {"true_cfg_scale": 1.0}}
 """How the stock pipeline is told kappa 4.5 and 1, where it isn't guidance_scale."""
-WITHOUT_NASA = ("zimage",)
 SIDES = {"sana": 32}  # in pixels; the others' pictures have PICTURE
 LORA = StudentLoraSettings(rank=2, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
 
@@ -107,8 +106,7 @@ def run(request: pytest.FixtureRequest, backbone_folder: Callable[[str], Path], 
     train(modules[1], place / "again", 3, ckpt_path=place / "run" / "two.ckpt", weights_only=True)
     # NASA-T, so that negative prompts and recomputed activations go through each family's attention
     # (guidance that is distilled into the teacher has no place for them)
-    scales = None if name in WITHOUT_NASA else UniformGuidance(0, 1)
-    objective = SwiftBrush(teacher_negatives=name != "flux", student_negatives=scales)
+    objective = SwiftBrush(teacher_negatives=name != "flux", student_negatives=UniformGuidance(0, 1))
     negatives = PromptDataModule(
         PROMPTS, batch_size=4, eval_captions=PROMPTS, eval_size=2, negative_prompts=["a blue mat", "tea"]
     )
@@ -214,12 +212,9 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
 
 
 others = pytest.mark.parametrize("run", list(PIPELINES), indirect=True)
-steered = pytest.mark.parametrize(
-    "run", [name for name in PIPELINES if name not in WITHOUT_NASA], indirect=True
-)
 
 
-@steered
+@others
 def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     # the other text ends in a blank, which the command drops and Qwen's tokenizer reads
     words = ["--prompt", TEXTS[1], "--seed", SEEDS[1], "--negative-prompt", "a blue mat"]
@@ -234,7 +229,7 @@ def test_generate_with_a_negative_prompt(run: Run, tmp_path: Path) -> None:
     torch.testing.assert_close(picture, steered[1], rtol=0, atol=0.505 / 255)
 
 
-@steered
+@others
 def test_evaluate_draws_the_same(run: Run) -> None:
     ours = load_generator(run.checkpoint)
     place = (TEXTS, SEEDS, None, torch.device("cpu"))
@@ -260,7 +255,7 @@ def test_the_teachers_rows(run: Run) -> None:
     assert teacher.one_step(TEXTS, SEEDS).shape == expected.shape
 
 
-@steered
+@others
 def test_merge(run: Run, tmp_path: Path) -> None:
     pair = ("--first", run.checkpoint, "--second", run.lora_folder)
     call("merge", *pair, "--weight", 0.25, "--output", tmp_path / "m")
@@ -273,7 +268,7 @@ def test_merge(run: Run, tmp_path: Path) -> None:
     torch.testing.assert_close(drawn, ours.images(TEXTS, SEEDS), rtol=0, atol=1e-4)
 
 
-@steered
+@others
 def test_app(run: Run, tmp_path: Path) -> None:
     page = SideBySide(str(run.folder), str(run.teacher))
     picture = page.student(TEXTS[0], "a blue mat", "nasa", 0.5, SEEDS[0]).image

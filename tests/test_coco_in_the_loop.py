@@ -1,7 +1,9 @@
 """Recipes at full size measure on COCO while they train, and go on without it; all models are miniatures."""
 
 import csv
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,28 @@ import pytest
 
 import cli
 from callbacks.evaluation_share import EvaluationShare
+from callbacks.metrics import inception
 from commands.config_files import content_of
 from common.errors import UserError
+from datamodules.published_sets import Coco30kSwiftBrush
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import trainer
+from tests.distributed_runs import run_processes
+from tests.test_experiments import REAL, substitutes
 from tests.test_sbv2_configs import EXPERIMENTS
-from tests.tiny_judges import open_clip_network
+from tests.tiny_judges import copied_clip, open_clip_network
 
-REAL = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith(("emoji", "own")))
 METRICS = "callbacks.metrics"
 ON_PICTURES = {"fid", "precision", "recall"}
+ALL = ON_PICTURES | {"clip_score", "hpsv2"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference statistics and teacher's pictures of this test alone; features of which roots are quick."""
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception.InceptionExtractor, "width", 32)
 
 
 @pytest.fixture
@@ -43,7 +56,7 @@ def judges(folder: Path, clip: Path, **named: str) -> list[dict[str, Any]]:
     """The recipes' metrics with miniature networks; of ``named`` paths those that are given."""
     folder.mkdir(exist_ok=True)
     architecture, weights = open_clip_network(folder)
-    eyes = {"inception": str(inception_file(folder))}
+    eyes = {"inception": str(inception_file(folder, 32))}
     hps = {"version": "v2.0", "architecture": architecture, "checkpoint": str(weights)} | named
     return [
         {"class_path": f"{METRICS}.frechet.FID", "init_args": eyes},
@@ -57,19 +70,42 @@ def judges(folder: Path, clip: Path, **named: str) -> list[dict[str, Any]]:
     ]
 
 
-def fit(name: str, teacher: Path, root: Path, metrics: list[dict[str, Any]], *options: str) -> Path:
-    """One update of a recipe, a validation after it, and the evaluation at the end; returns its folder."""
-    prompts = json.dumps([f"a red cat {number}" for number in range(4)])
+def fit(
+    name: str,
+    models: list[str],
+    root: Path,
+    metrics: list[dict[str, Any]],
+    *options: str,
+    whole: bool = False,
+) -> Path:
+    """One update of a recipe, a validation after it, and the evaluation at the end; returns its folder.
+
+    Of the recipe's callbacks those that measure and keep checkpoints, unless it's to be the ``whole``.
+    """
+    changed: dict[str, dict[str, Any]] = {
+        "RunCheckpoint": {}, "Evaluation": {"metrics": metrics, "timing_batch_size": 1},
+        "EvaluationShare": {},
+    }  # fmt: skip
+    if whole:
+        drawn = {"num_images": 1}
+        changed |= {"StartSummary": {}, "SampleGrid": drawn | {"teacher_steps": 2}, "ScoreViews": drawn,
+                    "Health": {"num_images": 4, "teacher_steps": 2}, "RunReport": {}}  # fmt: skip
+    own = {
+        one["class_path"].rpartition(".")[2]: one
+        for one in content_of(EXPERIMENTS / f"{name}.yaml")["trainer"]["callbacks"]
+    }
+    assert not whole or own.keys() == changed.keys()
+    callbacks = [
+        {"class_path": one["class_path"], "init_args": one.get("init_args", {}) | changed[kind]}
+        for kind, one in own.items()
+        if kind in changed
+    ]
     cli.main([
         "fit", "--config", str(EXPERIMENTS / f"{name}.yaml"), "--config", "configs/data/own_prompts.yaml",
-        f"--model.teacher={teacher}", f"--data.prompts={prompts}", "--data.batch_size=2",
-        "--data.micro_batch_size=1", "--trainer.max_steps=1", "--trainer.val_check_interval=1",
-        "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
-        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}",
-        f"--trainer.callbacks.Evaluation.metrics={json.dumps(metrics)}",
-        "--trainer.callbacks.Evaluation.timing_batch_size=1", "--trainer.callbacks.SampleGrid.num_images=1",
-        "--trainer.callbacks.SampleGrid.teacher_steps=2", "--trainer.callbacks.ScoreViews.num_images=1",
-        *options,
+        *models, "--data.micro_batch_size=2", f"--trainer.callbacks={json.dumps(callbacks)}",
+        "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={root}", *options,
     ])  # fmt: skip
     return root / name / "version_0"
 
@@ -104,35 +140,49 @@ def test_every_recipe_measures_on_coco(name: str) -> None:
     assert list(callbacks)[-1] == "EvaluationShare" and callbacks["EvaluationShare"]["max_share"] == 0.1
 
 
-def test_a_recipe_with_coco(
-    backbone_folder: Callable[[str], Path], tiny_clip: Path, coco: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+@pytest.fixture
+def models(
+    backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
+) -> Callable[[str], list[str]]:
+    """Options that put miniatures in the place of a recipe's models, and a few prompts in that of its own."""
+    return lambda name: substitutes(
+        name,
+        backbone_folder,
+        copied_clip(tiny_clip, tmp_path / "clip"),
+        tmp_path,  # not the one that judges
+    )
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_with_coco(
+    name: str, models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    """Every recipe takes a step, measures in the loop and at the end, and keeps the best checkpoint."""
     metrics = judges(tmp_path / "judges", tiny_clip)
-    run = fit("sd15_swiftbrush", backbone_folder("sd15"), tmp_path, metrics, *with_coco(coco))
-    names = ON_PICTURES | {"clip_score", "hpsv2"}
-    assert names <= measured(run, "val").keys() and names <= measured(run, "test").keys()
+    run = fit(name, models(name), tmp_path, metrics, *with_coco(coco))
+    found = [measured(run, stage) for stage in ("val", "test")]
+    assert all(stage.keys() >= ALL and all(map(math.isfinite, stage.values())) for stage in found)
+    assert (run / "checkpoints" / "best.ckpt").exists()
+    assert measured(run, "counts")["skipped_updates"] == 0
+    norms = measured(run, "gradient_norm")
+    assert all(math.isfinite(norms[role]) for role in ("student", "fake_score"))
     assert 0 < measured(run, "throughput")["evaluation_share"] < 1
-    report = json.loads((run / "report.json").read_text())
-    assert {report["metrics"][name]["num_images"] for name in names} == {6}
-    assert report["metrics"]["fid"]["details"]["reference_num_images"] == 3
-    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
-    assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
     printed = capsys.readouterr().out
-    assert (run / "checkpoints" / "best.ckpt").exists() and "Evaluation: " not in printed
+    assert "Evaluation: " not in printed
     assert "Validation of step 1: " in printed and "Evaluation at the end: " in printed
 
 
-def test_a_recipe_without_coco(
-    backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path,
+@pytest.mark.parametrize("name", [name for name in REAL if name.endswith("_swiftbrush")])
+def test_without_coco(
+    name: str, models: Callable[[str], list[str]], tiny_clip: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """What compares with pictures, and a judge that isn't found, are left out in one line."""
     monkeypatch.setenv("HPS_ROOT", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     metrics = judges(tmp_path / "judges", tiny_clip, checkpoint="")
-    run = fit("flux_swiftbrush", backbone_folder("flux"), tmp_path, metrics, "--trainer.limit_val_batches=1")
+    run = fit(name, models(name), tmp_path, metrics)
     assert measured(run, "val").keys() == measured(run, "test").keys() == {"clip_score"}
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Evaluation: ")]
     assert "only the 8 of data.eval_captions drawn (no data.eval_set.captions)" in line
@@ -142,12 +192,66 @@ def test_a_recipe_without_coco(
     assert (run / "checkpoints" / "best.ckpt").exists()
 
 
+def test_two_processes_measure_what_one_does(
+    models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path
+) -> None:
+    """By DDP and by FSDP2: five pictures in validations, six at the end; the last place is padding."""
+    metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
+    ones = fit(name, models(name), tmp_path / "one", metrics, *with_coco(coco))
+    expected = {stage: measured(ones, stage) for stage in ("val", "test")}
+    assert expected["val"].keys() >= ALL
+    sharded = json.dumps({"class_path": "lightning_modules.parallel.FullySharded"})
+    for kind, strategy in (("ddp", "ddp"), ("fsdp", sharded)):
+        together = [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--data.micro_batch_size=1"]
+        root = tmp_path / kind
+
+        def work(root: Path = root, options: list[str] = together) -> None:
+            fit(name, models(name), root, metrics, *with_coco(coco), *options)
+
+        run_processes(2, work, tmp_path / "log")
+        run = root / name / "version_0"
+        for stage, values in expected.items():
+            assert measured(run, stage) == pytest.approx(values, rel=1e-3, abs=1e-6)
+        assert (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_published_values_stand_only_beside_the_same_protocol(
+    models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A whole run, whose end draws the set as published (here six captions), its validation fewer."""
+    load = Coco30kSwiftBrush.load
+    monkeypatch.setattr(
+        Coco30kSwiftBrush, "load",
+        lambda self: dataclasses.replace(load(self), published_count=6, published_references=3),
+    )  # fmt: skip
+    metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
+    run = fit(name, models(name), tmp_path, metrics, *with_coco(coco), whole=True)
+    report = json.loads((run / "report.json").read_text())
+    assert {report["metrics"][metric]["num_images"] for metric in ALL} == {6}
+    assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
+    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
+    details = {metric: result["details"] for metric, result in report["metrics"].items()}
+    assert details["fid"]["reference_num_images"] == 3 and report["evaluation_set"] == "coco30k_swiftbrush"
+    assert details["fid"]["label"] == "FID-6" and details["clip_score"]["label"] == "clip_score"
+    assert all(text.startswith("open: ") for text in details["fid"]["differs_from_published"])
+    assert "network" in details["clip_score"]["differs_from_published"][0]
+    page = (run / "report.md").read_text()
+    assert "SwiftBrush v2, arXiv 2408.14176" in page and "measured on coco30k_swiftbrush" in page
+    assert "| FID-6 ↓ |" in page and "| clip_score ↑ |" not in page.partition("Published values")[2]
+    cli.main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run)])
+    validated = json.loads((run / "validate" / "report.json").read_text())["metrics"]["fid"]["details"]
+    assert validated["label"] == "FID-5"
+    assert "5 pictures instead of 6" in validated["differs_from_published"]
+    assert "arXiv 2408.14176" not in (run / "validate" / "report.md").read_text()
+
+
 def test_a_judge_that_is_named_must_be_there(
-    backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
+    models: Callable[[str], list[str]], tiny_clip: Path, tmp_path: Path
 ) -> None:
     metrics = judges(tmp_path / "judges", tiny_clip, checkpoint=str(tmp_path / "hsp.pt"))[3:]
     with pytest.raises(UserError, match=r"looked for .*hsp\.pt"):
-        fit("sd15_swiftbrush", backbone_folder("sd15"), tmp_path, metrics)
+        fit("sd15_swiftbrush", models("sd15_swiftbrush"), tmp_path, metrics)
 
 
 @pytest.mark.parametrize(("share", "validated"), [(1e-9, [1]), (1.0, [1, 2, 3, 4]), (None, [1, 2, 3, 4])])

@@ -40,6 +40,7 @@ from lightning_modules.networks.weight_files import WeightFiles
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
+from tests.backbones import FLOWS
 from tests.distributed_runs import run_processes
 from tests.tiny_distillation import PROMPTS, Hooks, Pull, distillation, fit, trainer
 
@@ -224,6 +225,7 @@ def test_shards_are_ddp(lora: str, tiny_sd: Path, tmp_path: Path) -> None:
             module: Any = run.lightning_module
             assert all(isinstance(p, DTensor) for p in module.student.parameters())
             assert all(isinstance(p, DTensor) for p in module.scores.parameters())
+            assert all(isinstance(p, DTensor) for p in module.generator.prompt_encoder.parameters())
 
         train(tiny_sd, tmp_path / "fsdp", strategy=FullySharded(), devices=2, watch=all_in_shards, **settings)
 
@@ -283,6 +285,26 @@ def test_shards_from_the_files_are_those_of_whole_networks(
         assert any(p.grad is not None for p in ours.student.parameters())
 
     mesh: Any = None
+    run_processes(2, work, tmp_path / "log")
+
+
+def test_text_encoders_in_shards_encode_the_same(
+    backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def work() -> None:
+        torch.distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        for name in FLOWS:
+            parts = load_parts(backbone_folder(name), without=("denoiser", "vae"))
+            encoder = parts.backbone.prompt_encoder(parts)
+            expected, whole = encoder.embed(PROMPTS[:2]), sum(p.numel() for p in encoder.parameters())
+            parallel.shard_text_encoders(encoder, mesh)
+            found, shards = encoder.embed(PROMPTS[:2]), [p.to_local() for p in encoder.parameters()]  # type: ignore[operator]
+            assert 0.5 <= sum(x.numel() for x in shards) / whole < 0.55 or torch.distributed.get_rank()
+            assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+
+    for name in FLOWS:
+        backbone_folder(name)
     run_processes(2, work, tmp_path / "log")
 
 

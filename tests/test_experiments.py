@@ -20,37 +20,43 @@ ELSEWHERE = {  # in test_sbv2_configs and test_snoopi_configs
 }
 NAMES = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
 RECIPES = [f"{backbone}_swiftbrush" for backbone in ("sd15", "sd21", "sdxl", "pixart")]
+REAL = sorted(name for name in NAMES if not name.startswith(("emoji", "own")))
+"""Those at full size."""
 
 
 def test_the_others_are_there() -> None:
     assert ELSEWHERE <= NAMES and set(RECIPES) <= NAMES - ELSEWHERE
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - ELSEWHERE))
-def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
-    """All settings but models, prompts and the batch are the file's own."""
+def substitutes(name: str, backbone_folder: Callable[[str], Path], clip: Path, folder: Path) -> list[str]:
+    """Options with which an experiment runs on miniatures, and on a few prompts; all else is its own."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
     family = "sd3" if name.startswith("emoji_sd3") else name.split("_")[0]
     likes = {"emoji": "sd15", "own": "sd15", "sd21": "sd15", "sd35": "sd3"}
     teacher = backbone_folder(likes.get(family, family))
     prompts = json.dumps([f"a red cat {number}" for number in range(4)])
-    options = ["--config", "configs/data/own_prompts.yaml"] if name in RECIPES else []
-    options += [
+    options = [
         f"--model.teacher={teacher}", "--model.student_init=null", f"--data.prompts={prompts}",
         "--data.batch_size=2", "--data.micro_batch_size=1",
     ]  # fmt: skip
     if "negative_prompts" in content["data"]["init_args"]:
         options.append('--data.negative_prompts=["blurry", "green"]')
     if "image_losses" in content["model"]["init_args"]:
-        loss = {"class_path": CLIP, "init_args": {"clip": str(tiny_clip)}}
+        loss = {"class_path": CLIP, "init_args": {"clip": str(clip)}}
         options += [
             f"--model.image_losses.losses={json.dumps([loss])}",
-            f"--model.image_losses.decoder={tiny_decoder(tmp_path / 'taesd')}",
+            f"--model.image_losses.decoder={tiny_decoder(folder / 'taesd')}",
         ]
     if "real" in content["data"]["init_args"]:
-        options += [f"--data.real.folder={draw(teacher, tmp_path / 'samples')}", "--data.real.batch_size=2"]
-    facts = step(name, tmp_path, *options)["one_step"]
-    assert (facts["teacher"], facts["student_steps"]) == (str(teacher), 1)
+        options += [f"--data.real.folder={draw(teacher, folder / 'samples')}", "--data.real.batch_size=2"]
+    return options
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES - ELSEWHERE if name not in REAL))
+def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
+    """All but those at full size, which are in test_coco_in_the_loop."""
+    facts = step(name, tmp_path, *substitutes(name, backbone_folder, tiny_clip, tmp_path))["one_step"]
+    assert facts["student_steps"] == 1
     lines = (tmp_path / name / "version_0" / "metrics.csv").read_text().splitlines()
     found = {key: float(value) for row in csv.DictReader(lines) for key, value in row.items() if value}
     assert found["counts/skipped_updates"] == 0

@@ -26,8 +26,12 @@ TEMPLATES = (
     "a photo of a {colour}-colored {thing}",
     "a photo of a {colour} object",
 )
-SYNONYMS = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
-"""Classes that the benchmark names otherwise than COCO."""
+SYNONYMS = {
+    "computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard",
+    "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
+    "dining table": "diningtable", "tv": "tvmonitor",
+}  # fmt: skip
+"""The detector's names of what the benchmark names otherwise: three as in COCO, six as in Pascal VOC."""
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GREY = (153, 153, 153)
 _DIVISOR = 32

@@ -32,6 +32,7 @@ class NegativeText:
 
     Attributes:
         lengths: L⁺ and L⁻ of a network with joint attention.
+        size: tokens of a picture, in Z-Image.
         mask: as given to `set`.
         cache: keys and values by layer, kept while gradients are off, until the prompts change.
         calls: of the network since the prompts changed, where they are counted.
@@ -42,6 +43,7 @@ class NegativeText:
         self.method = method
         self.project = project
         self.lengths: tuple[int, int] | None = None
+        self.size = 0
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.present: Tensor | None = None
         self.mask: Tensor | None = None
@@ -323,6 +325,54 @@ class NegativeJointQwen:
         query, key, value = (getattr(attn, name)(x).unflatten(-1, (attn.heads, -1)) for name in layers)
         query, key = _normed(getattr(attn, norms[0]), query), _normed(getattr(attn, norms[1]), key)
         return [*(apply_rotary_emb_qwen(y, turns, use_real=False) for y in (query, key)), value]
+
+
+class NegativeSingleZImage:
+    """Stands in for diffusers' `ZSingleStreamAttnProcessor` where picture and text are one stream.
+
+    Rows are the pictures with their prompts, then the same with the negative text, which has the positions of
+    a prompt: [2 B, S + L, D]. Steered tokens of a picture go into both.
+    """
+
+    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
+        self.text, self.stock = text, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Any = None,
+    ) -> Tensor:
+        """All tokens [2 B, S + L, D] after the output projection."""
+        if not self.text.active:
+            unsteered: Tensor = self.stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis
+            )
+            return unsteered
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1))
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = (
+            _turned(_normed(norm, x), freqs_cis) for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+        )
+        mask = None if attention_mask is None else attention_mask[:, None, None]
+        tokens = dispatch_attention_fn(
+            query, key, value, attn_mask=mask, backend=self.stock._attention_backend
+        )
+        tokens = tokens.flatten(2, 3).to(query.dtype)
+        steered = self.text.steer(*tokens[:, : self.text.size].chunk(2))
+        tokens = torch.cat([torch.cat([steered, steered]), tokens[:, self.text.size :]], 1)
+        output: Tensor = attn.to_out[1](attn.to_out[0](tokens))
+        return output
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """[B, L, H, d] with each pair of channels turned by complex factors [B, L, d / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, :, None]).flatten(3).to(x.dtype)
 
 
 def _attend_apart(text: NegativeText, stock: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -23,7 +23,9 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttnProcessor,
 )
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
@@ -34,6 +36,7 @@ from lightning_modules.guidance.processors import (
     NegativeJointQwen,
     NegativeJointSD3,
     NegativeParallelFlux2,
+    NegativeSingleZImage,
     NegativeText,
 )
 
@@ -51,6 +54,7 @@ Processor = (
     | type[NegativeJointFlux]
     | type[NegativeParallelFlux2]
     | type[NegativeJointQwen]
+    | type[NegativeSingleZImage]
 )
 Layers = list[tuple[Any, Processor]]
 STOCK: dict[Any, tuple[type, ...]] = {
@@ -59,6 +63,7 @@ STOCK: dict[Any, tuple[type, ...]] = {
     NegativeJointFlux: (FluxAttnProcessor, Flux2AttnProcessor),
     NegativeParallelFlux2: (Flux2ParallelSelfAttnProcessor,),
     NegativeJointQwen: (QwenDoubleStreamAttnProcessor2_0,),
+    NegativeSingleZImage: (ZSingleStreamAttnProcessor,),
 }
 """The processors of diffusers that each of ours stands in for."""
 
@@ -120,15 +125,16 @@ def negative_prompting(
             pipe(prompt, num_inference_steps=1)
 
     Works with pipelines whose network is a UNet2DConditionModel (Stable Diffusion 1, 2, XL) or a transformer
-    of PixArt, SANA, Stable Diffusion 3, FLUX.1, FLUX.2 klein or Qwen-Image. The negative prompt is encoded as
-    the pipeline encodes the call's prompts; pooled embeddings stay the prompt's. The pipeline's own guidance
-    is off inside (unless there is nothing to do, and the stock pipeline is left as it is). Scheduler and
-    number of steps do not matter. Leaving restores network and pipeline, also after an exception; nesting is
+    of PixArt, SANA, Stable Diffusion 3, FLUX.1, FLUX.2 klein, Qwen-Image or Z-Image. The negative prompt is
+    encoded as the pipeline encodes the call's prompts; pooled embeddings stay the prompt's. Guidance of the
+    pipeline is off inside (unless there is nothing to do, and it is left as it is). Scheduler and number of
+    steps do not matter. Leaving restores network and pipeline, also after an exception; nesting is
     refused. With cross-attention, keys and values of the negative text are computed once per call of the
     pipeline.
 
     The cost: on cross-attention models one attention more in each such layer (no projections, no other
     layers). With joint attention the negative text passes all blocks, and image tokens attend twice.
+    Z-Image, whose text and picture are one stream, computes twice the pictures, as under guidance.
 
     Args:
         pipe: the pipeline.
@@ -257,11 +263,60 @@ def _behind_the_prompt(network: nn.Module, text: NegativeText, layers: Layers) -
     if layers[0][1] is NegativeCrossAttention:
         yield
         return
+    if layers[0][1] is NegativeSingleZImage:
+        with _beside_the_prompt(network, text):
+            yield
+        return
     handle = network.register_forward_pre_hook(append, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _beside_the_prompt(network: nn.Module, text: NegativeText) -> Iterator[None]:
+    """Z-Image gets its pictures twice, with the negative text the second time, and gives the first half."""
+
+    def double(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not text.active:
+            return args, kwargs
+        pictures, t, captions = args
+        embeddings = text.hidden_states(captions[0])
+        each, rest = divmod(len(pictures), len(embeddings))  # pictures of one prompt stand together
+        if rest:
+            raise UserError(f"{len(embeddings)} negative prompts do not fit {len(pictures)} images.")
+        masks = embeddings.new_ones(embeddings.shape[:2]) if text.mask is None else text.mask
+        negatives = [
+            row[mask.bool()] for row, mask in zip(embeddings, masks, strict=True) for _ in range(each)
+        ]
+        if text.present is not None:
+            text.present = text.present.repeat_interleave(len(pictures) // len(text.present))
+        patches = pictures[0][0].numel() // network.config.all_patch_size[0] ** 2  # type: ignore[union-attr, index]
+        text.size = -(-patches // SEQ_MULTI_OF) * SEQ_MULTI_OF
+        return ([*pictures, *pictures], torch.cat([t, t]), [*captions, *negatives]), kwargs
+
+    def share(layer: nn.Module, args: Any) -> Any:
+        if not text.active:
+            return args
+        # behind how many words a picture stands matters to its padding
+        first, second = args[0].chunk(2)
+        second = torch.cat([first[:, : text.size], second[:, text.size :]], 1)
+        return torch.cat([first, second]), *args[1:]
+
+    def halve(network: nn.Module, args: Any, output: Any) -> Any:
+        return (output[0][: len(output[0]) // 2],) if text.active else output
+
+    handles = [
+        network.register_forward_pre_hook(double, with_kwargs=True),
+        network.layers[0].register_forward_pre_hook(share),  # type: ignore[union-attr, index]
+        network.register_forward_hook(halve),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _positions(ids: Tensor, length: int) -> Tensor:
@@ -295,7 +350,7 @@ def attention_layers(network: nn.Module) -> Layers:
     if not found or (NegativeCrossAttention in (kinds := {kind for _, kind in found}) and len(kinds) > 1):
         raise UserError(
             f"{type(network).__name__} has no cross-attention or joint attention to text in which a negative "
-            "prompt could act. Use a Stable Diffusion, PixArt, SANA, FLUX or Qwen-Image model."
+            "prompt could act. Use a Stable Diffusion, PixArt, SANA, FLUX, Qwen-Image or Z-Image model."
         )
     for layer, kind in found:
         if isinstance(layer.processor, kind):
@@ -311,6 +366,8 @@ def attention_layers(network: nn.Module) -> Layers:
 
 def _processor_of(network: nn.Module, module: Any) -> Processor | None:
     """What is to act in a layer of the network; None where no text is attended to."""
+    if isinstance(network, ZImageTransformer2DModel):
+        return NegativeSingleZImage if any(module is one.attention for one in network.layers) else None
     if isinstance(module, Flux2ParallelSelfAttention):
         return NegativeParallelFlux2
     if isinstance(module, (FluxAttention, Flux2Attention)):
@@ -357,17 +414,18 @@ def _unguided(pipe: Any, network: nn.Module) -> Iterator[None]:
     kind = type(pipe)
     signature = inspect.signature(kind.__call__)
     embedded = getattr(network, "config", {}).get("time_cond_proj_dim") is not None
+    off = 0.0 if isinstance(network, ZImageTransformer2DModel) else 1.0
     name = "true_cfg_scale" if embedded or "true_cfg_scale" in signature.parameters else "guidance_scale"
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        if (value := given.get(name)) is not None and value > 1:
+        if (value := given.get(name)) is not None and value > off:
             raise UserError(
                 f"{name} is {value}, but inside negative_prompting the pipeline's own guidance is off: "
                 "leave it out."
             )
         if name in signature.parameters and value is None:
-            kwargs[name] = 1.0
+            kwargs[name] = off
         return kind.__call__(self, *args, **kwargs)
 
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
@@ -400,8 +458,11 @@ def _encoded_with_prompts(pipe: Any, negatives: NegativePrompts, text: NegativeT
         texts = negatives.per_image(len(output[0]) // images, images)
         encoded, rows = _encode(stock, bound.arguments, texts)
         present = None if all(texts) else torch.tensor([bool(entry) for entry in texts])
-        mask = encoded[1] if masked else None
-        text.set(encoded[0][rows], None if mask is None else mask[rows], present)
+        embeddings, mask = encoded[0], encoded[1] if masked else None
+        if isinstance(embeddings, list):  # Z-Image's, of different lengths
+            mask = pad_sequence([x.new_ones(len(x)) for x in embeddings], batch_first=True)
+            embeddings = pad_sequence(embeddings, batch_first=True)
+        text.set(embeddings[rows], None if mask is None else mask[rows], present)
         return output
 
     replaced = vars(pipe).get("encode_prompt")

@@ -8,13 +8,17 @@ import torch
 import torchvision
 from torchmetrics.functional.image.lpips import _LPIPS
 
+from callbacks.evaluation import Evaluation
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.diversity import DiversityLpips, Vendi, vendi_score
 from callbacks.metrics.measure import measure_set
 from callbacks.metrics.unfinished import Unfinished
 from common.errors import UserError
 from datamodules.evaluation_sets import CaptionFile, EvaluationSet
+from datamodules.picture_files import Frame
 from tests.callbacks.networks import pictures
+from tests.callbacks.standin import StandIn, StandInData
+from tests.callbacks.test_evaluation import trainer
 
 PROMPTS = [f"number {i // 3}" for i in range(12)]
 
@@ -119,3 +123,32 @@ def test_missing_and_wrong_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         DiversityLpips("alex", classifier_file(tmp_path)).bind()
     with pytest.raises(UserError, match="'vgg19' is unknown: choose one of alex, vgg, squeeze"):
         DiversityLpips("vgg19")
+
+
+def test_in_a_training_run(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a validation of seven pictures of three prompts, one of them incomplete, and of six at the end."""
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    file, module, data = classifier_file(tmp_path), StandIn(tiny_sd), StandInData(PROMPTS)
+
+    def run(size: int) -> Evaluation:
+        metrics = [Vendi(), DiversityLpips("squeeze", file)]
+        callback = Evaluation(
+            str(tiny_clip), None, metrics, size, teacher_rows=False, timing_batch_size=1, frame=frame
+        )
+        trainer(tmp_path / str(size), callback).fit(module, data)
+        return callback
+
+    frame = Frame(64, crop=False)
+    callback = run(6)
+    drawn = EvaluationSet("x", PROMPTS[:6], list(range(6)), frame=frame)
+    expected = measure_set(module.generator.images, drawn, callback.metrics, 6)
+    assert callback.final is not None and 1 < expected["vendi"]["value"] < 3
+    for name, result in expected.items():
+        assert (result["num_images"], result["details"]["prompts"]) == (6, 2)
+        for found in (callback.final.metrics[name], callback.measured[name]):
+            assert found["value"] == pytest.approx(result["value"], rel=1e-4)
+            assert found["details"]["prompts"] == 2
+    with pytest.raises(UserError, match=r"'number 2' has 1, others 3"):  # before any training
+        run(7)

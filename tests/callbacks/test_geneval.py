@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.models._meta import _COCO_CATEGORIES
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, Mask2FormerImageProcessor
 
 from callbacks.metrics.detection import COLOURS, TEMPLATES, DetectorExtractor, Instance, instances
@@ -151,6 +152,20 @@ def test_the_whole_on_a_miniature(benchmark: Path, tiny_clip: Path, tmp_path: Pa
     assert some.mask.shape == (40, 32)
     with pytest.raises(UserError, match="the detector detector knows no 'zebra'"):
         eyes.number_of("zebra")
+
+
+def test_the_80_classes_are_those_of_the_detector() -> None:
+    """COCO's, three with longer names in the benchmark; the published detector names six as Pascal VOC."""
+    coco = [name for name in _COCO_CATEGORIES[1:] if name != "N/A"]
+    longer = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+    voc = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
+           "dining table": "diningtable", "tv": "tvmonitor"}  # fmt: skip
+    for detectors in (coco, [voc.get(name, name) for name in coco]):
+        eyes = SimpleNamespace(
+            classes={name: number for number, name in enumerate(detectors)}, path=Path("x")
+        )
+        numbers = [DetectorExtractor.number_of(eyes, longer.get(name, name)) for name in coco]  # type: ignore[arg-type]
+        assert numbers == list(range(80))
 
 
 def test_colours_are_clips_choice_of_the_cut_out(benchmark: Path, tiny_clip: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from callbacks.metrics.aesthetic import HEAD, Aesthetic
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.extractors import FeatureExtractor
+from callbacks.metrics.geneval import GenEvalAccuracy
 from callbacks.metrics.image_reward import DEVIATION, MEAN, ImageReward
 from callbacks.metrics.pick_score import PickScore
 from common.errors import UserError
@@ -105,6 +106,8 @@ def test_metrics_of_one_network_see_each_batch_once(folder: Path, monkeypatch: p
         (Aesthetic, "clip-vit-large-patch14", "hf download openai/clip-vit-large-patch14"),
         (ImageReward, "ImageReward.pt", "hf download zai-org/ImageReward ImageReward.pt --local-dir"),
         (ImageReward, "bert-base-uncased", "hf download google-bert/bert-base-uncased"),
+        (GenEvalAccuracy, "mask2former-swin-small-coco-instance",
+         "Get it with `hf download facebook/mask2former-swin-small-coco-instance --local-dir {0}/mask"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named_with_how_to_get_it(

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from callbacks.metrics.aesthetic import Aesthetic
 from callbacks.metrics.base import ImageMetric
-from callbacks.metrics.diversity import Vendi
+from callbacks.metrics.diversity import DiversityLpips, Vendi
 from callbacks.metrics.emoji_geneval import EmojiTaskAccuracy
 from callbacks.metrics.geneval import GenEvalAccuracy
 from callbacks.metrics.image_reward import ImageReward
@@ -20,6 +20,7 @@ from datamodules.evaluation_sets import EvaluationSet
 from datamodules.task_prompts import EMOJI_TASKS, GENEVAL_TASKS
 from tests.callbacks.judge_files import judges_folder
 from tests.callbacks.networks import pictures
+from tests.callbacks.test_diversity import classifier_file
 
 PROMPTS = [f"number {i // 3}" for i in range(21)]
 
@@ -44,10 +45,10 @@ def write_prompts(folder: Path) -> None:
 
 def measure(folder: Path, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Results, Results]:
     """Results of ``measure_set``, and of the same pictures dealt out one by one, as Lightning does."""
-    judges, images = str(folder / "judges"), pictures(21, seed=3)
+    judges, images = str(folder / "judges"), pictures(21, seed=3, height=48, width=48)
     metrics: list[ImageMetric] = [
         Vendi(f"{judges}/clip-vit-large-patch14"), PickScore(judges=judges), Aesthetic(judges=judges),
-        ImageReward(judges=judges),
+        ImageReward(judges=judges), DiversityLpips("squeeze", f"{folder}/squeezenet.pth"),
         EmojiTaskAccuracy(f"{folder}/emoji.jsonl", f"{judges}/clip-vit-large-patch14"),
         GenEvalAccuracy(f"{folder}/geneval.jsonl", judges=judges, shortest=64, longest=64),
     ]  # fmt: skip
@@ -73,6 +74,7 @@ def _process(rank: int, folder: Path, world: int) -> None:
 def test_processes_share_an_uneven_set(world: int, tmp_path: Path, tiny_clip: Path) -> None:
     judges_folder(tiny_clip, tmp_path / "judges")
     write_prompts(tmp_path)
+    classifier_file(tmp_path)
     alone, _ = measure(tmp_path, 40)
     # Forked, because starting afresh imports everything again; one thread, so there is nothing to inherit.
     mp.start_processes(_process, args=(tmp_path, world), nprocs=world, start_method="fork")

@@ -62,7 +62,7 @@ def test_every_deviation_is_named_and_hides_the_published_values(
 
 def test_few_samples_have_their_own_name() -> None:
     names = [label("fid", coco(n)) for n in (30_000, 5000, 2500, 100)]
-    assert names == ["FID", "FID-5k", "FID-2.5k", "FID-100"]
+    assert names == ["FID-30k", "FID-5k", "FID-2.5k", "FID-100"]
     assert label("clip_score", coco(5000)) == "clip_score-5k"
     assert label("fid", EvaluationSet("mine", ["x"], [0])) == "FID"
 

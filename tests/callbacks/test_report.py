@@ -38,7 +38,7 @@ from tests.pages import Page, figures, without_scripts
 
 KEYS = {
     "experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing", "environment",
-    "config_path", "finished", "command", "commit", "run",
+    "config_path", "finished", "command", "commit", "run", "evaluation_set",
 }  # fmt: skip
 
 

@@ -270,6 +270,45 @@ def qwen(network: Any, inputs: dict[str, Any], negative: Tensor, mask: Tensor, m
     return network.proj_out(network.norm_out(x, temb))
 
 
+def z_image(network: Any, inputs: Any, negatives: list[Tensor], method: Method) -> Tensor:
+    """Output of a Z-Image transformer, picture by picture, with the two texts in streams of their own."""
+    outputs = []
+    for picture, t, *texts in zip(*inputs, negatives, strict=True):
+        time, streams, x = network.t_embedder(t[None] * network.t_scale), [], None
+        for text in texts:
+            tokens, words, size, *places, off, off_words = (
+                part[0] for part in network.patchify_and_embed([picture], [text], 2, 1)
+            )
+            turns = [network.rope_embedder(ids)[None, : len(y)] for ids, y in zip(places, (tokens, words))]
+            y = torch.where(off[:, None], network.x_pad_token, network.all_x_embedder["2-1"](tokens))[None]
+            c = torch.where(off_words[:, None], network.cap_pad_token, network.cap_embedder(words))[None]
+            for layer in network.noise_refiner:
+                y = layer(y, None, turns[0], time)
+            for layer in network.context_refiner:
+                c = layer(c, None, turns[1])
+            x = y if x is None else x  # the prompt's: behind how many words it stands matters to padding
+            streams.append((c, torch.cat(turns, 1)[0]))
+        for layer in network.layers:
+            scale, gate, scale_mlp, gate_mlp = layer.adaLN_modulation(time)[:, None].chunk(4, -1)
+            attn, outs, length = layer.attention, [], x.shape[1]
+            for c, turn in streams:
+                inner = layer.attention_norm1(torch.cat([x, c], 1)) * (1 + scale)
+                q, k = (_turned(_by_head(norm, part(inner), attn.heads), turn, attn.heads)
+                        for norm, part in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k)))  # fmt: skip
+                outs.append(softmax_attention(q, k, attn.to_v(inner), attn.heads))
+            z = steer(outs[0][:, :length], outs[1][:, :length], method)
+            for i, (c, turn) in enumerate(streams):
+                y = attn.to_out[0](torch.cat([z, outs[i][:, length:]], 1))
+                tokens = torch.cat([x, c], 1) + gate.tanh() * layer.attention_norm2(y)
+                y = layer.feed_forward(layer.ffn_norm1(tokens) * (1 + scale_mlp))
+                tokens = tokens + gate_mlp.tanh() * layer.ffn_norm2(y)
+                streams[i] = tokens[:, length:], turn
+            x = tokens[:, :length]
+        y = network.all_final_layer["2-1"](x, c=time)
+        outputs += network.unpatchify([y[0]], [size], 2, 1)
+    return torch.stack(outputs)
+
+
 def _turned(x: Tensor, turns: Tensor, heads: int) -> Tensor:
     """Rotary positions as complex factors [L, d / 2] of each head's pairs of channels."""
     real, imaginary = turns.real, turns.imag

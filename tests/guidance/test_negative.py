@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
 from lightning_modules.diffusion.condition import Condition
@@ -348,13 +349,9 @@ def test_bad_input(pipelines: dict[str, Any]) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="no cross-attention or joint"), negative_prompting(other, "x"):
         pass
-    image = ZImageTransformer2DModel(
-        in_channels=4, dim=24, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 4, 4], axes_lens=[640, 16, 16],
-    )  # fmt: skip
     with (
-        pytest.raises(UserError, match="ZImage.*no cross-attention or joint attention"),
-        negative_attention(image, condition(5, 2), Nasa(0.5)),
+        pytest.raises(UserError, match="UNet2DModel has no cross-attention or joint attention"),
+        negative_attention(other.unet, condition(5, 2), Nasa(0.5)),
     ):
         pass
     sliced = copy.copy(pipe)
@@ -444,6 +441,44 @@ def test_joint_attention_equals_the_reference_in_training(name: str, rule: Metho
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
     assert (steered - plain).abs().max() > 1e-2
     assert torch.equal(network(**inputs, return_dict=False)[0], plain)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_one_stream_equals_the_reference_in_training(rule: Method) -> None:
+    """Outputs and gradients of Z-Image, texts of different lengths; also with checkpoints."""
+    torch.manual_seed(0)
+    network: Any = ZImageTransformer2DModel(
+        in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
+        axes_dims=[4, 4, 4], axes_lens=[160, 16, 16],
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    texts, negatives = ([torch.randn(length, 12) for length in lengths] for lengths in ((5, 40), (34, 3)))
+    inputs = [torch.randn(4, 1, 8, 8) for _ in texts], torch.tensor([0.1, 0.9]), texts
+    padded, mask = (
+        pad_sequence(rows, batch_first=True) for rows in (negatives, [x.new_ones(len(x)) for x in negatives])
+    )
+    tensors = {"encoder_hidden_states": padded, "encoder_attention_mask": mask}
+    negative = Condition(tensors, {key: x[:1] for key, x in tensors.items()})
+    parameters = [p for key, p in network.named_parameters() if key.startswith(("layers", "cap", "noise"))]
+
+    def drawn() -> Tensor:
+        return torch.stack(network(*inputs, return_dict=False)[0])
+
+    expected, plain = reference.z_image(network, inputs, negatives, rule), drawn()
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        with negative_attention(network, negative, rule):
+            steered = drawn()
+            found = torch.autograd.grad(steered.square().sum(), parameters)
+        torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    assert (steered - plain).abs().max() > 1e-2
+    assert torch.equal(drawn(), plain)
 
 
 def test_defaults_are_the_papers(pipelines: dict[str, Any]) -> None:

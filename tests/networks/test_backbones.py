@@ -339,7 +339,7 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("sd3", "transformer_blocks.0.ff"), ("sana", "transformer_blocks.0"),
+        ("sd3", "transformer_blocks.0.ff"), ("sana", "transformer_blocks.0"), ("zimage", "layers.0"),
         ("flux", "single_transformer_blocks.0.proj_mlp"),
         ("klein", "single_transformer_blocks.0"), ("qwen", "transformer_blocks.0.img_mlp"),
     ],
