@@ -368,8 +368,7 @@ def test_three_roles_on_one_base_are_three_copies_in_two_processes(
 
     def work() -> None:
         for strategy in ("ddp", FullySharded):
-            ways = [(True, False), (False, True)]  # three copies, and shared with checkpointing
-            ways += [(False, False)] if strategy == "ddp" else []  # shards take long
+            ways = [(True, False), (False, False), (False, True)]
             runs = [losses(strategy if isinstance(strategy, str) else strategy(), *way) for way in ways]
             assert runs[0][0]["gradient_norm/student"] == 0 and runs[0][-1]["gradient_norm/student"] > 1e-5
             for run in runs[1:]:
