@@ -266,7 +266,8 @@ def test_a_whole_run(
     assert "per student update: 2 take about" in printed
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing",
-                           "environment", "config_path", "command", "commit", "finished", "run"}  # fmt: skip
+                           "environment", "config_path", "command", "commit", "finished", "run",
+                           "evaluation_set"}  # fmt: skip
     assert (report["experiment"], report["step"], report["weights"]) == ("tiny", 2, "ema")
     assert set(report["teacher_metrics"]) == {"steps_2", "steps_1"}
     for results in (report["metrics"], *report["teacher_metrics"].values()):
