@@ -2,7 +2,7 @@
 
     python scripts/stability_study.py                          all cells; stopped at any moment, it goes on
     python scripts/stability_study.py --workers 2 --only backbone=epsilon
-    python scripts/stability_study.py --equal-means            500 updates of 8 prompts, three seeds
+    python scripts/stability_study.py --equal-means            500 updates of 4 prompts, three seeds
     python scripts/stability_study.py --long                   2,000 updates of 48 prompts a cell: hours
     python scripts/stability_study.py --report-only            table and plot of what is there
 
@@ -265,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add(
         "--equal-means",
         action="store_true",
-        help="500 updates of 8 prompts; which score is random, mean 2.25",
+        help="500 updates of 4 prompts; which score is random, mean 2.25",
     )
     add("--workers", type=int, default=1, help="cells at once, each on its share of the cores")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="backbone, rule or seed")
@@ -275,7 +275,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.long:
         options.updates, options.batch_size = 2000, 48
     if options.equal_means:
-        options.updates, options.batch_size = 500, 8
+        options.updates, options.batch_size = 500, 4
     folder = options.output / f"{options.updates}x{options.batch_size}"
     cells, whole = [cell for cell in all_cells(options.equal_means) if cell.matches(options.only)], [True]
     if not options.report_only:
