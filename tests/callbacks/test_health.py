@@ -82,7 +82,7 @@ def test_an_alarm_comes_once_and_may_end_the_run(
 def test_a_guidance_scale_that_is_too_large(
     guidance: float, is_raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundled teacher in batches of four, by plain gradient steps: Adam and clipping divide the scale out."""
+    """In batches of four, by plain gradient steps: Adam and clipping divide the scale out."""
     monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
     health = {"class_path": "callbacks.health.Health", "init_args": {"every_n_steps": 2, "teacher_steps": 8}}
     plain = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
