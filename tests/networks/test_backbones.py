@@ -1,7 +1,6 @@
 """Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, i
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
+from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of, without_t5
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["a Red cat ", "", "two green cups of tea " * 30]  # the last one is cut
@@ -370,17 +369,9 @@ def test_features_of_transformers_for_a_discriminator(name: str, layer: str, bac
 # --- Stable Diffusion 3 without T5 ------------------------------------------------------------------------
 
 
-def without_t5(backbone_folder: Folder, place: Path) -> Path:
-    folder = private_copy(backbone_folder("sd3"), place)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
 def test_zeros_in_the_place_of_t5_are_computed_once(backbone_folder: Folder, tmp_path: Path) -> None:
     """As the whole network: output, gradients of all weights and of an adapter's; also recomputed."""
-    parts = load_parts(without_t5(backbone_folder, tmp_path / "sd3"))
+    parts = load_parts(without_t5(backbone_folder("sd3"), tmp_path / "sd3"))
     network, ours = parts.denoiser, parts.denoiser.transformer_blocks[0].attn.processor
     stock = load_parts(backbone_folder("sd3")).denoiser.transformer_blocks[0].attn.processor
     assert type(ours) is CountedLastToken and type(stock) is JointAttnProcessor2_0
