@@ -13,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -318,7 +319,7 @@ def test_packing_is_flux_own() -> None:
 
 def test_published_sizes() -> None:
     """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1, 12.3 GB of
-    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image."""
+    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image; SANA's as in its paper (arXiv 2410.10629)."""
     with torch.device("meta"):
         medium = SD3Transformer2DModel(
             sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
@@ -330,9 +331,15 @@ def test_published_sizes() -> None:
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
             guidance_embeds=False,
         )  # fmt: skip
-    networks = (medium, flux, z_image, klein, qwen)
+        sana = SanaTransformer2DModel(caption_channels=2304)
+        small_sana = SanaTransformer2DModel(
+            num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72,
+            cross_attention_dim=1152, caption_channels=2304,
+        )  # fmt: skip
+    networks = (medium, flux, z_image, klein, qwen, sana, small_sana)
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    assert sizes == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]
+    assert sizes[:5] == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]
+    assert [round(size / 1e6) for size in sizes[5:]] == [1604, 590]
 
 
 @pytest.mark.parametrize(
