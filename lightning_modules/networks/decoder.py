@@ -39,8 +39,9 @@ class LatentDecoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], at least float32, in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
-        codes = codes_of(self.vae, at_least_float32(latents)).to(next(self.vae.parameters()).dtype)
-        pictures = torch.cat([decoded(self.vae, part) for part in self._slices(codes)])[: len(codes)]
+        dtype, parts = next(self.vae.parameters()).dtype, self._slices(at_least_float32(latents))
+        slices = [decoded(self.vae, codes_of(self.vae, part).to(dtype)) for part in parts]
+        pictures = torch.cat(slices)[: len(latents)]
         return (at_least_float32(pictures) / 2 + 0.5).clamp(0.0, 1.0)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -49,8 +50,8 @@ class LatentDecoder(nn.Module):
         For any but an AutoencoderTiny; the inverse of `decode` as far as the autoencoder goes.
         """
         pictures = (images * 2 - 1).to(next(self.vae.parameters()).dtype)
-        codes = torch.cat([encoded(self.vae, part) for part in self._slices(pictures)])[: len(images)]
-        return latents_of(self.vae, at_least_float32(codes))
+        codes = torch.cat([encoded(self.vae, part) for part in self._slices(pictures)])
+        return latents_of(self.vae, at_least_float32(codes))[: len(images)]
 
     def _slices(self, batch: Tensor) -> list[Tensor]:
         """What the autoencoder takes at once; in shards as many slices as the process with most has.
