@@ -1,7 +1,9 @@
 """Writes what a run has come to when ``fit`` ends, also after one step."""
 
 import re
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -225,7 +227,17 @@ def publish(
         return
     log_report(trainer.loggers, report, folder)
     lines = ["", render_text_table(report), "", *findings(report)] if found.metrics else ["", ""]
-    print("\n".join([*lines, f"Report: {path}"]), flush=True)
+    lines.append(f"Report: {path}")
+    if Path(model).suffix == ".ckpt":
+        draw = f'cli.py generate --model {shlex.quote(model)} --prompt "a red apple" --output outputs/apple'
+        lines.append(f"Next: {python_command()} {draw}")
+    print("\n".join(lines), flush=True)
+
+
+def python_command() -> str:
+    """This interpreter as one types it here: .venv/bin/python, or python of an activated environment."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def run_facts(trainer: Trainer, student: Student) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class StartSummary(Callback):
                 "leave the callback out"
             )
         self._seconds, self._started = [], None
-        facts = {"Run": str(run_dir(trainer))}
+        run = run_dir(trainer)
+        facts = {"Run": str(run), "Watch": f"{run / 'report.html'}, renewed at each validation"}
         parts: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]
         for part in parts:
             facts |= part.describe() if hasattr(part, "describe") else {}

@@ -2,6 +2,7 @@
 
     python scripts/stability_study.py                          all cells; stopped at any moment, it goes on
     python scripts/stability_study.py --workers 2 --only backbone=epsilon
+    python scripts/stability_study.py --equal-means            500 updates of 4 prompts, three seeds
     python scripts/stability_study.py --long                   2,000 updates of 48 prompts a cell: hours
     python scripts/stability_study.py --report-only            table and plot of what is there
 
@@ -11,6 +12,9 @@ backbones have. Three backbones by four rules by two seeds, and on the first bac
 randomise one score only. After every quarter of the updates the student draws 256 held-out captions.
 All cells have the same settings; none was tuned. The student starts where its backbone's schedule has the
 noise of Stable Diffusion's timestep 625.
+
+`--equal-means` asks what is random when the mean is not: κ = 2.25 in both scores, U(0.5, 4), whose mean that
+is, in both or in one of them; on the first backbone.
 
 A cell that was stopped goes on from its last checkpoint; a finished one is never run again. Cells whose
 backbone is not there, and others not run, are shown as missing. Writes results.json, results.md and
@@ -60,11 +64,14 @@ RANDOM = {"class_path": "UniformGuidance", "init_args": {"low": 0.5, "high": 4.0
 RULES: dict[str, tuple[Any, Any]] = {
     "fixed 2": (2.0, None), "fixed 4.5": (4.5, None), "fixed 7.5": (7.5, None), "U(0.5, 4)": (RANDOM, None),
     "U in teacher, 4.5 in fake": (RANDOM, 4.5), "4.5 in teacher, U in fake": (4.5, RANDOM),
+    "fixed 2.25": (2.25, None),
+    "U in teacher, 2.25 in fake": (RANDOM, 2.25), "2.25 in teacher, U in fake": (2.25, RANDOM),
 }  # fmt: skip
 GRID = list(RULES)[:4]
-ABLATION = ["fixed 4.5", *list(RULES)[4:], "U(0.5, 4)"]
+ABLATION = ["fixed 4.5", *list(RULES)[4:6], "U(0.5, 4)"]
+EQUAL_MEANS = [*list(RULES)[6:], "U(0.5, 4)"]
 ABLATED = "epsilon"
-SEEDS = (0, 1)
+SEEDS, EQUAL_MEANS_SEEDS = (0, 1), (0, 1, 2)
 CAPTIONS, POINTS = 256, 4
 CLIP, REFERENCE = "assets/emoji-clip", "assets/cache/emoji-reference.safetensors"
 METRICS = ("val/frechet_distance", "val/clip_score")
@@ -89,9 +96,11 @@ class Cell(NamedTuple):
         return all(str(getattr(self, key)) == value for key, value in (c.split("=", 1) for c in conditions))
 
 
-def all_cells() -> list[Cell]:
+def all_cells(equal_means: bool = False) -> list[Cell]:
     """Backbone by backbone, and seed by seed, so that what is there can be compared."""
-    rules = {backbone: list(RULES) if backbone == ABLATED else GRID for backbone in BACKBONES}
+    if equal_means:
+        return [Cell(ABLATED, rule, seed) for seed in EQUAL_MEANS_SEEDS for rule in EQUAL_MEANS]
+    rules = {backbone: list(RULES)[:6] if backbone == ABLATED else GRID for backbone in BACKBONES}
     return [Cell(backbone, rule, seed) for backbone in rules for seed in SEEDS for rule in rules[backbone]]
 
 
@@ -185,7 +194,7 @@ def start_of(backbone: str, folder: Path) -> float:
 
 def write_report(folder: Path, options: argparse.Namespace) -> None:
     """results.json, results.md and stability.html of the cells that are there."""
-    found = {cell: kept(folder / cell.name / "result.json") for cell in all_cells()}
+    found = {cell: kept(folder / cell.name / "result.json") for cell in all_cells(options.equal_means)}
     there = {cell.backbone for cell, result in found.items() if result is not None}
     starts = {backbone: start_of(backbone, folder) for backbone in sorted(there)}
     settings = {
@@ -196,14 +205,18 @@ def write_report(folder: Path, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / "results.json", text + "\n")
     steps = [options.updates // POINTS * (i + 1) for i in range(POINTS)]
-    panels = {TITLES[name]: (name, GRID) for name in BACKBONES}
-    panels[f"Which score is random ({TITLES[ABLATED]})"] = (ABLATED, ABLATION)
+    title = f"Which score is random ({TITLES[ABLATED]})"
+    if options.equal_means:
+        panels = {title: (ABLATED, EQUAL_MEANS)}
+    else:
+        panels = {TITLES[name]: (name, GRID) for name in BACKBONES} | {title: (ABLATED, ABLATION)}
+    seeds = len({cell.seed for cell in found})
     lines: list[str] = []
     figures = []
     for title, (backbone, rules) in panels.items():
-        curves = {rule: distances(found, Cell(backbone, rule, 0), steps) for rule in rules}
+        curves = {rule: distances(found, backbone, rule, steps) for rule in rules}
         start = starts.get(backbone)
-        lines += [f"## {title}", "", *table(curves, steps), ""]
+        lines += [f"## {title}", "", *table(curves, steps, seeds), ""]
         lines += [] if start is None else [f"Before any update: {start:.2f}.", ""]
         series = [line(rule, points, steps, start) for rule, points in curves.items() if points and start]
         figures += [figure] if (figure := line_figure(f"{title}: frechet_distance", series)) else []
@@ -211,20 +224,26 @@ def write_report(folder: Path, options: argparse.Namespace) -> None:
     write_text_atomically(folder / "stability.html", plots_page("Stability", figures))
 
 
-def distances(found: dict[Cell, Any], cell: Cell, steps: list[int]) -> list[list[float]]:
+def distances(found: dict[Cell, Any], backbone: str, rule: str, steps: list[int]) -> list[list[float]]:
     """The distance of each seed that is there, for each step; empty if no cell was run."""
-    results = [result for seed in SEEDS if (result := found[cell._replace(seed=seed)])]
+    there = [result for cell, result in found.items() if (cell.backbone, cell.rule) == (backbone, rule)]
+    results = [result for result in there if result]
     return [[one["values"][METRICS[0]][str(step)] for one in results] for step in steps] if results else []
 
 
-def table(curves: dict[str, list[list[float]]], steps: list[int]) -> list[str]:
-    """Mean (lowest to highest) of the seeds in Markdown; cells that were not run are "missing"."""
+def table(curves: dict[str, list[list[float]]], steps: list[int], seeds: int) -> list[str]:
+    """Mean (lowest to highest) of the seeds in Markdown; cells that were not run are "missing".
+
+    Its last column is how many runs were farther away at the end than at half.
+    """
     cells = []
     for rule, points in curves.items():
         texts = [f"{statistics.mean(ys):.2f} ({min(ys):.2f}–{max(ys):.2f})" for ys in points]
-        seeds = f"{len(points[0]) if points else 0} of {len(SEEDS)}"
-        cells.append([rule, seeds, *(texts or ["missing"] * POINTS)])
-    return markdown_table(["κ", "seeds", *(f"update {step}" for step in steps)], cells)
+        count = len(points[0]) if points else 0
+        worse = [sum(end > half for half, end in zip(points[POINTS // 2 - 1], points[-1]))] if points else []
+        texts += [f"{number} of {count}" for number in worse]
+        cells.append([rule, f"{count} of {seeds}", *(texts or ["missing"] * (POINTS + 1))])
+    return markdown_table(["κ", "seeds", *(f"update {step}" for step in steps), "got worse"], cells)
 
 
 def line(rule: str, points: list[list[float]], steps: list[int], start: float) -> Series:
@@ -243,6 +262,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--updates", type=int, default=100, help="of each cell (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="prompts per update (default: %(default)s)")
     add("--long", action="store_true", help="2,000 updates of 48 prompts")
+    add(
+        "--equal-means",
+        action="store_true",
+        help="500 updates of 4 prompts; which score is random, mean 2.25",
+    )
     add("--workers", type=int, default=1, help="cells at once, each on its share of the cores")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="backbone, rule or seed")
     add("--output", type=Path, default=Path("outputs/stability"))
@@ -250,8 +274,10 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     if options.long:
         options.updates, options.batch_size = 2000, 48
+    if options.equal_means:
+        options.updates, options.batch_size = 500, 4
     folder = options.output / f"{options.updates}x{options.batch_size}"
-    cells, whole = [cell for cell in all_cells() if cell.matches(options.only)], [True]
+    cells, whole = [cell for cell in all_cells(options.equal_means) if cell.matches(options.only)], [True]
     if not options.report_only:
         with ThreadPoolExecutor(options.workers) as pool:
             whole = list(pool.map(lambda cell: run_cell(cell, folder, options), cells))

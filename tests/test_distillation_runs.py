@@ -264,6 +264,8 @@ def test_a_whole_run(
         "fake score (LoRA adapter)" in printed and "1 process x micro-batch 4 x accumulation 1 = 4" in printed
     )
     assert "per student update: 2 take about" in printed
+    last = run / "checkpoints" / "last.ckpt"
+    assert f"Next: python cli.py generate --model {last} --prompt" in printed.splitlines()[-1]
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing",
                            "environment", "config_path", "command", "commit", "finished", "run",

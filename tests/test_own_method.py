@@ -30,7 +30,7 @@ def elsewhere(tmp_path: Path, tiny_sd: Path) -> Path:
     """A folder of one's own with the documented files, made small by a base of its own."""
     (tmp_path / "sds.py").write_text(documented("python"))
     write_config(tmp_path / "small.yaml", tiny_sd, model__init_args__fake_score=None)
-    own = documented("yaml").replace("/path/to/this/repository/configs/quickstart.yaml", "small.yaml")
+    own = documented("yaml").replace("/path/to/this/repository/configs/base/emoji.yaml", "small.yaml")
     assert "base: small.yaml" in own
     (tmp_path / "sds.yaml").write_text(own)
     return tmp_path

@@ -10,7 +10,7 @@ import yaml
 from diffusers import DDIMScheduler
 
 from scripts import stability_study
-from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep
+from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep, table
 from tests.test_configs import ROOT, ParseOnly
 
 # Notes its start beside the cells; fails if there is a file `fail` there; goes on if there is a checkpoint.
@@ -62,6 +62,16 @@ def test_the_cells_are_the_grid_and_the_ablation() -> None:
     cells = all_cells()
     assert len(cells) == len({cell.name for cell in cells}) == 3 * 4 * 2 + 2 * 2
     assert sum(cell.matches(["backbone=epsilon", "seed=1"]) for cell in cells) == 6
+    means = {"fixed 2.25": (2.25, None), "U(0.5, 4)": (RULES["U(0.5, 4)"][0], None)}
+    equal = all_cells(equal_means=True)
+    assert len({cell.name for cell in equal}) == len(equal) == 4 * 3 and means.items() <= RULES.items()
+    assert {cell.rule for cell in equal} > set(means) and {cell.backbone for cell in equal} == {"epsilon"}
+
+
+def test_of_equal_means_it_counts_the_runs_that_got_worse() -> None:
+    points = [[9.0, 9.0, 9.0], [5.0, 6.0, 7.0], [5.0, 5.0, 5.0], [6.0, 5.0, 8.0]]
+    row = table({"fixed 2.25": points}, [125, 250, 375, 500], 3)[-1]
+    assert row.endswith("| 6.33 (5.00–8.00) | 2 of 3 |")
 
 
 def test_it_runs_what_is_missing_and_shows_the_rest_as_missing(study: Path) -> None:
@@ -77,8 +87,8 @@ def test_it_runs_what_is_missing_and_shows_the_rest_as_missing(study: Path) -> N
     assert set(done) == {("epsilon", 0), ("epsilon", 1), ("pixart", 0), ("pixart", 1)} and len(rows) == 28
     assert done["epsilon", 1]["values"]["val/frechet_distance"] == {"2": 9, "4": 7, "6": 5, "8": 3}
     text = (study / "results.md").read_text()
-    assert "| U(0.5, 4) | 2 of 2 | 8.50 (8.00–9.00) | 6.50 (6.00–7.00) |" in text
-    assert "| fixed 2 | 0 of 2 | missing | missing | missing | missing |" in text
+    assert "| U(0.5, 4) | 2 of 2 | 8.50 (8.00–9.00) | 6.50 (6.00–7.00) |" in text and "| 0 of 2 |\n" in text
+    assert "| fixed 2 | 0 of 2 | missing | missing | missing | missing | missing |" in text
     assert "Before any update: 12.50." in text
     assert "frechet_distance" in (study / "stability.html").read_text()
 

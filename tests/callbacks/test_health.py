@@ -82,12 +82,12 @@ def test_an_alarm_comes_once_and_may_end_the_run(
 def test_a_guidance_scale_that_is_too_large(
     guidance: float, is_raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quickstart in batches of four, by plain gradient steps: Adam and clipping divide the scale out."""
+    """In batches of four, by plain gradient steps: Adam and clipping divide the scale out."""
     monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
     health = {"class_path": "callbacks.health.Health", "init_args": {"every_n_steps": 2, "teacher_steps": 8}}
     plain = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
     cli.main([
-        "fit", "--config", "configs/quickstart.yaml", f"--trainer.callbacks={json.dumps([health])}",
+        "fit", "--config", "configs/base/emoji.yaml", f"--trainer.callbacks={json.dumps([health])}",
         f"--model.objective.guidance_scale={guidance}", "--model.objective.fake_guidance_scale=1",
         f"--model.student.optimizer={json.dumps(plain)}", "--model.student.warmup_steps=0",
         "--model.student.clip_norm=null", "--model.ema_decay=null", "--trainer.max_steps=4",
@@ -95,7 +95,7 @@ def test_a_guidance_scale_that_is_too_large(
         "--trainer.enable_progress_bar=false",
         f"--trainer.default_root_dir={tmp_path}",
     ])  # fmt: skip
-    text = (tmp_path / "quickstart" / "version_0" / "metrics.csv").read_text()
+    text = (tmp_path / "emoji" / "version_0" / "metrics.csv").read_text()
     alarms = [float(row["health/alarms"] or 0) for row in csv.DictReader(text.splitlines())]
     assert any(alarms) == is_raised
 
