@@ -33,9 +33,9 @@ HUB = {
 }
 OTHERS = {  # first words of what is no hub name but looks like one: our files and metrics, and examples
     "00000", "COCO", "DIR", "HPSv2", "JUDGES", "MJHQ-30K", "NAME", "ViT-B", "ViT-B-32", "ViT-L",
-    "application", "base", "checkpoints", "comfy", "counts", "dpg_bench", "gradient_at_output", "group", "health",
-    "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory", "objective", "objectives", "owner",
-    "package", "run", "scheduler", "test", "text", "throughput", "tokenizer", "train", "unet", "val",
+    "application", "base", "checkpoints", "comfy", "counts", "dpg_bench", "gradient_at_output", "group",
+    "health", "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory", "objective", "objectives",
+    "owner", "package", "run", "scheduler", "test", "text", "throughput", "tokenizer", "train", "unet", "val",
 }  # fmt: skip
 NAME = re.compile(
     r"(?<![\w./<>{}$*~+-])([A-Za-z0-9][\w.-]*[A-Za-z0-9])/([A-Za-z0-9][\w.-]*[A-Za-z0-9])(?![\w/*{<$]|\.\w)"

@@ -319,7 +319,10 @@ def test_packing_is_flux_own() -> None:
 
 def test_published_sizes() -> None:
     """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1, 12.3 GB of
-    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image; SANA's paper (arXiv 2410.10629) has 1604 and 590 million."""
+    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image.
+
+    SANA's paper (arXiv 2410.10629) has 1604 and 590 million.
+    """
     with torch.device("meta"):
         medium = SD3Transformer2DModel(
             sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
