@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## distil the bundled teacher and show the result; opt
 	$(RUN) cli.py fit --config configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-test  ## the whole test suite; options: make test ARGS="-k prompts"
-	$(TEST_ENV) $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(TEST_ENV) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(VENV)/bin/ruff check .

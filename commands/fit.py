@@ -303,8 +303,17 @@ class TrainerCLI(LightningCLI):
         settings = self.settings.clone()
         if settings.get("ckpt_path") == "last":
             settings.ckpt_path = None
-        text = self._parser(self.config.subcommand).dump(settings, skip_none=False)
+        # what the parser has checked, it need not check again for each nested class
+        text = self._parser(self.config.subcommand).dump(settings, skip_none=False, skip_validation=True)
         return keep_references(text, self.args)
+
+    def _dump_config(self) -> None:
+        """Lightning's, without checking everything again."""
+        if not hasattr(self, "config_dump"):
+            text = self._parser(self.config.subcommand).dump(
+                self.settings, skip_none=False, skip_link_targets=False, skip_validation=True
+            )
+            self.config_dump = yaml.safe_load(text)
 
     def _loggers(self, configured: Any, folder: Path, resume_step: int | None) -> list[Logger] | bool:
         """metrics.csv and TensorBoard, then those of the configuration; `logger: false` means none at all."""

@@ -20,8 +20,7 @@ from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import StandIn, StandInData
 from tests.callbacks.test_evaluation import trainer
 from tests.distributed_runs import run_processes
-from tests.test_experiments import REAL, substitutes
-from tests.test_sbv2_configs import EXPERIMENTS
+from tests.test_experiments import EXPERIMENTS, MEASURED, REAL, check_update, part, substitutes
 from tests.tiny_judges import copied_clip, open_clip_network
 
 METRICS = "callbacks.metrics"
@@ -52,21 +51,27 @@ def coco(tmp_path: Path) -> Path:
     return folder
 
 
-def judges(folder: Path, clip: Path, **named: str) -> list[dict[str, Any]]:
-    """The recipes' metrics with miniature networks; of ``named`` paths those that are given."""
-    folder.mkdir(exist_ok=True)
-    architecture, weights = open_clip_network(folder)
-    eyes = {"inception": str(inception_file(folder, 32))}
-    hps = {"version": "v2.0", "architecture": architecture, "checkpoint": str(weights)} | named
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """Inception's file; name and weights of HPSv2's network."""
+    folder: Path = tmp_path_factory.mktemp("judges")
+    return str(inception_file(folder, 32)), *open_clip_network(folder)
+
+
+@pytest.fixture
+def metrics(networks: tuple[str, str, Path], tiny_clip: Path) -> list[dict[str, Any]]:
+    """The recipes' metrics with miniature networks."""
+    eyes = {"inception": networks[0]}
+    hps = {"version": "v2.0", "architecture": networks[1], "checkpoint": str(networks[2])}
     return [
         {"class_path": f"{METRICS}.frechet.FID", "init_args": eyes},
         {"class_path": f"{METRICS}.precision_recall.Precision", "init_args": {**eyes, "k": 1}},
         {"class_path": f"{METRICS}.precision_recall.Recall", "init_args": {**eyes, "k": 1}},
         {
             "class_path": f"{METRICS}.clip_score.ClipScore",
-            "init_args": {"model": str(clip), "pretrained": None},  # else the recipe's
+            "init_args": {"model": str(tiny_clip), "pretrained": None},  # else the recipe's
         },
-        {"class_path": f"{METRICS}.hpsv2.HPSv2", "init_args": {k: v for k, v in hps.items() if v}},
+        {"class_path": f"{METRICS}.hpsv2.HPSv2", "init_args": hps},
     ]
 
 
@@ -102,7 +107,7 @@ def fit(
     ]
     cli.main([
         "fit", "--config", str(EXPERIMENTS / f"{name}.yaml"), "--config", "configs/data/own_prompts.yaml",
-        *models, "--data.micro_batch_size=2", f"--trainer.callbacks={json.dumps(callbacks)}",
+        *models, f"--trainer.callbacks={json.dumps(callbacks)}",
         "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1",
         "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
         f"--trainer.default_root_dir={root}", *options,
@@ -111,10 +116,9 @@ def fit(
 
 
 def with_coco(coco: Path) -> list[str]:
-    return [
-        f"--data.eval_set.captions={coco / 'annotations' / 'captions_val2014.json'}",
-        "--data.eval_set.count=6", "--data.eval_set_size=5", f"--data.eval_reference={coco / 'val2014'}",
-    ]  # fmt: skip
+    captions = {"captions": str(coco / "annotations" / "captions_val2014.json"), "count": 6}
+    data = {"eval_set": {"init_args": captions}, "eval_set_size": 5, "eval_reference": str(coco / "val2014")}
+    return part(coco.parent / "data" / "coco.yaml", data={"init_args": data})
 
 
 def measured(run: Path, stage: str) -> dict[str, float]:
@@ -128,6 +132,8 @@ def measured(run: Path, stage: str) -> dict[str, float]:
 def test_every_recipe_measures_on_coco(name: str) -> None:
     """The set, the metrics and the rule of best.ckpt come from the files that all of them build on."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
+    base = content_of(EXPERIMENTS.parent / "base" / "full_size.yaml")
+    assert content["trainer"]["callbacks"] == base["trainer"]["callbacks"]
     data, trainer = content["data"]["init_args"], content["trainer"]
     assert data["eval_set"]["class_path"].endswith("Coco30kSwiftBrush") and data["eval_set_size"] == 5000
     assert data["eval_set"]["init_args"]["captions"] is None and data["eval_reference"] is None
@@ -144,7 +150,7 @@ def test_every_recipe_measures_on_coco(name: str) -> None:
 def models(
     backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path
 ) -> Callable[[str], list[str]]:
-    """Options that put miniatures in the place of a recipe's models, and a few prompts in that of its own."""
+    """What puts miniatures in the place of a recipe's models, and a few prompts in that of its own."""
     return lambda name: substitutes(
         name,
         backbone_folder,
@@ -153,36 +159,32 @@ def models(
     )
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", MEASURED)
 def test_with_coco(
-    name: str, models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path,
+    name: str, models: Callable[[str], list[str]], metrics: list[dict[str, Any]], coco: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Every recipe takes a step, measures in the loop and at the end, and keeps the best checkpoint."""
-    metrics = judges(tmp_path / "judges", tiny_clip)
+    """A recipe takes a step, measures in the loop and at the end, and keeps the best checkpoint."""
     run = fit(name, models(name), tmp_path, metrics, *with_coco(coco))
     found = [measured(run, stage) for stage in ("val", "test")]
     assert all(stage.keys() >= ALL and all(map(math.isfinite, stage.values())) for stage in found)
     assert (run / "checkpoints" / "best.ckpt").exists()
-    assert measured(run, "counts")["skipped_updates"] == 0
-    norms = measured(run, "gradient_norm")
-    assert all(math.isfinite(norms[role]) for role in ("student", "fake_score"))
+    check_update(run, name)
     assert 0 < measured(run, "throughput")["evaluation_share"] < 1
     printed = capsys.readouterr().out
     assert "Evaluation: " not in printed
     assert "Validation of step 1: " in printed and "Evaluation at the end: " in printed
 
 
-@pytest.mark.parametrize("name", [name for name in REAL if name.endswith("_swiftbrush")])
 def test_without_coco(
-    name: str, models: Callable[[str], list[str]], tiny_clip: Path, tmp_path: Path,
+    models: Callable[[str], list[str]], metrics: list[dict[str, Any]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """What compares with pictures, and a judge that isn't found, are left out in one line."""
     monkeypatch.setenv("HPS_ROOT", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
-    metrics = judges(tmp_path / "judges", tiny_clip, checkpoint="")
-    run = fit(name, models(name), tmp_path, metrics)
+    del metrics[-1]["init_args"]["checkpoint"]
+    run = fit("sd15_swiftbrush", models("sd15_swiftbrush"), tmp_path, metrics)
     assert measured(run, "val").keys() == measured(run, "test").keys() == {"clip_score"}
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Evaluation: ")]
     assert "only the 8 of data.eval_captions drawn (no data.eval_set.captions)" in line
@@ -193,10 +195,10 @@ def test_without_coco(
 
 
 def test_two_processes_measure_what_one_does(
-    models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path
+    models: Callable[[str], list[str]], metrics: list[dict[str, Any]], coco: Path, tmp_path: Path
 ) -> None:
     """By DDP and by FSDP2: five pictures in validations, six at the end; the last place is padding."""
-    metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
+    name = "sd15_swiftbrush"
     ones = fit(name, models(name), tmp_path / "one", metrics, *with_coco(coco))
     expected = {stage: measured(ones, stage) for stage in ("val", "test")}
     assert expected["val"].keys() >= ALL
@@ -216,7 +218,7 @@ def test_two_processes_measure_what_one_does(
 
 
 def test_published_values_stand_only_beside_the_same_protocol(
-    models: Callable[[str], list[str]], tiny_clip: Path, coco: Path, tmp_path: Path,
+    models: Callable[[str], list[str]], metrics: list[dict[str, Any]], coco: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A whole run, whose end draws the set as published (here six captions), its validation fewer."""
@@ -225,7 +227,7 @@ def test_published_values_stand_only_beside_the_same_protocol(
         Coco30kSwiftBrush, "load",
         lambda self: dataclasses.replace(load(self), published_count=6, published_references=3),
     )  # fmt: skip
-    metrics, name = judges(tmp_path / "judges", tiny_clip), "sd15_swiftbrush"
+    name = "sd15_swiftbrush"
     run = fit(name, models(name), tmp_path, metrics, *with_coco(coco), whole=True)
     report = json.loads((run / "report.json").read_text())
     assert {report["metrics"][metric]["num_images"] for metric in ALL} == {6}
@@ -247,11 +249,11 @@ def test_published_values_stand_only_beside_the_same_protocol(
 
 
 def test_a_judge_that_is_named_must_be_there(
-    models: Callable[[str], list[str]], tiny_clip: Path, tmp_path: Path
+    models: Callable[[str], list[str]], metrics: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    metrics = judges(tmp_path / "judges", tiny_clip, checkpoint=str(tmp_path / "hsp.pt"))[3:]
+    metrics[-1]["init_args"]["checkpoint"] = str(tmp_path / "hsp.pt")
     with pytest.raises(UserError, match=r"looked for .*hsp\.pt"):
-        fit("sd15_swiftbrush", models("sd15_swiftbrush"), tmp_path, metrics)
+        fit("sd15_swiftbrush", models("sd15_swiftbrush"), tmp_path, metrics[3:])
 
 
 @pytest.mark.parametrize(("share", "validated"), [(1e-9, [1]), (1.0, [1, 2, 3, 4]), (None, [1, 2, 3, 4])])

@@ -197,7 +197,8 @@ def test_the_scoring_clip_may_not_train(tiny_sd: Path, tiny_clip: Path, tmp_path
         fit_config(config)
     assert not (tmp_path / "runs").exists()
     other = copied_clip(tiny_clip, tmp_path / "other")
-    fit_config(config, f"--model.image_losses.losses={json.dumps(losses(other)['losses'])}")
+    other_losses = f"--model.image_losses.losses={json.dumps(losses(other)['losses'])}"
+    fit_config(config, other_losses, "--trainer.max_steps=1")
 
 
 # --- resuming

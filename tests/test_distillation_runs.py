@@ -3,8 +3,6 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.objectives.base import Networks, Objective, StudentSample, Terms
+from tests.distributed_runs import run_processes
 from tests.tiny_distillation import PROMPTS, write_config
 
-ROOT = Path(cli.__file__).parent
 THIS = "tests.test_distillation_runs"
 
 
@@ -77,32 +75,21 @@ class Interrupt(L.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_resumed_run_is_the_uninterrupted_one(schedule: str, tiny_sd: Path, tmp_path: Path) -> None:
-    """Constant: two steps, then two more. Linear, which depends on max_steps: Ctrl-C in step two of four."""
-    role = {
-        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
-        "schedule": schedule, "warmup_steps": 3,
-    }  # fmt: skip
-    changes = {
-        "model__init_args__student": role,
-        "model__init_args__fake_score": role,
-        "trainer__max_steps": 4,
+def test_resumed_run_is_the_uninterrupted_one(tiny_sd: Path, tmp_path: Path) -> None:
+    """Ctrl-C in step two of four; a linear schedule, which depends on max_steps, beside a constant one."""
+    optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}
+    changes: dict[str, Any] = {"trainer__max_steps": 4} | {
+        f"model__init_args__{role}": {"optimizer": optimizer, "schedule": schedule, "warmup_steps": 3}
+        for role, schedule in (("student", "linear"), ("fake_score", "constant"))
     }
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = fit(write_config(tmp_path / "whole" / "tiny.yaml", tiny_sd, **changes))
-    config = write_config(tmp_path / "parts" / "tiny.yaml", tiny_sd, **changes)
-    if schedule == "constant":
-        fit(config, "--trainer.max_steps=2")
-    else:
-        stop = write_config(
-            tmp_path / "parts" / "tiny.yaml", tiny_sd, **changes,
-            trainer__callbacks=[{"class_path": f"{THIS}.Interrupt", "init_args": {"step": 2}}],
-        )  # fmt: skip
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            fit(stop)
-        write_config(config, tiny_sd, **changes)
+    interrupt = [{"class_path": f"{THIS}.Interrupt", "init_args": {"step": 2}}]
+    config = write_config(tmp_path / "parts" / "tiny.yaml", tiny_sd, **changes, trainer__callbacks=interrupt)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(config)
+    write_config(config, tiny_sd, **changes)
     assert checkpoint(next((tmp_path / "parts").glob("runs/*/*")))["global_step"] == 2
     parts = fit(config, "--ckpt_path=last")
     assert parts.name == "version_0"
@@ -133,14 +120,9 @@ def test_two_processes_are_one(tiny_sd: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_config(tmp_path / name / "tiny.yaml", tiny_sd, **roles, trainer__max_steps=2)
     one = fit(tmp_path / "one" / "tiny.yaml")
-    # "ddp_fork" is DDPStrategy with another launcher; the module itself allows for unused weights.
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.init_args.micro_batch_size=1"]
-    arguments = ["fit", "--config", str(tmp_path / "two" / "tiny.yaml"), *options]
-    command = f"import cli; cli.main({arguments!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    # the module itself allows for unused weights
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.micro_batch_size=1"]
+    run_processes(2, lambda: fit(tmp_path / "two" / "tiny.yaml", *options), tmp_path / "log")
     two = next((tmp_path / "two").glob("runs/*/*"))
     first, second = checkpoint(one), checkpoint(two)
     assert first["counters"] == second["counters"] and second["PromptDataModule"] == {"position": 8}

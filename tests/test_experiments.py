@@ -1,66 +1,104 @@
 """Every experiment builds and takes a step with miniature models in the place of its own."""
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
+import cli
 from commands.config_files import content_of
-from tests.test_configs import command_for
+from tests.test_configs import class_names, command_for
 from tests.test_draw_teacher import draw
-from tests.test_sbv2_configs import EXPERIMENTS, step
 from tests.tiny_judges import CLIP, tiny_decoder
 
-ELSEWHERE = {  # in test_sbv2_configs and test_snoopi_configs
-    *("emoji_sbv2_full", "emoji_sbv2_lora_clip", "sd21_sbv2_full", "sd21_sbv2_lora_clip"),
-    *("emoji_pgsb", "emoji_nasat", "sd15_nasat", "sd21_pgsb", "pixart_pgsb", "pixart_nasat"),
-}
+EXPERIMENTS = Path(cli.__file__).parent / "configs" / "experiment"
 NAMES = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
 RECIPES = [f"{backbone}_swiftbrush" for backbone in ("sd15", "sd21", "sdxl", "pixart")]
 REAL = sorted(name for name in NAMES if not name.startswith(("emoji", "own")))
 """Those at full size."""
+MEASURED = ("sd15_nasat", "sdxl_swiftbrush", "pixart_pgsb", "sd35_tdm_4step", "flux_pgsb", "sana_swiftbrush",
+            "zimage_swiftbrush", "klein_swiftbrush", "qwen_swiftbrush")  # fmt: skip
+"""One of each backbone; test_coco_in_the_loop takes their step."""
+AS_THEY_ARE = {"emoji_sbv2_full", "emoji_sbv2_lora_clip"}
+"""On the bundled models: their student begins as one of them."""
+ALONE = ["--trainer.callbacks=[]", "--trainer.max_steps=1", "--trainer.limit_val_batches=0",
+         "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
+         "--trainer.accelerator=cpu"]  # fmt: skip
 
 
-def test_the_others_are_there() -> None:
-    assert ELSEWHERE <= NAMES and set(RECIPES) <= NAMES - ELSEWHERE
+def part(path: Path, **content: Any) -> list[str]:
+    """A file of settings and its option, which is read faster than many options of a model or of data.
+
+    In a folder called data, it names no experiment.
+    """
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return ["--config", str(path)]
 
 
 def substitutes(name: str, backbone_folder: Callable[[str], Path], clip: Path, folder: Path) -> list[str]:
-    """Options with which an experiment runs on miniatures, and on a few prompts; all else is its own."""
+    """With these an experiment runs on miniatures, and on a few prompts; all else is its own."""
     content = content_of(EXPERIMENTS / f"{name}.yaml")
     family = "sd3" if name.startswith("emoji_sd3") else name.split("_")[0]
     likes = {"emoji": "sd15", "own": "sd15", "sd21": "sd15", "sd35": "sd3"}
     teacher = backbone_folder(likes.get(family, family))
-    prompts = json.dumps([f"a red cat {number}" for number in range(4)])
-    options = [
-        f"--model.teacher={teacher}", "--model.student_init=null", f"--data.prompts={prompts}",
-        "--data.batch_size=2", "--data.micro_batch_size=1",
-    ]  # fmt: skip
+    model: dict[str, Any] = {"teacher": str(teacher), "student_init": None}
+    data: dict[str, Any] = {
+        "prompts": [f"a red cat {number}" for number in range(4)], "batch_size": 2, "micro_batch_size": 2,
+    }  # fmt: skip
     if "negative_prompts" in content["data"]["init_args"]:
-        options.append('--data.negative_prompts=["blurry", "green"]')
-    if "image_losses" in content["model"]["init_args"]:
+        data["negative_prompts"] = ["blurry", "green"]
+    if content["model"]["init_args"].get("image_losses"):
         loss = {"class_path": CLIP, "init_args": {"clip": str(clip)}}
-        options += [
-            f"--model.image_losses.losses={json.dumps([loss])}",
-            f"--model.image_losses.decoder={tiny_decoder(folder / 'taesd')}",
-        ]
+        model["image_losses"] = {"losses": [loss], "decoder": str(tiny_decoder(folder / "taesd"))}
     if "real" in content["data"]["init_args"]:
-        options += [f"--data.real.folder={draw(teacher, folder / 'samples')}", "--data.real.batch_size=2"]
-    return options
+        data["real"] = {"folder": str(draw(teacher, folder / "samples")), "batch_size": 2}
+    return part(folder / "data" / "miniature.yaml", model={"init_args": model}, data={"init_args": data})
 
 
-@pytest.mark.parametrize("name", sorted(name for name in NAMES - ELSEWHERE if name not in REAL))
-def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
-    """All but those at full size, which are in test_coco_in_the_loop."""
-    facts = step(name, tmp_path, *substitutes(name, backbone_folder, tiny_clip, tmp_path))["one_step"]
-    assert facts["student_steps"] == 1
-    lines = (tmp_path / name / "version_0" / "metrics.csv").read_text().splitlines()
-    found = {key: float(value) for row in csv.DictReader(lines) for key, value in row.items() if value}
-    assert found["counts/skipped_updates"] == 0
+def check_update(run: Path, name: str) -> None:
+    """All of the experiment's settings were read, and its one update leaves the numbers of its method."""
+    content = content_of(EXPERIMENTS / f"{name}.yaml")
+    model, resolved = content["model"]["init_args"], (run / "config.yaml").read_text()
+    assert all(f".{name}\n" in resolved for name in class_names([model, content["data"]]))
+    facts = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["one_step"]
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    found = {key: float(value) for row in rows for key, value in row.items() if value}
+    assert facts["student_steps"] == 1 and found["counts/skipped_updates"] == 0
     assert all(math.isfinite(found[f"gradient_norm/{role}"]) for role in ("student", "fake_score"))
+    assert ("train/student_clip" in found) == bool(model.get("image_losses"))
+    lora = model.get("student_lora")
+    assert (lora is None) == ("student_lora" not in facts)
+    assert lora is None or all(facts["student_lora"][key] == lora[key] for key in ("rank", "alpha"))
+    kappa = model["objective"].get("init_args", {}).get("guidance_scale")
+    if isinstance(kappa, dict):  # one for both scores, within the range
+        drawn = found["objective/guidance_scale/teacher"]
+        assert kappa["init_args"]["low"] <= drawn <= kappa["init_args"]["high"]
+        assert drawn == found["objective/guidance_scale/fake_score"]
+    alpha = found.get("objective/student_negative_scale")  # of NASA, only in NASA-T
+    assert (alpha is not None) == name.endswith("nasat") and (alpha is None or 0 < alpha < 1)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - set(MEASURED)))
+def test_one_step(name: str, backbone_folder: Callable[[str], Path], tiny_clip: Path, tmp_path: Path) -> None:
+    """All but those of test_coco_in_the_loop."""
+    own = ["--data.batch_size=2"]
+    if name not in AS_THEY_ARE:
+        own = substitutes(name, backbone_folder, tiny_clip, tmp_path)
+    options = [*ALONE, f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1", *own]
+    cli.main(["fit", "--config", str(EXPERIMENTS / f"{name}.yaml"), *options])
+    run = tmp_path / name / "version_0"
+    check_update(run, name)
+    if name in AS_THEY_ARE:
+        content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert content["one_step"]["student_init"] == "assets/emoji-sd-swiftbrush"
+        adapters = [".student." in key for key in content["state_dict"] if key.startswith("student.")]
+        assert all(adapters) == (name == "emoji_sbv2_lora_clip")
 
 
 @pytest.mark.parametrize("name", RECIPES)

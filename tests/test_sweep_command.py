@@ -174,15 +174,14 @@ def test_the_wandb_example_is_a_command_line_of_ours(monkeypatch: pytest.MonkeyP
     assert parsed.trainer.max_steps == 40
 
 
-def test_a_sweep_of_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two trials by the real command line; the best configuration gives the same value again."""
-    path = tiny_sweep(tmp_path)
+def test_a_sweep_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trial by the real command line; the best configuration gives the same value again."""
+    path = tiny_sweep(tmp_path, trials=1)
     os.environ["OMP_NUM_THREADS"] = "1"  # the number of threads of the tests
-    main(["sweep", "--config", str(path), "--workers", "2"])
+    main(["sweep", "--config", str(path)])
     content = content_of(path)
     best, out = content["best"], capsys.readouterr().out
-    assert content["counts"]["complete"] == 2 and best["rank"] == 1
-    assert best["value"] == min(trial["value"] for trial in content["trials"])
+    assert content["counts"]["complete"] == 1 and best["rank"] == 1
     assert ranked_table(content) in out and "sweep.html" in out
     run = Path(best["folder"])
     config = yaml.safe_load((run / "config.yaml").read_text())
