@@ -54,19 +54,20 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Encode what the cache lacks, the empty prompt included; an interrupted run goes on where it ended.
+    """Encode what the cache lacks, that for no prompt included; an interrupted run goes on where it ended.
 
     Raises:
         UserError: a source or the model can't be read, the disk is too small, or the folder holds a cache of
             another encoder, type or something else.
     """
     check_output_folder(options.output, own_names)
-    texts = _Joined([Texts([""]), *_pools(options)])
+    pools = _pools(options)
+    parts = load_parts(options.model, without=("denoiser", "vae"))
+    encoder = parts.backbone.prompt_encoder(parts)
+    texts = _Joined([Texts(list(dict.fromkeys(["", encoder.no_prompt]))), *pools])
     places = np.arange(len(texts))
     chunks = tqdm(np.split(places, places[_CHUNK::_CHUNK]), "Reading prompts", delay=2)
     keys = np.concatenate([text_keys(texts.take(chunk)) for chunk in chunks])
-    parts = load_parts(options.model, without=("denoiser", "vae"))
-    encoder = parts.backbone.prompt_encoder(parts)
     identity = text_identity(parts, encoder)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     sample = encoder.embed_texts(texts.take(places[:: -(-len(texts) // _SAMPLE)]))

@@ -44,6 +44,7 @@ from lightning_modules.parallel import (
     FullySharded,
     mean_over_processes,
     same_on_all_processes,
+    shard_autoencoders,
     shard_networks,
     shard_text_encoders,
     without_sync,
@@ -247,8 +248,9 @@ class OneStepDistillation(L.LightningModule):
                 check_judges(self.image_losses.losses, trainer.callbacks)  # type: ignore[attr-defined]
         self.real_pictures = self._real_pictures()
         judges = [] if self.image_terms is None else [self.image_terms]
-        for part in (self.generator, *judges):
-            part.decoder.slice_size = self.decode_slice  # type: ignore[union-attr]
+        decoders = [self.generator.decoder, *(terms.decoder for terms in judges)]
+        for decoder in decoders:
+            decoder.slice_size = self.decode_slice
         for score in (self.scores.teacher, self.scores.fake_score):
             score.most_at_once = self.score_batch
         trained = [self.student, *self.scores.networks()]
@@ -260,6 +262,7 @@ class OneStepDistillation(L.LightningModule):
             mesh = trainer.strategy.device_mesh["data_parallel"]
             shard_networks(trained, mesh, self.parts.weights)
             shard_text_encoders(self.generator.prompt_encoder, mesh)
+            shard_autoencoders((decoder.vae for decoder in decoders), mesh)
         elif trainer is not None and trainer.strategy.root_device.type == "cpu":
             channels_last(trained)
         self.ema = StudentEMA(self.student, self.ema_decay) if self.ema_decay is not None else None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.image_losses.terms import ImageTerms
 from lightning_modules.networks.ema import StudentEMA
@@ -17,9 +18,10 @@ NOT_WEIGHTS = (EMA, GRADIENTS, OPTIMIZERS)
 
 
 def size(tensors: Iterable[Tensor], trained: bool = False) -> Part:
-    """Values and bytes of these tensors, each counted once."""
+    """Values and bytes of these tensors, each counted once; of those in shards, this process's share."""
     unique = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(t.numel() for t in unique), sum(t.numel() * t.element_size() for t in unique), trained
+    held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in unique]
+    return sum(t.numel() for t in held), sum(t.numel() * t.element_size() for t in held), trained
 
 
 def memory_by_part(

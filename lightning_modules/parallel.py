@@ -160,6 +160,20 @@ def shard_text_encoders(encoder: PromptEncoder, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(encoder, "embed_texts")
 
 
+def shard_autoencoders(autoencoders: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Split the weights of autoencoders; all processes must then encode and decode as often as each other.
+
+    What draws pictures does so anyway, because the student is in shards; kept on the CPU instead, an image
+    loss would send all of the weights to the GPU in each micro-batch.
+    """
+    for network in dict.fromkeys(autoencoders):
+        for block in (*blocks(network.encoder), *blocks(network.decoder)):  # type: ignore[arg-type]
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        for method in ("encode", "decode"):
+            register_fsdp_forward_method(network, method)
+
+
 def blocks(network: nn.Module) -> list[nn.Module]:
     """What stands in lists, and what its class says is not to be split; nothing inside another of them."""
     children = list(network.named_children())

@@ -494,6 +494,14 @@ def private_copy(folder: Path, place: Path) -> Path:
     return place
 
 
+def without_t5(folder: Path, place: Path) -> Path:
+    """A copy of the miniature Stable Diffusion 3 as its users without memory for T5 load it."""
+    index = json.loads((private_copy(folder, place) / "model_index.json").read_text())
+    index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    _json(place / "model_index.json", index)
+    return place
+
+
 def moved(folder: Path, seed: int) -> Any:
     """The folder's network with every weight moved at random."""
     network = load_parts(folder).denoiser

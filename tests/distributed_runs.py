@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
 
 def run_processes(number: int, work: Callable[[], None], log: Path, launched: bool = True) -> None:
     """Call `work` in this many processes that see themselves as started by torchrun (`launched`).
@@ -37,6 +39,8 @@ def run_processes(number: int, work: Callable[[], None], log: Path, launched: bo
 
 def _work_and_exit(work: Callable[[], None], log: Path) -> None:
     status = 1
+    # renews PyTorch's pool of threads, which is broken in a fork: autograd's threads must not do it at once
+    torch.set_num_threads(1)
     with log.open("w") as output:
         sys.stdout = sys.stderr = output
         try:

@@ -195,6 +195,10 @@ def test_the_lora_by_itself_is_the_adapter(run: Run) -> None:
         part = "transformer" if run.name in FLOWS else "unet"
         assert (settings[f"{part}.r"], settings[f"{part}.lora_alpha"]) == (2, 2)  # the scale is folded in
         assert told["trained_timesteps"] == f"[{STARTS.get(run.name, 625)}]"
+        assert told["num_inference_steps"] == "1" and told["guidance_scale"] == "1.0"
+        expected_shift = ours.schedule.shift if run.name in FLOWS else None
+        assert told.get("shift") == (expected_shift and str(expected_shift))
+        assert run.name != "sd3" or told["shift"] == "3.0"
     assert f'DiffusionPipeline.from_pretrained("{run.teacher.name}", torch' in card
     assert "right at scale 1" in card and "(alpha 6 is folded in)" in card
     loaded = one_step(run.lora_folder, ours, pipe)

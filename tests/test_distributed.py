@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -22,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 from callbacks.checkpoint import RunCheckpoint
+from callbacks.evaluation import Evaluation
 from callbacks.run_folder import RunFolder, read_checkpoint
+from callbacks.samples import SampleGrid
 from common.errors import UserError
 from common.hashing import hash_tensors
 from datamodules.prompts import PromptDataModule
@@ -32,6 +36,7 @@ from lightning_modules.build import Built, NetworkSettings, build_networks
 from lightning_modules.checkpoints import read
 from lightning_modules.diffusion.steps import Steps
 from lightning_modules.distillation import OneStepDistillation
+from lightning_modules.networks.decoder import LatentDecoder
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings
 from lightning_modules.networks.roles import ScoreModels
@@ -40,9 +45,11 @@ from lightning_modules.networks.weight_files import WeightFiles
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from lightning_modules.optimization import RoleOptimization
 from lightning_modules.parallel import FullySharded
-from tests.backbones import FLOWS
+from tests.backbones import FLOWS, without_t5
+from tests.conftest import TOKENS
 from tests.distributed_runs import run_processes
 from tests.tiny_distillation import PROMPTS, Hooks, Pull, distillation, fit, trainer
+from tests.tiny_judges import clip_settings, copied_clip
 
 BATCH = 6
 STEPS = 2
@@ -117,7 +124,7 @@ def train(
     callbacks = [notes, *more, RunFolder(folder), *saving]
     run = trainer(
         folder, steps, callbacks, devices=devices, strategy=strategy, enable_checkpointing=save,
-        precision="64-true" if double else "32-true",
+        precision="64-true" if double else "32-true", log_every_n_steps=1,
     )  # fmt: skip
     if double:
         module.double()
@@ -213,12 +220,20 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_sd: Path, tmp_path:
     assert relative_distance(notes(tmp_path / "whole")["weights"], notes(three)["weights"]) <= 1e-3
 
 
-@pytest.mark.parametrize("lora", ["adapter", "full copy"])
-def test_shards_are_ddp(lora: str, tiny_sd: Path, tmp_path: Path) -> None:
-    """FSDP2 on two processes: DDP's losses, first gradients, weights and average; with clipping, too."""
+@pytest.mark.parametrize(("lora", "decoded"), [("adapter", 3), ("full copy", 1)])
+def test_shards_are_ddp(
+    lora: str, decoded: int, tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 on two processes: DDP's losses, first gradients, weights, average, pictures and scores.
+
+    With clipping of gradients, and an image loss for which one process decodes more than the other.
+    """
+    monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
+    scoring = str(copied_clip(tiny_clip, tmp_path / "scoring"))
     clipped = {role: RoleOptimization(lambda groups: torch.optim.SGD(groups, lr=20.0), clip_norm=1e-3)
                for role in ("student", "fake_score")}  # fmt: skip
     settings: dict[str, Any] = clipped | ({} if lora == "adapter" else {"lora": None})
+    settings |= {"image_losses": clip_settings(tiny_clip, images_per_update=decoded), "decode_slice": 1}
 
     def sharded() -> None:
         def all_in_shards(run: L.Trainer) -> None:
@@ -226,13 +241,33 @@ def test_shards_are_ddp(lora: str, tiny_sd: Path, tmp_path: Path) -> None:
             assert all(isinstance(p, DTensor) for p in module.student.parameters())
             assert all(isinstance(p, DTensor) for p in module.scores.parameters())
             assert all(isinstance(p, DTensor) for p in module.generator.prompt_encoder.parameters())
+            autoencoder = list(module.generator.decoder.parameters())
+            assert all(isinstance(p, DTensor) for p in autoencoder)
+            share = module.memory_parts()["autoencoder"][0] / sum(p.numel() for p in autoencoder)
+            assert 0.5 <= share < 0.55 or run.global_rank
 
-        train(tiny_sd, tmp_path / "fsdp", strategy=FullySharded(), devices=2, watch=all_in_shards, **settings)
+        run_one("fsdp", FullySharded(), all_in_shards)
 
-    run_processes(2, sharded, tmp_path / "log")
-    ddp = tmp_path / "ddp"
-    run_processes(2, lambda: train(tiny_sd, ddp, strategy="ddp", devices=2, **settings), tmp_path / "log")
-    assert_same_numbers(notes(ddp), notes(tmp_path / "fsdp"), 1e-4)
+    def run_one(name: str, strategy: Any, watch: Callable[[L.Trainer], None] | None = None) -> None:
+        grid = SampleGrid(num_images=3, teacher_steps=2)
+        scores = Evaluation(
+            scoring, None, final_size=3, batch_size=2, teacher_rows=False, timing_batch_size=1
+        )
+        train(tiny_sd, tmp_path / name, grid, scores, strategy=strategy, devices=2, watch=watch, **settings)
+        assert scores.final is not None
+        result = scores.final.metrics["clip_score"]
+        assert result["num_images"] == 3
+        torch.save(result["value"], tmp_path / name / "score.pt")
+
+    for work in (sharded, lambda: run_one("ddp", "ddp")):
+        run_processes(2, work, tmp_path / "log")
+    ddp, fsdp = (tmp_path / name for name in ("ddp", "fsdp"))
+    assert_same_numbers(notes(ddp), notes(fsdp), 1e-4)
+    assert notes(ddp)["steps"][0]["losses"]["train/student_clip"] > 0.1
+    assert torch.load(fsdp / "score.pt") == pytest.approx(torch.load(ddp / "score.pt"), rel=1e-4)
+    for name in ("step_0.png", f"step_{STEPS}.png"):
+        pictures = [np.asarray(Image.open(run / "samples" / name)).astype(int) for run in (ddp, fsdp)]
+        assert abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 1
 
 
 @pytest.mark.parametrize("adapters", [True, False])
@@ -288,20 +323,37 @@ def test_shards_from_the_files_are_those_of_whole_networks(
     run_processes(2, work, tmp_path / "log")
 
 
-def test_text_encoders_in_shards_encode_the_same(
+def test_text_encoders_and_autoencoders_in_shards_do_the_same(
     backbone_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Also where one process has nothing to decode, and nothing to differentiate."""
+
+    def through(decoder: LatentDecoder, latents: Tensor) -> list[Tensor]:
+        pictures = decoder.decode(latents)
+        with torch.no_grad():
+            again = decoder.encode(pictures)
+        return [pictures, again, *torch.autograd.grad(pictures.square().sum(), latents)]
+
     def work() -> None:
         torch.distributed.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (2,))
+        mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
         for name in FLOWS:
-            parts = load_parts(backbone_folder(name), without=("denoiser", "vae"))
+            parts = load_parts(backbone_folder(name), without=("denoiser",))
             encoder = parts.backbone.prompt_encoder(parts)
             expected, whole = encoder.embed(PROMPTS[:2]), sum(p.numel() for p in encoder.parameters())
             parallel.shard_text_encoders(encoder, mesh)
             found, shards = encoder.embed(PROMPTS[:2]), [p.to_local() for p in encoder.parameters()]  # type: ignore[operator]
-            assert 0.5 <= sum(x.numel() for x in shards) / whole < 0.55 or torch.distributed.get_rank()
+            assert 0.5 <= sum(x.numel() for x in shards) / whole < 0.55 or rank
             assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+            decoder = LatentDecoder(parts.vae, slice_size=1)
+            whole = sum(p.numel() for p in decoder.parameters())
+            latents = torch.randn(2, parts.backbone.latent_channels(parts.vae), 4, 4, requires_grad=True)
+            outputs = through(decoder, latents)
+            parallel.shard_autoencoders([parts.vae], mesh)
+            ours = through(decoder, latents[: 2 - 2 * rank])
+            shards = [p.to_local() for p in decoder.parameters()]  # type: ignore[operator]
+            assert 0.5 <= sum(x.numel() for x in shards) / whole < 0.6 or rank
+            assert all(torch.equal(x, y[: len(x)]) for x, y in zip(ours, outputs, strict=True)), name
 
     for name in FLOWS:
         backbone_folder(name)
@@ -339,16 +391,26 @@ class ThreeCopies(ScoreModels):
 def test_three_roles_on_one_base_are_three_copies_in_two_processes(
     backbone_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The same losses for 20 steps; without and with gradient checkpointing, under DDP and in shards."""
-    teacher = backbone_folder("sd3")
+    """The same losses for 20 steps; without and with gradient checkpointing, under DDP and in shards.
 
-    def losses(strategy: Any, copies: bool = False, checkpointing: bool = False) -> list[dict[str, float]]:
+    And those of one process. The teacher is Stable Diffusion 3 without T5, whose zeros are counted.
+    """
+    teacher = without_t5(backbone_folder("sd3"), tmp_path / "sd3")
+
+    def losses(
+        strategy: Any, copies: bool = False, checkpointing: bool = False, processes: int = 2
+    ) -> list[dict[str, float]]:
         lora = StudentLoraSettings(rank=2, alpha=4.0, targets=["to_q", "to_k"], share_base=not copies)
         module = distillation(
             teacher, student_lora=lora, start_timestep=999, gradient_checkpointing=checkpointing,
             student=sgd(20.0), fake_score=sgd(20.0), ema_decay=None,
         )  # fmt: skip
         found: list[dict[str, float]] = []
+        lengths = set[int]()
+
+        def watch_texts(m: OneStepDistillation) -> None:
+            hook = m.scores.base.context_embedder.register_forward_hook  # type: ignore[union-attr, operator]
+            hook(lambda _, inputs, output: lengths.add(output.shape[1]))
 
         def note(m: OneStepDistillation) -> None:
             logged = m.trainer.callback_metrics.items()
@@ -357,7 +419,11 @@ def test_three_roles_on_one_base_are_three_copies_in_two_processes(
         with pytest.MonkeyPatch.context() as patch:
             if copies:
                 patch.setattr("lightning_modules.build.ScoreModels", ThreeCopies)
-            fit(module, tmp_path, 20, Hooks(after_step=note), batch_size=2, strategy=strategy, devices=2)
+            fit(
+                module, tmp_path, 20, Hooks(watch_texts, note), batch_size=2, strategy=strategy,
+                devices=processes,
+            )  # fmt: skip
+        assert lengths == {TOKENS + 1}
         if copies:
             assert isinstance(module.scores, ThreeCopies)
         elif strategy == "ddp":
@@ -375,7 +441,10 @@ def test_three_roles_on_one_base_are_three_copies_in_two_processes(
                 assert len(run) == 20
                 for ours, expected in zip(run, runs[0], strict=True):
                     assert ours == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            for ours, expected in zip(runs[0], alone, strict=True):
+                assert ours == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
+    alone = losses("auto", processes=1)
     run_processes(2, work, tmp_path / "log")
 
 

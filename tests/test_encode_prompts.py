@@ -103,8 +103,15 @@ def test_cached_embeddings_are_those_on_the_fly(
     assert_close(cached.embed(some), unmasked(fresh.embed(some)), atol=1e-6)
 
 
-def test_the_network_sees_no_difference(model: Path, sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model", ["sd21_v", "sdxl", "pixart_1024", "sana", "zimage", "klein", "qwen"], indirect=True
+)
+def test_the_network_sees_no_difference(
+    model: Path, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is told of no prompt; nothing is encoded again."""
     encode(model, sources, tmp_path / "cache")
+    monkeypatch.setattr(PromptCache, "_encode", None)
     parts = load_parts(model)
     torch.manual_seed(0)
     noise, t = torch.randn(2, *parts.latent_shape), torch.tensor([10, 500])

@@ -97,11 +97,12 @@ class ImageTerms(nn.Module):
         if not active:
             return terms, numbers
         rows, shares = chosen_samples(random, batch_size, self.cap)
-        images = self.decoder.decode(x0[rows]) if rows else None
+        # of an autoencoder in shards each process has to be there, also where others hold the pictures
+        images = self.decoder.decode(x0[rows]) if rows or self.decoder.in_shards else x0[rows]
         for loss in active:
             cut = loss.truncated_prompts
-            if images is None:  # other micro-batches hold the pictures of this update
-                per_image, diagnostics = x0.flatten()[:0], dict.fromkeys(loss.logged, shares)
+            if not rows:  # other micro-batches hold the pictures of this update
+                per_image, diagnostics = images.flatten(), dict.fromkeys(loss.logged, shares)
             else:
                 per_image = loss(images, [prompts[row] for row in rows])
                 diagnostics = loss.diagnostics

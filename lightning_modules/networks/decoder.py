@@ -3,8 +3,10 @@
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from common.errors import UserError, first_line
+from common.processes import from_every_rank
 from lightning_modules.diffusion.broadcast import at_least_float32
 from lightning_modules.networks.backbones.codec import codes_of, decoded, encoded, latents_of
 from lightning_modules.networks.loading import no_progress_bars
@@ -17,6 +19,8 @@ KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 class LatentDecoder(nn.Module):
     """Frozen autoencoder between latents and pictures; gradients may flow through `decode` to the latents.
 
+    In shards all processes must call it equally often, with as many samples as they like, also none.
+
     Args:
         vae: the autoencoder.
         slice_size: most pictures at once, to bound memory.
@@ -28,20 +32,37 @@ class LatentDecoder(nn.Module):
         self.slice_size = slice_size
         hide_from_state_dict(self)
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether each process holds but a part of the autoencoder."""
+        return isinstance(self.vae, FSDPModule)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], at least float32, in [0, 1], of latents [B, C, h, w] in the UNet's scale."""
-        codes = codes_of(self.vae, at_least_float32(latents)).to(next(self.vae.parameters()).dtype)
-        slices = [decoded(self.vae, part) for part in codes.split(self.slice_size)]
-        return (at_least_float32(torch.cat(slices)) / 2 + 0.5).clamp(0.0, 1.0)
+        dtype, parts = next(self.vae.parameters()).dtype, self._slices(at_least_float32(latents))
+        slices = [decoded(self.vae, codes_of(self.vae, part).to(dtype)) for part in parts]
+        pictures = torch.cat(slices)[: len(latents)]
+        return (at_least_float32(pictures) / 2 + 0.5).clamp(0.0, 1.0)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] at the UNet's scale of pictures [B, 3, H, W] in [0, 1]: the means, no noise.
 
         For any but an AutoencoderTiny; the inverse of `decode` as far as the autoencoder goes.
         """
-        slices = (images * 2 - 1).to(next(self.vae.parameters()).dtype).split(self.slice_size)
-        codes = torch.cat([encoded(self.vae, part) for part in slices])
-        return latents_of(self.vae, at_least_float32(codes))
+        pictures = (images * 2 - 1).to(next(self.vae.parameters()).dtype)
+        codes = torch.cat([encoded(self.vae, part) for part in self._slices(pictures)])
+        return latents_of(self.vae, at_least_float32(codes))[: len(images)]
+
+    def _slices(self, batch: Tensor) -> list[Tensor]:
+        """What the autoencoder takes at once; in shards as many slices as the process with most has.
+
+        Those added are of zeros that depend on the batch, so that processes agree on backward passes, too.
+        """
+        if not self.in_shards:
+            return list(batch.split(self.slice_size))
+        slices = list(batch.split(self.slice_size)) if len(batch) else []
+        most = max(from_every_rank(len(slices)))
+        return slices + [batch.new_zeros(1, *batch.shape[1:]) + 0 * batch.sum()] * (most - len(slices))
 
     def train(self, mode: bool = True) -> "LatentDecoder":
         """Stay in evaluation mode: the autoencoder is never trained."""

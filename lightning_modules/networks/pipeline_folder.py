@@ -187,9 +187,12 @@ def export_student(
         if adapter is not None:
             told = {
                 "num_inference_steps": len(steps),
+                "guidance_scale": embedded_guidance(parts.denoiser) or 1.0,  # κ, as ComfyUI has it
                 "call": call,
                 "trained_timesteps": list(steps.timesteps),
             }
+            if is_flow(parts.scheduler):
+                told["shift"] = flow_shift(parts.scheduler, parts.image_tokens, parts.backbone)
             write_lora(adapter, parts.backbone, folder / LORA, dtype, told)
             own = lora_card(adapter, parts.backbone, name, call, type(scheduler).__name__, load)
             notes = notes._replace(markdown=own + notes.markdown)

@@ -381,8 +381,16 @@ def _weights_hash(files: list[Path]) -> str:
 
 def _settings(config: Any) -> dict[str, str]:
     """What differs from the defaults of the configuration's class, apart from how it was saved."""
-    different = config.to_diff_dict().items()
-    return {k: str(v) for k, v in different if k not in _UNIMPORTANT and not k.startswith("_")}
+    return {name: str(value) for name, value in _important(config.to_diff_dict()).items()}
+
+
+def _important(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """The same inside the settings of a network's parts, as Qwen 2.5-VL has them."""
+    return {
+        name: _important(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in _UNIMPORTANT and not str(name).startswith("_")
+    }
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -41,7 +41,7 @@ from lightning_modules.networks.lora import LoraSettings, StudentLoraSettings, i
 from lightning_modules.networks.pipeline_folder import one_step_scheduler
 from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.swiftbrush import SwiftBrush
-from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of
+from tests.backbones import FLOWS, SCHEDULERS, call_options, private_copy, stock_pipeline_of, without_t5
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["a Red cat ", "", "two green cups of tea " * 30]  # the last one is cut
@@ -319,7 +319,10 @@ def test_packing_is_flux_own() -> None:
 
 def test_published_sizes() -> None:
     """Full-size transformers: in bf16 4.5 GB of Stable Diffusion 3.5 medium, 23.8 GB of FLUX.1, 12.3 GB of
-    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image."""
+    Z-Image, 7.8 GB of FLUX.2 klein 4B, 40.9 GB of Qwen-Image.
+
+    SANA's paper (arXiv 2410.10629) has 1604 and 590 million.
+    """
     with torch.device("meta"):
         medium = SD3Transformer2DModel(
             sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
@@ -331,9 +334,15 @@ def test_published_sizes() -> None:
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
             guidance_embeds=False,
         )  # fmt: skip
-    networks = (medium, flux, z_image, klein, qwen)
+        sana = SanaTransformer2DModel(caption_channels=2304)
+        small_sana = SanaTransformer2DModel(
+            num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72,
+            cross_attention_dim=1152, caption_channels=2304,
+        )  # fmt: skip
+    networks = (medium, flux, z_image, klein, qwen, sana, small_sana)
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    assert sizes == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]
+    assert sizes[:5] == [2_243_171_520, 11_901_408_320, 6_154_908_736, 3_875_544_576, 20_430_401_088]
+    assert [round(size / 1e6) for size in sizes[5:]] == [1604, 592]
 
 
 @pytest.mark.parametrize(
@@ -370,17 +379,9 @@ def test_features_of_transformers_for_a_discriminator(name: str, layer: str, bac
 # --- Stable Diffusion 3 without T5 ------------------------------------------------------------------------
 
 
-def without_t5(backbone_folder: Folder, place: Path) -> Path:
-    folder = private_copy(backbone_folder("sd3"), place)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
 def test_zeros_in_the_place_of_t5_are_computed_once(backbone_folder: Folder, tmp_path: Path) -> None:
     """As the whole network: output, gradients of all weights and of an adapter's; also recomputed."""
-    parts = load_parts(without_t5(backbone_folder, tmp_path / "sd3"))
+    parts = load_parts(without_t5(backbone_folder("sd3"), tmp_path / "sd3"))
     network, ours = parts.denoiser, parts.denoiser.transformer_blocks[0].attn.processor
     stock = load_parts(backbone_folder("sd3")).denoiser.transformer_blocks[0].attn.processor
     assert type(ours) is CountedLastToken and type(stock) is JointAttnProcessor2_0

@@ -32,8 +32,11 @@ class PromptEncoder(nn.Module, ABC):
     """Frozen tokenizers and text encoders of one family; a subclass defines `embed_texts`.
 
     Attributes:
+        no_prompt: the text that stands for no prompt, if one does.
         truncated_prompts: how many prompts so far were longer than the text encoders take.
     """
+
+    no_prompt = ""
 
     def __init__(self, tokenizers: list[Any], text_encoders: list[Any], max_length: int) -> None:
         super().__init__()
@@ -86,8 +89,8 @@ class PromptEncoder(nn.Module, ABC):
         return self._null
 
     def embed_null(self) -> dict[str, Tensor]:
-        """What stands for no prompt: the empty one, unless a family says otherwise."""
-        return self.embed([""])
+        """What stands for no prompt: the text that does, unless a family says otherwise."""
+        return self.embed([self.no_prompt])
 
     def train(self, mode: bool = True) -> "PromptEncoder":
         """Stay in evaluation mode: text encoders are never trained."""

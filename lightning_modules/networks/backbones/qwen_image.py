@@ -74,6 +74,8 @@ class QwenVlPromptEncoder(PromptEncoder):
     No prompt is a blank, as in the examples of the pipeline: without a prompt against it, it isn't guided.
     """
 
+    no_prompt = " "
+
     def __init__(self, tokenizers: list[Any], text_encoders: list[Any], max_length: int) -> None:
         super().__init__(tokenizers, text_encoders, max_length)
         tokenizers[0].padding_side = "right"
@@ -91,9 +93,6 @@ class QwenVlPromptEncoder(PromptEncoder):
         hidden = F.pad(output.hidden_states[-1] * mask[..., None], (0, 0, 0, more))
         mask = F.pad(mask, (0, more))
         return {"encoder_hidden_states": hidden[:, DROPPED:], "encoder_attention_mask": mask[:, DROPPED:]}
-
-    def embed_null(self) -> dict[str, Tensor]:
-        return self.embed([" "])
 
 
 @call_denoiser.register
