@@ -142,6 +142,22 @@ def tiny_sd_v(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smaller_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One attention block, for tracing and sharding take long for each. Shared: do not write into it."""
+    folder: Path = tmp_path_factory.mktemp("smaller_sd") / "model"
+    shutil.copytree(tiny_sd, folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel(
+            sample_size=PICTURE // 2, in_channels=4, out_channels=4, layers_per_block=1,
+            block_out_channels=(8,), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("UpBlock2D",), mid_block_type=None, cross_attention_dim=WIDTH,
+            attention_head_dim=2,
+        ).save_pretrained(folder / "unet")  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the folder of a miniature by its name in `tests.backbones`. Shared: do not write into it."""
     from tests.backbones import write_backbone

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,18 +104,6 @@ def test_channels_last_changes_no_number_that_is_trained(tiny_sd: Path) -> None:
 
 
 # --- compiling
-
-
-@pytest.fixture
-def smaller_sd(own_sd: Path) -> Path:
-    """One attention block, for tracing takes seconds for each."""
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
-        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
-        mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
-    ).save_pretrained(own_sd / "unet")  # fmt: skip
-    return own_sd
 
 
 def test_nothing_is_compiled_again_when_prompts_guidance_and_turns_change(

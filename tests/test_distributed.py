@@ -360,14 +360,14 @@ def test_text_encoders_and_autoencoders_in_shards_do_the_same(
     run_processes(2, work, tmp_path / "log")
 
 
-def test_networks_without_shards_are_averaged(tiny_sd: Path, tmp_path: Path) -> None:
+def test_networks_without_shards_are_averaged(smaller_sd: Path, tmp_path: Path) -> None:
     """Those of the objective, beside shards in one optimizer: one norm for both, equal on all processes."""
     fsdp = tmp_path / "fsdp"
     run_processes(
-        2, lambda: train(tiny_sd, fsdp, strategy=FullySharded(), devices=2, objective=Pull(3.0)),
+        2, lambda: train(smaller_sd, fsdp, strategy=FullySharded(), devices=2, objective=Pull(3.0)),
         tmp_path / "log",
     )  # fmt: skip
-    train(tiny_sd, tmp_path / "one", objective=Pull(3.0))
+    train(smaller_sd, tmp_path / "one", objective=Pull(3.0))
     one, ranks = notes(tmp_path / "one"), [notes(fsdp, rank) for rank in (0, 1)]
     assert relative_distance(ranks[0]["weights"], ranks[1]["weights"]) == 0
     assert_same_numbers(one, ranks[0], 1e-4)
