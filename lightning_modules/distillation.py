@@ -584,7 +584,12 @@ class OneStepDistillation(L.LightningModule):
 
     def describe(self) -> dict[str, str]:
         """What is distilled and how, in words."""
-        return {"Teacher": self.network_settings.teacher, "Objective": type(self.objective).__name__}
+        method = type(self.objective).__name__
+        if (scale := getattr(self.objective, "guidance", None)) is not None:
+            method += f", guidance scale {scale}"
+        if self.image_losses is not None:
+            method += "".join(f", {type(loss).__name__}" for loss in self.image_losses.losses)
+        return {"Teacher": self.network_settings.teacher, "Objective": method}
 
     def memory_parts(self) -> dict[str, MemoryPart]:
         """What takes memory in training: name -> (values, bytes, whether trained); see `memory_by_part`."""

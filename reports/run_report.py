@@ -58,8 +58,9 @@ def subtitle(report: Report) -> str:
 
 def row_title(row: str, report: Report) -> str:
     """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
-    guidance = (report.manifest.get("guidance") or {}).get(row)
-    return f"Teacher, {steps_in_words(row)}" + (f", guidance {guidance:g}" if guidance else "")
+    guidance = report.manifest.get("guidance") or {}
+    told = f"guidance {guidance[row]:g}" if guidance.get(row) else "unguided"
+    return f"Teacher, {steps_in_words(row)}" + (f", {told}" if row in guidance else "")
 
 
 def student_row(steps: int) -> str:
@@ -184,7 +185,13 @@ def notes(report: Report) -> list[str]:
         "spread" in result["details"] for _, results in result_rows(report) for result in results.values()
     ):
         found.append(
-            "Brackets hold the fastest and the slowest of the timed passes, and what follows from them."
+            "Brackets behind a time hold the fastest and the slowest of its passes, those behind a ratio of "
+            "times what follows from them. Other work on the machine changes times."
+        )
+    if Path(str(report.content["model"])).name == "last.ckpt":
+        found.append(
+            "The table is of the last update. best.ckpt is chosen by the curves under val/, which are of "
+            "fewer captions: compare them with each other only."
         )
     reference = report.manifest.get("reference") or {}
     if reference.get("captions_are_those_of_the_evaluation") is False:
@@ -207,6 +214,7 @@ def metric_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def findings(report: Report) -> list[str]:
     """The result in sentences that begin with "Better" or "Worse", as far as both were measured."""
     teacher, student = report.content["teacher_metrics"], report.content["metrics"]
+    run = report.content.get("run") or {}
     several = next((row for row in teacher if row != "steps_1"), None)
     if several is None or "steps_1" not in teacher:
         return []
@@ -229,9 +237,13 @@ def findings(report: Report) -> list[str]:
     if "clip_score" in student and "clip_score" in many and "clip_score" in single:
         gap = many["clip_score"]["value"] - single["clip_score"]["value"]
         if gap > 0:
-            closed = (student["clip_score"]["value"] - single["clip_score"]["value"]) / gap
-            text = f"CLIP score has closed {100 * closed:.0f} % of the gap between the teacher's one"
-            said.append(f"{_verdict(closed > 0)}{text} and many steps")
+            own, low = student["clip_score"]["value"], single["clip_score"]["value"]
+            closed = (own - low) / gap
+            ends = f"one step ({low:.3f}) and {several.removeprefix('steps_')} ({low + gap:.3f})"
+            text = f"CLIP score {own:.3f} has closed {100 * closed:.0f} % of the gap between "
+            text += f"the teacher's {ends}"
+            text += "; a CLIP loss in training helps here" if "ClipLoss" in str(run.get("method")) else ""
+            said.append(_verdict(closed > 0) + text)
     return said
 
 

@@ -148,7 +148,7 @@ def _curves(report: Report) -> tuple[list[go.Figure], list[go.Figure]]:
         levels = _teacher_levels(title, report) | {
             f"teacher's range, {name.rpartition('/')[2]}": one.points[-1][1]
             for name, one in ends.items()
-            if name.startswith(f"{title}/") and one.points
+            if _RANGE.sub("", name) == title and one.points
         }
         figure = line_figure(title, groups[title], levels)
         if figure is not None:

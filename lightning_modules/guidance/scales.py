@@ -37,6 +37,9 @@ class FixedGuidance(GuidanceScale):
             raise ValueError(f"the guidance scale must be a finite number, got {value}")
         self.value = float(value)
 
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
     def draw(self, random: StepRandom, name: str = "guidance_scale") -> float:
         """The fixed κ."""
         return self.value
@@ -60,6 +63,9 @@ class UniformGuidance(GuidanceScale):
         self.low = float(low)
         self.high = float(high)
         self.per_sample = per_sample
+
+    def __str__(self) -> str:
+        return f"U({self.low:g}, {self.high:g})"
 
     def draw(self, random: StepRandom, name: str = "guidance_scale") -> float | Tensor:
         """κ of this step, a number or [B]."""

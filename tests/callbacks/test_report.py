@@ -99,7 +99,7 @@ def test_a_run_of_one_step_leaves_a_whole_report(
     printed = capsys.readouterr().out
     page = Page((folder / "report.html").read_text())
     for text in (printed, (folder / "report.md").read_text(), page.text):
-        for title in ("Teacher, 2 steps, guidance 4.5", "Teacher, 1 step", "Student, 1 step"):
+        for title in ("Teacher, 2 steps, guidance 4.5", "Teacher, 1 step, unguided", "Student, 1 step"):
             assert title in text
         for results in (report["metrics"], *report["teacher_metrics"].values()):
             for result in results.values():
@@ -168,7 +168,11 @@ def test_page_fetches_nothing_from_the_net_and_holds_pictures_and_curves(
     assert "data-steps='[0, 2, 4]'" in text and frames[0][-1] == pictures[0]
     assert "student, 1 step" in page.text and "teacher, 2 steps" in page.text
     assert f"teacher {tiny_sd.name} · on " in page.text
-    for name in ("milliseconds_per_image", "fastest to slowest pass", "Brackets hold the fastest"):
+    for name in (
+        "milliseconds_per_image",
+        "fastest to slowest pass",
+        "Brackets behind a time hold the fastest",
+    ):
         assert name in page.text
     assert "a<b>&c, step 4" in page.text and "a<b>" not in text
     drawn = {one["layout"]["title"]["text"]: one for one in figures(text)}
@@ -242,7 +246,7 @@ def made_report(**changes: Any) -> Report:
 
 def test_findings_and_table() -> None:
     found = " | ".join(findings(made_report()))
-    assert "Better: 25 times as fast" in found and "Better: CLIP score has closed 75 % of" in found
+    assert "Better: 25 times as fast" in found and "Better: CLIP score 0.250 has closed 75 % of" in found
     assert "Better: Fréchet distance 10, 0.25 times the teacher's in one step (40)" in found
     assert "Worse: Fréchet distance 10, 2.00 times the teacher's in 25 steps (5)" in found
     worse = made_report()
@@ -257,8 +261,12 @@ def test_findings_and_table() -> None:
         "Better: 25 times as fast as the teacher in 25 steps (18 to 55)",
         "Worse: Fréchet distance 80, 2.00 times the teacher's in one step (40)",
         "Worse: Fréchet distance 80, 16.00 times the teacher's in 25 steps (5)",
-        "Worse: CLIP score has closed -25 % of the gap between the teacher's one and many steps",
+        "Worse: CLIP score 0.050 has closed -25 % of the gap between the teacher's one step (0.100) and 25 "
+        "(0.300)",
     ]
+    helped = made_report(run={"method": "SwiftBrush, ClipLoss"}, model="checkpoints/last.ckpt")
+    assert findings(helped)[-1].endswith("; a CLIP loss in training helps here")
+    assert "The table is of the last update." in render_html(helped)
     page = render_html(worse)
     assert page.count('<li class="worse">') == 3 and page.count('<li class="better">') == 1
     lines = render_text_table(made_report()).splitlines()

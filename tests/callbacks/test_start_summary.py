@@ -86,7 +86,7 @@ def test_a_fit_prints_table_batch_and_one_estimate(
     assert "1 process x micro-batch 2 x accumulation 2 = 4" in printed
     assert "Precision: 32-true" in printed and "SLOW" not in printed
     for line in (f"Run: {tmp_path}", f"Watch: {tmp_path}/report.html, renewed at each validation",
-                 f"Teacher: {tiny_sd}", "Objective: SwiftBrush", "Device: cpu x 1",
+                 f"Teacher: {tiny_sd}", "Objective: SwiftBrush, guidance scale 4.5", "Device: cpu x 1",
                  "Prompts: 9 from a list", "Evaluation captions: 9; validations: the first 2"):  # fmt: skip
         assert line in printed.splitlines()
     # an update is 3 s and a grid of two pictures 4 s
