@@ -252,6 +252,7 @@ def run_facts(trainer: Trainer, student: Student) -> dict[str, Any]:
         "method": described.get("Objective"),
         "teacher": described.get("Teacher", Path(student.parts.path).name),
         "batch": getattr(data, "batch_size", None),
+        "data": data.describe() if hasattr(data, "describe") else {},
         "hardware": name + ("" if count == 1 else f", {count} {'GPUs' if is_gpu else 'processes'}"),
         "alarms": [
             alarm

@@ -56,6 +56,13 @@ def subtitle(report: Report) -> str:
     return " · ".join([*parts, f"{content['weights']} weights", str(content["model"])])
 
 
+def told(report: Report) -> dict[str, str]:
+    """How to make it again, and of a run what it was trained and measured on."""
+    content = report.content
+    data: dict[str, str] = (content.get("run") or {}).get("data", {})
+    return data | {key: content[key] for key in ("command", "commit") if content.get(key)}
+
+
 def row_title(row: str, report: Report) -> str:
     """``steps_25`` as ``Teacher, 25 steps, guidance 4.5``."""
     guidance = report.manifest.get("guidance") or {}

@@ -21,6 +21,7 @@ from reports.run_report import (
     result_table,
     steps_in_words,
     subtitle,
+    told,
 )
 from reports.strip import read_strip
 from reports.text import bullets, markdown_table, said
@@ -50,6 +51,7 @@ def render_markdown(report: Report, folder: Path) -> str:
     lines += markdown_table(*result_table(report)) + [""]
     lines += [f"- {text}" for text in notes(report)] + [""]
     lines += [f"{subtitle(report)}. Settings: `{content['config_path']}`.", ""]
+    lines += [f"- {name}: {text}" for name, text in told(report).items()] + [""]
     for title, table in _more_tables(report).items():
         lines += [f"## {title}", "", *markdown_table(*table), ""]
     for title, path in report.pictures.items():
@@ -92,7 +94,7 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         figures=figures,
         folded=folded,
         is_finished=content.get("finished", True),
-        facts={key: content[key] for key in ("command", "commit") if content.get(key)},
+        facts=told(report),
         config=_config(Path(content["config_path"])),
         details={
             title: {

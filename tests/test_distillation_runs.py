@@ -254,6 +254,8 @@ def test_a_whole_run(
                            "evaluation_set"}  # fmt: skip
     assert (report["experiment"], report["step"], report["weights"]) == ("tiny", 2, "ema")
     assert set(report["teacher_metrics"]) == {"steps_2", "steps_1"}
+    assert {"Prompts", "Evaluation captions"} <= report["run"]["data"].keys()
+    assert "- Evaluation captions: 9" in (run / "report.md").read_text()
     for results in (report["metrics"], *report["teacher_metrics"].values()):
         assert set(results) == {"frechet_distance", "clip_score", "milliseconds_per_image"}
         for result in results.values():
