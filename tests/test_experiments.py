@@ -76,10 +76,11 @@ def check_update(run: Path, name: str) -> None:
     assert (lora is None) == ("student_lora" not in facts)
     assert lora is None or all(facts["student_lora"][key] == lora[key] for key in ("rank", "alpha"))
     kappa = model["objective"].get("init_args", {}).get("guidance_scale")
-    if isinstance(kappa, dict):  # one for both scores, within the range
+    if isinstance(kappa, dict):  # within the range, and the fake score's unless that has one of its own
         drawn = found["objective/guidance_scale/teacher"]
         assert kappa["init_args"]["low"] <= drawn <= kappa["init_args"]["high"]
-        assert drawn == found["objective/guidance_scale/fake_score"]
+        fake = model["objective"]["init_args"].get("fake_guidance_scale")
+        assert found["objective/guidance_scale/fake_score"] == (drawn if fake is None else fake)
     alpha = found.get("objective/student_negative_scale")  # of NASA, only in NASA-T
     assert (alpha is not None) == name.endswith("nasat") and (alpha is None or 0 < alpha < 1)
 
