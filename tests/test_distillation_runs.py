@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cli
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.reference import compute_reference
+from callbacks.report import python_command
 from common.errors import UserError
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.networks.loading import load_parts
@@ -247,7 +248,8 @@ def test_a_whole_run(
     )
     assert "per student update: 2 take about" in printed
     last = run / "checkpoints" / "last.ckpt"
-    assert f"Next: python cli.py generate --model {last} --prompt" in printed.splitlines()[-1]
+    next_command = f'Next: {python_command()} cli.py generate --model {last} --prompt "a red apple"'
+    assert printed.splitlines()[-1].startswith(next_command)
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"experiment", "step", "weights", "model", "metrics", "teacher_metrics", "timing",
                            "environment", "config_path", "command", "commit", "finished", "run",

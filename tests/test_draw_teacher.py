@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 import cli
+from commands import draw_teacher
 from common.errors import UserError
 from datamodules import teacher_samples
 from datamodules.real_pictures import RealPictures
@@ -44,7 +45,7 @@ COUNT = 11
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_samples, "SHARD", 4)
-    monkeypatch.setattr("commands.draw_teacher.SHARD", 4)
+    monkeypatch.setattr(draw_teacher, "SHARD", 4)  # imported above: its own value is the one put back
 
 
 def draw(teacher: Path, folder: Path, **more: Any) -> Path:

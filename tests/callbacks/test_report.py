@@ -278,6 +278,17 @@ def test_findings_and_table() -> None:
     assert findings(made_report(teacher_metrics={})) == []
 
 
+def test_the_next_command_names_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of an environment in the current folder by its path, since nobody has activated it."""
+    monkeypatch.chdir(tmp_path)
+    for path, command in (
+        (tmp_path / ".venv" / "bin" / "python", ".venv/bin/python"),
+        (tmp_path.parent / "bin" / "python", "python"),
+    ):
+        monkeypatch.setattr(sys, "executable", str(path))
+        assert report_module.python_command() == command
+
+
 def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(made_report(), tmp_path)
     before = (tmp_path / "report.json").read_text()
