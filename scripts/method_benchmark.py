@@ -307,19 +307,26 @@ def _costs(row: Method) -> tuple[str, int]:
     return row.config, row.steps
 
 
+def train(place: Path, options: list[str]) -> Path | None:
+    """The last checkpoint of this `fit` below a folder, resumed if it was stopped; None if it failed."""
+    with (place / "output.log").open("wb") as output:
+        command, env = [*fit_command(), *options, "--ckpt_path", "last"], environment(1, 0)
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
+    if status != 0:
+        print(f"{place.name} failed: see {place / 'output.log'}", flush=True)
+        return None
+    (last,) = place.glob("version_*/checkpoints/last.ckpt")  # a run stopped early leaves a version without
+    return last
+
+
 def run_cell(cell: Cell, updates: int, judge: Judge, folder: Path, samples: Path, batch_size: int) -> bool:
     """Run a cell unless it is finished; False if it failed."""
     place = folder / cell.name
     if (place / "result.pt").is_file():
         return True
-    command = [*fit_command(), *configure(cell, updates, folder, samples, batch_size), "--ckpt_path", "last"]
-    with (place / "output.log").open("wb") as output:
-        env = environment(1, 0)
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
-    if status != 0:
-        print(f"{cell.name} failed: see {place / 'output.log'}", flush=True)
+    last = train(place, configure(cell, updates, folder, samples, batch_size))
+    if last is None:
         return False
-    (last,) = place.glob("version_*/checkpoints/last.ckpt")  # a run stopped early leaves a version without
     run = last.parents[1]
     generator = load_generator(last).eval()
     timing = json.loads((run / "report.json").read_text())["timing"]
