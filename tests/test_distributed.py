@@ -449,7 +449,7 @@ def test_three_roles_on_one_base_are_three_copies_in_two_processes(
 
 
 @pytest.fixture(scope="module")
-def shards(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(smaller_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two steps whose checkpoints are a folder of shards or one file, and the same resumed after one.
 
     All in one pair of processes, as each takes long to learn how its operations act on shards. The objective
@@ -463,7 +463,7 @@ def shards(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name in ("whole", "resumed"):
                 step_1 = root / str(folder) / "whole" / "checkpoints" / "step_1.ckpt"
                 train(
-                    tiny_sd, root / str(folder) / name, devices=2, save=True, every=1,
+                    smaller_sd, root / str(folder) / name, devices=2, save=True, every=1,
                     strategy=FullySharded(save_distributed_checkpoint=folder),
                     ckpt=None if name == "whole" else step_1, objective=Pull(3.0), **adam_roles(),
                 )  # fmt: skip
@@ -473,7 +473,7 @@ def shards(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_checkpoints_of_shards(folder: bool, shards: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_shards(folder: bool, shards: Path, smaller_sd: Path, tmp_path: Path) -> None:
     """Resuming, consolidating, exporting."""
     root = shards / str(folder)
     last = root / "whole" / "checkpoints" / "step_1.ckpt"
@@ -495,7 +495,7 @@ def test_checkpoints_of_shards(folder: bool, shards: Path, tiny_sd: Path, tmp_pa
         one_file = tmp_path / "one.ckpt"
         cli.main(["consolidate", "--checkpoint", str(last), "--output", str(one_file)])
         assert hash_tensors(read(one_file)["state_dict"]) == hash_tensors(read(last)["state_dict"])
-    train(tiny_sd, tmp_path / "alone", ckpt=last, save=True, objective=Pull(3.0), **adam_roles())
+    train(smaller_sd, tmp_path / "alone", ckpt=last, save=True, objective=Pull(3.0), **adam_roles())
     alone = notes(tmp_path / "alone")
     assert len(alone["steps"]) == 1, "one process goes on from what two have saved"
     assert relative_distance(alone["weights"], resumed["weights"]) <= 1e-4
