@@ -410,8 +410,9 @@ def _pixart(folder: Path, name: str) -> None:
     """PixArt-alpha; at a sample size of 128 the network asks for the picture's size and shape."""
     large = name == "pixart_1024"
     sizes = {"sample_size": 128, "patch_size": 16} if large else {"sample_size": 8, "patch_size": 2}
-    # pictures of 256 x 256: a wider autoencoder, or one with attention between all places, takes seconds
-    narrow = {"mid_block_add_attention": False, "block_out_channels": (2, 2)} if large else {}
+    # pictures of 128 x 128: a larger autoencoder, or one with attention between all places, takes seconds
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    narrow = {"mid_block_add_attention": False, "block_out_channels": (2,), **blocks} if large else {}
     vae = AutoencoderKL.from_config({**make_vae().config, **narrow})
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,

@@ -228,7 +228,7 @@ def test_resume_is_the_uninterrupted_run(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "shards"])
-def test_two_processes_are_one(strategy: str, tiny_sd: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(strategy: str, smaller_sd: Path, tmp_path: Path) -> None:
     slow = {role: sgd(1e-4) for role in ("student", "fake_score")}  # sums over a sample's values are large
     guided = functools.partial(SiDLSG, teacher_guidance=4.0)  # far from a difference of equal networks
-    check_processes(tiny_sd, tmp_path, strategy, guided, **slow)
+    check_processes(smaller_sd, tmp_path, strategy, guided, **slow)
