@@ -61,17 +61,16 @@ def read_series(path: Path) -> dict[str, Series]:
 
 
 def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
-    """Which series share a plot: ``val/x`` with ``test/x``, ``a/x`` with ``a/y``; ``train/x`` is alone.
+    """Which series share a plot: ``a/x`` with ``a/y``; ``train/x``, ``val/x`` and ``test/x`` are alone.
 
-    Series of one family whose sizes are more than three times apart have plots of their own: on one axis the
-    small ones would be flat lines.
+    The last two are measured on other captions, more of them at the end, and are no common curve. Series of
+    one family whose sizes are more than three times apart have plots of their own: on one axis the small ones
+    would be flat lines.
     """
     families: dict[str, list[Series]] = {}
     for name, one in series.items():
         head, _, rest = name.partition("/")
-        if head in ("val", "test") and rest:
-            title = rest
-        elif head == "train" and "/" not in rest:
+        if head in ("val", "test") or (head == "train" and "/" not in rest):
             title = name
         else:
             title = name.rpartition("/")[0] or name
@@ -79,9 +78,7 @@ def grouped(series: Mapping[str, Series]) -> dict[str, list[Series]]:
     groups: dict[str, list[Series]] = {}
     for title, family in families.items():
         sizes = [size for one in family if (size := _size(one))]
-        if sizes and max(sizes) > 3 * min(sizes) and not {one.name for one in family} & {
-            f"val/{title}", f"test/{title}"
-        }:  # fmt: skip
+        if sizes and max(sizes) > 3 * min(sizes):
             groups |= {one.name: [one] for one in family}
         else:
             groups[title] = family

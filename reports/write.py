@@ -159,9 +159,11 @@ def _curves(report: Report) -> tuple[list[go.Figure], list[go.Figure]]:
 
 
 def _teacher_levels(title: str, report: Report) -> dict[str, float]:
-    teacher = report.content["teacher_metrics"]
+    """The teacher's values, for the plot of what was measured on the same captions: at the end."""
+    stage, _, metric = title.partition("/")
+    teacher = report.content["teacher_metrics"] if stage == "test" else {}
     return {
-        f"teacher, {steps_in_words(row)}": results[title]["value"]
+        f"teacher, {steps_in_words(row)}": results[metric]["value"]
         for row, results in teacher.items()
-        if title in results
+        if metric in results
     }
