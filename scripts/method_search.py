@@ -162,12 +162,7 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--updates",
-        type=int,
-        default=40,
-        help="a trial's budget in updates of SwiftBrush (default: %(default)s)",
-    )
+    add("--updates", type=int, default=100, help="budget in updates of SwiftBrush (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="prompts per update (default: %(default)s)")
     add("--only", default=",".join(METHODS), help="methods between commas (default: all)")
     add("--output", type=Path, default=Path("outputs/methods"))
