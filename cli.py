@@ -52,7 +52,7 @@ def usage() -> str:
         f"usage: {program} COMMAND [options]", "",
         "One-step distillation of text-to-image diffusion models.", "", "commands:",
         *(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()), "",
-        f"To begin: {program} fit --config configs/quickstart.yaml (README.md). More configurations: fit --help.",
+        f"To begin: {program} fit --config configs/quickstart.yaml; fit --help lists all configurations.",
         f"{program} COMMAND --help lists the options of a command.",
         "--debug with any command shows the traceback of an error.",
     ])  # fmt: skip
