@@ -51,7 +51,7 @@ def test_student_gradient_equals_the_analytic_one(
     kappa, real_std, fake_std, null = 2.5, 0.5, 1.5, 0.25
     scores = make_scores(real=(1.0, real_std, 0.3), fake=(-0.5, fake_std, 0.1))
     x0 = torch.randn(SHAPE, requires_grad=True)
-    objective = SiDLSG(1.0, fake_guidance=1.0, teacher_guidance=kappa, a=a)
+    objective = SiDLSG(3.0, fake_guidance=1.0, teacher_guidance=kappa, a=a)
     losses, numbers = objective.student_loss(
         StudentSample(x0, text(VALUES, null=null)), scores, step_random()
     )
