@@ -105,6 +105,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny_sd: Path, tmp_
                             "objective/student_timestep", "objective/dropped_prompts"}  # fmt: skip
     for name in independent_of_split:
         torch.testing.assert_close(summed[name], numbers[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert summed["latents/std"] == pytest.approx(float(numbers["latents/std"]), rel=0.5), "a mean, no sum"
 
 
 def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> None:
@@ -132,8 +133,11 @@ def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> N
 
     batches = watch_batches(module)
     watch_updates(module, watcher)
-    fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
+    run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
     assert len(compared) == 2 and compared[1] > 1e-6
+    # the gradient is g / numel; times sqrt(B) its norm is that of one sample
+    rms, size = run.callback_metrics["objective/score_gradient_rms"], 4 * 8 * 8
+    torch.testing.assert_close(run.callback_metrics["gradient_at_output/vsd"], rms / size**0.5)
 
 
 # --- objectives of one's own

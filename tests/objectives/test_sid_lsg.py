@@ -148,6 +148,8 @@ def test_timesteps_and_dropout(make_scores: Any, text: Text) -> None:
     assert abs(dropped.float().mean() - 0.1) < 0.012 and told == dropped.float().mean()
     SiDLSG(1.0, 1.0).fake_score_loss(sample, scores, step_random(size))
     assert (scores.calls[-1].condition.tensors["text"] == 1).all(), "no fake score without text is asked for"
+    kappas = ((1.0, 1.5), (1.5, 1.0), (1.0, 1.0))  # in its own training, and in the student's
+    assert [SiDLSG(*scales).prompt_dropout for scales in kappas] == [0.1, 0.1, 0.0]
 
 
 def test_what_does_not_fit(schedule: NoiseSchedule) -> None:
