@@ -18,7 +18,7 @@ COMMANDS = {
     "validate": (TRAINER, "measure a checkpoint on the validation captions"),
     "test": (TRAINER, "measure a checkpoint on the test captions"),
     "predict": (TRAINER, "draw the pictures of the prediction captions"),
-    "generate": ("commands.generate", "one-step images from a checkpoint or a pipeline folder"),
+    "generate": ("commands.generate", "pictures by a student or a pipeline folder, in one step or a few"),
     "evaluate": ("commands.evaluate", "measure a model, or existing pictures, as publications do"),
     "export": ("commands.export", "write a student as a complete diffusers pipeline folder"),
     "encode-prompts": (
@@ -52,6 +52,7 @@ def usage() -> str:
         f"usage: {program} COMMAND [options]", "",
         "One-step distillation of text-to-image diffusion models.", "", "commands:",
         *(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()), "",
+        f"To begin: {program} fit --config configs/quickstart.yaml; fit --help lists all configurations.",
         f"{program} COMMAND --help lists the options of a command.",
         "--debug with any command shows the traceback of an error.",
     ])  # fmt: skip

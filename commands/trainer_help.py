@@ -29,11 +29,12 @@ KEYS = {
 
 def text(command: str, description: str) -> str:
     """The short help of a command of the Trainer."""
+    option = "--trainer.max_steps 100" if command == "fit" else "--ckpt_path best"
     lines = [
         f"usage: python cli.py {command} --config FILE [--config FILE …] [--KEY VALUE …]", "",
         f"{description}. Later files and options win:",
-        f"  python cli.py {command} --config configs/quickstart.yaml --trainer.max_steps 100", "",
-        "Configurations, in configs/:",
+        f"  python cli.py {command} --config configs/quickstart.yaml {option}", "",
+        "Configurations, in configs/ (what they are: configs/README.md):",
     ]  # fmt: skip
     for folder in ("", "experiment/", "data/", "trainer/", "pretraining/"):
         names = " ".join(sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")))
