@@ -56,7 +56,7 @@ def test_fifty_steps_leave_the_teacher_bit_for_bit(tiny_sd: Path, tmp_path: Path
     count = Hooks(after_step=lambda m: steps.append((m.trainer.global_step, m.student_steps)))
     run = fit(module, tmp_path, 50, count, batch_size=2)
     assert steps == [(n, n) for n in range(1, 51)] and run.global_step == 50
-    assert (module.student_steps, module.fake_score_steps, module.skipped_updates) == (50, 50, 0)
+    assert (module.student_steps, module.updates["fake_score"], module.skipped_updates) == (50, 50, 0)
     original = load_parts(tiny_sd).denoiser
     base = {n.replace(".base_layer", ""): p for n, p in module.scores.base.named_parameters()}
     for name, parameter in original.named_parameters():

@@ -126,7 +126,7 @@ def test_the_fake_score_moves_towards_the_student(tiny_sd: Path, tmp_path: Path)
         torch.testing.assert_close(new, torch.lerp(old, student, 0.25), rtol=1e-5, atol=1e-7)
         moved = max(moved, float((new - old).detach().abs().max()))
     assert moved > 1e-5
-    with pytest.raises((UserError, ValueError), match="must be full copies: set model.lora"):
+    with pytest.raises((UserError, ValueError), match="must be full copies: set model.fake_score.lora"):
         fit(distillation(tiny_sd, DMD2(student_share=0.25)), tmp_path, 1)
 
 
