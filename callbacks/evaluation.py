@@ -81,7 +81,7 @@ class Evaluation(Callback):
         batch_size: pictures per pass and process in the final evaluation.
         seed: the picture of caption i is drawn from seed ``seed + i``, by student and teacher alike.
         teacher_rows: measure the teacher too.
-        teacher_steps: DDIM steps of the teacher's first row.
+        teacher_steps: of the teacher's first row, by DDIM or Euler's method.
         teacher_guidance: guidance scale of the teacher's first row.
         timing_batch_size: pictures per pass when milliseconds per image are taken.
 

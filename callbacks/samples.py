@@ -91,7 +91,7 @@ class SampleGrid(Pictures):
         seed: the picture of prompt i is drawn from seed ``seed + i``.
         every_n_steps: student updates between drawings; None draws after each validation. Start and end
             are always drawn.
-        teacher_steps: DDIM steps of the teacher; its pictures are made once and cached.
+        teacher_steps: of the teacher; its pictures are made once and cached.
         teacher_guidance: guidance scale of the teacher.
     """
 

@@ -17,8 +17,8 @@ class Options:
     """The options of `app`.
 
     Args:
-        model: the student: a run folder, best, last, a .ckpt file or a Stable Diffusion folder
-        teacher: a Stable Diffusion folder (the one the student was distilled from if left out)
+        model: the student: a run folder, best, last, a .ckpt file or a model's folder
+        teacher: a model's folder (the one the student was distilled from if left out)
         port: where the page is on this computer
     """
 

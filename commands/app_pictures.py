@@ -37,7 +37,7 @@ class SideBySide:
 
     Args:
         model: the student, as all commands name it.
-        teacher: a Stable Diffusion folder; None is the one that the student names.
+        teacher: a model's folder; None is the one that the student names.
 
     Raises:
         UserError: a model can't be loaded, or the student names no teacher.
@@ -114,7 +114,7 @@ def local_students(runs: str | Path = "runs") -> list[str]:
 
 
 def _teacher(model: str, student: LoadedStudent, path: str | None, device: str) -> Model:
-    """The teacher as a pipeline with DDIM sampling."""
+    """The teacher as a pipeline with DDIM sampling, or Euler's method on rectified flow."""
     named = path or student.facts.get("teacher")
     if not named:
         raise UserError(f"{model} does not say what its teacher is. Give --teacher FOLDER.")

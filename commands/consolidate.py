@@ -27,6 +27,7 @@ def run(options: Options) -> None:
     """
     import torch
 
+    from common.files import written_whole
     from lightning_modules.checkpoints import check_format, is_sharded, read
 
     folder, output = options.checkpoint, options.output
@@ -36,13 +37,10 @@ def run(options: Options) -> None:
         raise UserError(f"--output {output} must be a .ckpt file that does not exist yet")
     content = read(folder)
     check_format(content, folder)
-    temporary = output.with_suffix(".tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with written_whole(output) as partial, partial.open("wb") as file:
             torch.save(content, file)
-        temporary.replace(output)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{output} cannot be written: {first_line(error)}; give another --output") from error
     print(f"Wrote {output} (step {content['global_step']})")

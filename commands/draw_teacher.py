@@ -46,7 +46,7 @@ class Options:
         column: column of the prompts in tables (prompt, caption or text if left out)
         output: folder of the samples; one that is there is gone on with
         count: samples (one for each prompt if left out)
-        steps: 25 DDIM steps of a teacher, a student's own, if left out
+        steps: 25 of a teacher (by DDIM or Euler's method), a student's own, if left out
         guidance_scale: 1 is off (4.5 of a teacher, off of a student, if left out)
         seed: of the first sample; the next ones follow
         batch_size: samples drawn at a time

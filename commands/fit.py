@@ -102,7 +102,7 @@ def _refuse_epochs(trainer: Any) -> None:
 def _of_the_machine(error: BaseException, folder: Path | None) -> str | None:
     """What to do about an error that is the machine's: no memory, a killed worker, a folder that has gone."""
     text = str(error)
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:  # not what one raised, which says "in DataLoader worker process"
         return f"a process that prepares prompts has ended ({first_line(error)}): set data.num_workers to 0"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return (
@@ -362,15 +362,11 @@ class TrainerCLI(LightningCLI):
                 say("interrupted before the first update; a new run's folder is removed")
                 raise KeyboardInterrupt from error
             raise
-        except (MemoryError, OSError, RuntimeError) as error:
+        except (MemoryError, OSError, RuntimeError, KeyError, ValueError) as error:
             if message := _of_the_machine(error, self.run_folder.path if self.run_folder else None):
                 raise UserError(f"{message}; then continue with --ckpt_path last") from error
             if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
                 raise UserError(message) from error
             if "conditioned on metric" in str(error):  # EarlyStopping's, of one that is not logged
                 raise UserError(first_line(error)) from error
-            raise
-        except (KeyError, ValueError) as error:
-            if self.checkpoint_path and (message := explain_mismatch(error, self.checkpoint_path)):
-                raise UserError(message) from error
             raise

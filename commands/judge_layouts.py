@@ -32,7 +32,7 @@ def check_layout(layout: str, drawn: EvaluationSet) -> None:
     """
     if layout == "geneval2":
         if len(set(drawn.captions)) < len(drawn):
-            raise UserError("--layout geneval2 has one picture for each prompt, and some prompts come twice")
+            raise UserError("--layout geneval2 has one picture for each prompt: give each prompt once")
     elif drawn.name != layout:
         raise UserError(
             f"--layout {layout} is that of the prompts of {layout} (configs/eval/{layout}.yaml), not of "
@@ -54,13 +54,14 @@ def write_layout(layout: str, kept: KeptPictures, drawn: EvaluationSet, folder: 
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run, told = drawn.images_per_prompt, drawn.told or []
     if layout == "geneval2":
         paths = {caption: str(kept.path(i).resolve()) for i, caption in enumerate(drawn.captions)}
         write_text_atomically(
             folder / "pictures.json", json.dumps(paths, indent=1, ensure_ascii=False) + "\n"
         )
-    for number, start in enumerate(range(0, len(drawn), run) if layout != "geneval2" else ()):
+        return
+    run, told = drawn.images_per_prompt, drawn.told or []
+    for number, start in enumerate(range(0, len(drawn), run)):
         files = [kept.path(place) for place in range(start, min(start + run, len(drawn)))]
         if layout == "geneval":
             samples = folder / f"{number:05d}" / "samples"

@@ -17,7 +17,7 @@ from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
-from callbacks.metrics.reference import ReferenceStatistics
+from callbacks.metrics.reference import ReferenceStatistics, describe_reference
 from commands.options import Count, Guidance, Seed
 from common.environment import environment
 from common.errors import UserError
@@ -158,11 +158,9 @@ class Judge:
         reference = ReferenceStatistics.load(asset_path(options.reference))
         bind_metrics(self.metrics, extractor, reference, self.device)
         place_metrics(self.metrics, self.device)
-        hash_of_all = hash_texts(every)
-        same = reference.captions_hash == hash_of_all
         self.manifest = {
-            "captions": {"count": count, "hash": hash_texts(self.captions), "hash_of_all": hash_of_all},
-            "reference": reference.describe() | {"captions_are_those_of_the_evaluation": same},
+            "captions": {"count": count, "hash": hash_texts(self.captions), "hash_of_all": hash_texts(every)},
+            "reference": describe_reference(reference, every),
             "extractor": {"name": extractor.name, "hash": extractor.content_hash},
             "crop_and_resize": extractor.preprocessing,
             "seeds": {"first": options.seed, "count": count, "rule": "first + index of the caption"},

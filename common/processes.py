@@ -1,4 +1,4 @@
-"""The few questions that evaluation asks of torch.distributed, answered also where it is not in use."""
+"""The few questions that are asked of torch.distributed, answered also where it is not in use."""
 
 from typing import Any
 

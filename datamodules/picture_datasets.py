@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError, first_line
 from datamodules.picture_files import Frame, read_picture, to_tensor
+from datamodules.real_pictures import GivenPictures, RealPictures
 from datamodules.tables import USUAL_COLUMNS
 
 CAPTIONS = (*USUAL_COLUMNS, "txt", *(f"json.{name}" for name in USUAL_COLUMNS))
@@ -34,7 +34,7 @@ def _packed(root: Path) -> tuple[str, list[str]]:
     return "", []
 
 
-class PictureDataset:
+class PictureDataset(GivenPictures):
     """Pictures drawn at random, as `RealPictureSource` draws them from a folder.
 
     Args:
@@ -45,7 +45,7 @@ class PictureDataset:
         UserError: the files can't be read, or have no column of pictures or of captions.
     """
 
-    def __init__(self, settings: Any, side: int) -> None:
+    def __init__(self, settings: RealPictures, side: int) -> None:
         self.settings, self.frame, root = settings, Frame(side), Path(settings.folder)
         import datasets  # takes long to import, so only where it is needed
 
@@ -76,19 +76,7 @@ class PictureDataset:
         self.picture, self.caption = pictures[0], captions[0]
         rows = rows.select_columns([self.picture, self.caption])
         self.rows = rows.cast_column(self.picture, datasets.Image(decode=False))
-
-    @property
-    def notice(self) -> str:
-        """What a run prints at its start."""
-        return (
-            f"This training is not image-free: it also sees {len(self.rows):,} captioned pictures of "
-            f"{self.settings.folder} (data.real)."
-        )
-
-    @property
-    def trained_on(self) -> str:
-        """What checkpoint and model card say."""
-        return f"prompts and {len(self.rows)} captioned pictures, so not image-free"
+        self.count = len(self.rows)
 
     def take(self, uniform: Tensor) -> tuple[Tensor, list[str], None]:
         """Draw a picture for each random number; see `RealSource`.

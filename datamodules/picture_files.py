@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError, first_line
+from common.hashing import to_uint8
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"}
 _NOT_SAMPLES = {"grid.png"}  # what `generate` lays beside its pictures
 
 
@@ -59,8 +60,7 @@ class Frame:
 
 def to_picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] with 8 bits per channel, rounded to the nearest."""
-    values = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -83,7 +83,7 @@ def picture_files(folder: str | Path) -> list[Path]:
         if path.suffix.lower() in SUFFIXES and path.name not in _NOT_SAMPLES and not path.name.startswith(".")
     ]
     if not files:
-        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}); give another")
     return sorted(files, key=lambda path: _natural(path.relative_to(root).as_posix()))
 
 
@@ -139,7 +139,9 @@ def match_files(folder: str | Path, count: int, names: list[str] | None = None) 
     if names is not None:
         files = [Path(folder) / name for name in names]
         if missing := [name for path, name in zip(files, names) if not path.is_file()]:
-            raise UserError(f"the picture {missing[0]!r} is not in {folder} ({len(missing)} are missing)")
+            raise UserError(
+                f"the picture {missing[0]!r} is not in {folder}, {len(missing)} are missing: add them"
+            )
     if len(files) != count:
         raise UserError(
             f"{folder} holds {len(files)} pictures, but there are {count} captions: give one a line in the "

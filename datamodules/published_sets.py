@@ -155,7 +155,8 @@ class HPSv2Prompts(EvaluationSource):
             prompts = read_column(file)
             if len(prompts) != HPSV2_PROMPTS:
                 raise UserError(
-                    f"{file} holds {len(prompts)} prompts, the benchmark has {HPSV2_PROMPTS} per style"
+                    f"{file} holds {len(prompts)} prompts, the benchmark has {HPSV2_PROMPTS} per style: "
+                    "fetch it again"
                 )
             captions += prompts
             groups += [style] * len(prompts)
@@ -253,7 +254,7 @@ class DPGBench(EvaluationSource):
         folder = Path(self.path())
         files = sorted(folder.glob("*.txt"))
         if not files:
-            raise UserError(f"{folder} holds no .txt: it is not the folder of DPG-Bench's prompts")
+            raise UserError(f"{folder} holds no .txt: give DPG-Bench's dpg_bench/prompts")
         prompts = [" ".join(read_column(file)) for file in files]
         digest = hashlib.md5(json.dumps(prompts).encode(), usedforsecurity=False).hexdigest()
         captions = repeated(prompts, self.images_per_prompt)

@@ -80,7 +80,27 @@ class RealSource(Protocol):
         """
 
 
-class RealPictureSource:
+class GivenPictures:
+    """What is said of pictures that are not the teacher's; a subclass gives its settings and their number."""
+
+    settings: RealPictures
+    count: int
+
+    @property
+    def notice(self) -> str:
+        """What a run prints at its start."""
+        return (
+            f"This training is not image-free: it also sees {self.count:,} captioned pictures of "
+            f"{self.settings.folder} (data.real)."
+        )
+
+    @property
+    def trained_on(self) -> str:
+        """What checkpoint and model card say."""
+        return f"prompts and {self.count} captioned pictures, so not image-free"
+
+
+class RealPictureSource(GivenPictures):
     """Pictures drawn at random, cropped to squares and resized, with their captions.
 
     Args:
@@ -97,19 +117,7 @@ class RealPictureSource:
         self.captions = read_column(settings.captions)
         names = read_files(settings.captions, settings.file_column)
         self.files = match_files(settings.folder, len(self.captions), names)
-
-    @property
-    def notice(self) -> str:
-        """What a run prints at its start."""
-        return (
-            f"This training is not image-free: it also sees {len(self.files):,} captioned pictures of "
-            f"{self.settings.folder} (data.real)."
-        )
-
-    @property
-    def trained_on(self) -> str:
-        """What checkpoint and model card say."""
-        return f"prompts and {len(self.files)} captioned pictures, so not image-free"
+        self.count = len(self.files)
 
     def take(self, uniform: Tensor) -> tuple[Tensor, list[str], None]:
         """Pictures; see `RealSource`."""

@@ -219,12 +219,8 @@ class PromptPools:
     def describe(self) -> str:
         """How many prompts of which files and columns; opens them."""
         parts = sum(self.pools, [])
-        columns = dict.fromkeys(column for _, column in parts if column)
-        where = (
-            f"{names_of(parts)}{f', column {chr(44).join(columns)}' if columns else ''}"
-            if parts
-            else "a list"
-        )
+        columns = ",".join(dict.fromkeys(column for _, column in parts if column))
+        where = (names_of(parts) or "a list") + (f", column {columns}" if columns else "")
         return f"{sum(map(len, self.open())):,} from {where}"
 
     @property

@@ -74,10 +74,10 @@ def write_shard(path: Path, latents: Tensor, captions: list[str]) -> None:
 
 
 class TeacherSamples:
-    """Samples drawn at random, read where they lie; see `RealPictures`, of which it takes the settings.
+    """Samples drawn at random, read where they lie.
 
     Args:
-        folder: that `draw-teacher` wrote.
+        settings: `RealPictures`, whose folder `draw-teacher` wrote.
         codec: hash of the autoencoder whose latents are wanted.
 
     Raises:

@@ -187,11 +187,6 @@ class OneStepDistillation(L.LightningModule):
         return self.updates["student"]
 
     @property
-    def fake_score_steps(self) -> int:
-        """Fake-score updates so far."""
-        return self.updates.get("fake_score", 0)
-
-    @property
     def skipped_updates(self) -> int:
         """Updates of any role so far whose gradient was not finite."""
         return self._guard.skipped

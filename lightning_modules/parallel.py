@@ -65,7 +65,7 @@ class FullySharded(ModelParallelStrategy):
             with plain_shards():
                 return super().load_checkpoint(checkpoint_path, weights_only)
         except CheckpointException as error:  # raised on all processes
-            raise UserError(f"{checkpoint_path} can't be read: {reason(error)}") from error
+            raise UserError(f"{checkpoint_path} can't be read: {reason(error)}; give another") from error
         finally:
             module.strict_loading = strict
 
@@ -77,7 +77,7 @@ class FullySharded(ModelParallelStrategy):
         except Exception as error:
             failure = reason(error)
         if failure := next(filter(None, from_every_rank(failure)), None):
-            raise UserError(f"{path} can't be read: {failure}")
+            raise UserError(f"{path} can't be read: {failure}; give another")
 
 
 def without_sync(model: Any) -> AbstractContextManager[None]:

@@ -52,7 +52,9 @@ def load_any_pipeline(model: str) -> DiffusionPipeline:
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; the cause stays attached
-        raise UserError(f"The pipeline {model} can't be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"The pipeline {model} can't be loaded: {first_line(error)}; fetch it again, or give another"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -129,7 +131,7 @@ def pipeline_images(
         except (TypeError, ValueError, AttributeError, IndexError) as error:  # too many steps, other inputs …
             raise UserError(
                 f"{type(pipeline).__name__} can't draw from prompts alone in {steps} steps: "
-                f"{first_line(error)}"
+                f"{first_line(error)}; give another number of --steps, or another model"
             ) from error
         pictures.append(output.images.float().clamp(0.0, 1.0))
     return torch.cat(pictures)

@@ -55,11 +55,6 @@ class Table:
     rows: Sequence[Row] = field(default_factory=list)
     kind: str = ""
 
-    @classmethod
-    def of(cls, header: Sequence[str], cells: Sequence[Sequence[str]], kind: str = "") -> Table:
-        """A table of plain cells."""
-        return cls(header, [Row(row) for row in cells], kind)
-
 
 def figure_json(figure: go.Figure) -> Markup:
     """Data and layout of a figure as JSON that may stand in a page, without plotly's own colours."""

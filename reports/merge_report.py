@@ -93,7 +93,7 @@ def findings(report: MergeReport) -> list[str]:
 def notes(report: MergeReport) -> list[str]:
     """What a reader must know to read the numbers."""
     found = metric_notes(point.metrics for point in report.points)
-    if not report.manifest["reference"]["captions_are_those_of_the_evaluation"]:
+    if report.manifest["reference"].get("captions_are_those_of_the_evaluation") is False:
         found.append(
             "frechet_distance: the captions are not those of the reference pictures, so compare it "
             "within this table only."

@@ -1,8 +1,6 @@
 """Labelled grids of pictures, by Pillow alone."""
 
-import io
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from common.files import written_whole
 
 _MARGIN, _GAP, _FONT_SIZE, _LINE = 14, 4, 13, 17
 _CARDS = "cards"
@@ -122,11 +122,8 @@ def _wrapped(
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = io.BytesIO()
     told = PngInfo()
     if _CARDS in image.info:
         told.add_itxt(_CARDS, image.info[_CARDS])
-    image.save(stream, format="PNG", optimize=True, pnginfo=told)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(stream.getvalue())
-    partial.replace(path)
+    with written_whole(path) as partial:
+        image.save(partial, format="PNG", optimize=True, pnginfo=told)

@@ -83,7 +83,10 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         findings_=findings(report),
         results=Table(header, [*map(Row, cells[:-1]), Row(cells[-1], "marked")]),
         notes_=notes(report),
-        tables={title: Table.of(*table, kind="text") for title, table in _more_tables(report).items()},
+        tables={
+            title: Table(names, [*map(Row, rows)], "text")
+            for title, (names, rows) in _more_tables(report).items()
+        },
         strip=(strip := read_strip(report.sheets)),
         pictures={
             title: image_source(path.read_bytes())

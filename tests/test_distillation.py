@@ -56,7 +56,7 @@ def test_fifty_steps_leave_the_teacher_bit_for_bit(tiny_sd: Path, tmp_path: Path
     count = Hooks(after_step=lambda m: steps.append((m.trainer.global_step, m.student_steps)))
     run = fit(module, tmp_path, 50, count, batch_size=2)
     assert steps == [(n, n) for n in range(1, 51)] and run.global_step == 50
-    assert (module.student_steps, module.fake_score_steps, module.skipped_updates) == (50, 50, 0)
+    assert (module.student_steps, module.updates["fake_score"], module.skipped_updates) == (50, 50, 0)
     original = load_parts(tiny_sd).denoiser
     base = {n.replace(".base_layer", ""): p for n, p in module.scores.base.named_parameters()}
     for name, parameter in original.named_parameters():
@@ -105,6 +105,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny_sd: Path, tmp_
                             "objective/student_timestep", "objective/dropped_prompts"}  # fmt: skip
     for name in independent_of_split:
         torch.testing.assert_close(summed[name], numbers[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert summed["latents/std"] == pytest.approx(float(numbers["latents/std"]), rel=0.5), "a mean, no sum"
 
 
 def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> None:
@@ -132,8 +133,11 @@ def test_gradient_is_that_of_the_pseudo_loss(tiny_sd: Path, tmp_path: Path) -> N
 
     batches = watch_batches(module)
     watch_updates(module, watcher)
-    fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
+    run = fit(module, tmp_path, 2, Hooks(on_start=lambda m: m.double()))
     assert len(compared) == 2 and compared[1] > 1e-6
+    # the gradient is g / numel; times sqrt(B) its norm is that of one sample
+    rms, size = run.callback_metrics["objective/score_gradient_rms"], 4 * 8 * 8
+    torch.testing.assert_close(run.callback_metrics["gradient_at_output/vsd"], rms / size**0.5)
 
 
 # --- objectives of one's own

@@ -58,9 +58,7 @@ def test_what_is_not_finite_skips_the_update(role: str, how: str, tiny_sd: Path,
     rates: list[float] = []
 
     def after(m: Any) -> None:
-        record.append(
-            (m.trainer.global_step, m.student_steps, m.fake_score_steps, m.skipped_updates, m.ema.num_updates)
-        )
+        record.append((m.trainer.global_step, *m.updates.values(), m.skipped_updates, m.ema.num_updates))
         rates.append(m.trainer.optimizers[0].param_groups[0]["lr"])
 
     before: dict[str, Tensor] = {}

@@ -71,6 +71,23 @@ def test_the_student_draws_with_the_negative_prompts_of_its_batch(tiny_sd: Path,
     assert (expected - plain).abs().max() > 1e-2
 
 
+def test_the_steps_before_go_away_from_the_negative_prompts_too(tiny_sd: Path) -> None:
+    """What the drawn step is given is what NASA at the same alpha makes of the noise."""
+    module = distillation(tiny_sd, timesteps=[625, 300], step_noise="none")
+    module.configure_model()
+    encode, random = module.generator.prompt_encoder.encode, StepRandom(0, 0, torch.arange(2))
+    while (at := module._sampler.arrive(encode(PROMPTS[:2]), random)).k == 0:
+        random = StepRandom(0, random.step + 1, torch.arange(2))
+    condition, negative = encode(PROMPTS[:2]), encode(NEGATIVES[:2])
+    start = random.normal("start", module.generator.latent_shape)
+    with torch.no_grad(), negative_attention(module.student, negative, Nasa(0.8)):
+        said = module.networks.student(start, module.steps.at(0, start), condition)
+    expected = module.steps.next_input(0, said, module.networks.schedule, start)
+    found = module._sampler.arrive(condition, random, negative, 0.8)
+    torch.testing.assert_close(found.x_t, expected, rtol=1e-4, atol=1e-4)
+    assert found.k == 1 and (found.x_t - at.x_t).abs().max() > 1e-2
+
+
 def test_gradient_checkpointing_changes_nothing(tiny_sd: Path, tmp_path: Path) -> None:
     states = []
     for checkpointing in (False, True):

@@ -10,7 +10,19 @@ import yaml
 from diffusers import DDIMScheduler
 
 from scripts import stability_study
-from scripts.stability_study import CONFIG, RULES, Cell, all_cells, changes, main, start_timestep, table
+from scripts.stability_study import (
+    CONFIG,
+    EQUAL_MEANS,
+    RANDOM,
+    RULES,
+    Cell,
+    all_cells,
+    changes,
+    line,
+    main,
+    start_timestep,
+    table,
+)
 from tests.test_configs import ROOT, ParseOnly
 
 # Notes its start beside the cells; fails if there is a file `fail` there; goes on if there is a checkpoint.
@@ -68,8 +80,41 @@ def test_the_cells_are_the_grid_and_the_ablation() -> None:
     assert {cell.rule for cell in equal} > set(means) and {cell.backbone for cell in equal} == {"epsilon"}
 
 
+def test_the_rules_are_what_their_names_say() -> None:
+    """Teacher first; of equal means all are 2.25."""
+
+    def scale(word: str) -> Any:
+        return RANDOM if word == "U" else float(word)
+
+    for name, rule in RULES.items():
+        if name.startswith("fixed "):
+            assert rule == (float(name.removeprefix("fixed ")), None)
+        elif " in teacher, " in name:
+            assert rule == tuple(scale(part.split()[0]) for part in name.split(", "))
+        else:
+            assert (name, rule) == ("U(0.5, 4)", (RANDOM, None))
+    assert RANDOM["init_args"] == {"low": 0.5, "high": 4.0}
+    assert {kappa for name in EQUAL_MEANS for kappa in RULES[name] if kappa not in (RANDOM, None)} == {2.25}
+
+
+def test_equal_means_have_updates_and_a_page_of_their_own(study: Path) -> None:
+    assert run(study, "--equal-means", "--report-only") == 0
+    folder = study.parent / "500x4"
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["settings"]["updates"], results["settings"]["batch_size"]) == (500, 4)
+    assert [row["seed"] for row in results["rows"]] == [0] * 4 + [1] * 4 + [2] * 4
+    lines = (folder / "results.md").read_text().splitlines()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in lines if " of 3 |" in row] == EQUAL_MEANS
+    assert "update 125" in lines[2] and len([row for row in lines if row.startswith("## ")]) == 1
+
+
+def test_a_line_goes_through_the_means() -> None:
+    drawn = line("fixed 2", [[1.0, 3.0], [2.0, 6.0]], [5, 10], 4.0)
+    assert drawn.points == [(0, 4), (5, 2), (10, 4)] and drawn.spread == [(4, 4), (1, 3), (2, 6)]
+
+
 def test_of_equal_means_it_counts_the_runs_that_got_worse() -> None:
-    points = [[9.0, 9.0, 9.0], [5.0, 6.0, 7.0], [5.0, 5.0, 5.0], [6.0, 5.0, 8.0]]
+    points = [[9.0, 9.0, 9.0], [5.0, 6.0, 7.0], [7.0, 7.0, 9.0], [6.0, 5.0, 8.0]]
     row = table({"fixed 2.25": points}, [125, 250, 375, 500], 3)[-1]
     assert row.endswith("| 6.33 (5.00–8.00) | 2 of 3 |")
 

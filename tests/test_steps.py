@@ -59,6 +59,7 @@ def test_fewer_of_the_steps_are_evenly_among_them() -> None:
         (999,), (999, 499), (999, 749, 499), (999, 749, 499, 249)
     ]  # fmt: skip
     assert steps_of(step_facts(Steps((9, 3), "none"))) == Steps((9, 3), "none")
+    assert Steps((9, 6, 3), "none").fewer(2) == Steps((9, 6), "none")
     assert step_facts(as_steps(625)) == {"start_timestep": 625} and steps_of(
         {"start_timestep": 625}
     ) == as_steps(625)

@@ -36,7 +36,6 @@ class ImageMetric(Metric):
     full_state_update = False
     name: str = ""
     version: int = 1
-    higher_is_better: bool | None = None
     needs_reference: bool = False
     needs_reference_features: bool = False
     minimum_images: int = 1
@@ -168,6 +167,23 @@ class ImageMetric(Metric):
     def results(self) -> dict[str, dict[str, Any]]:
         """``{NAME: {"value", "num_images", "details"}}`` of everything measured. Collective."""
         return {self.name: self.result()}
+
+    def with_parts(
+        self, overall: dict[str, Any], parts: Mapping[str, Mapping[str, Any]], *not_shared: str
+    ) -> dict[str, dict[str, Any]]:
+        """``NAME`` and a ``NAME/PART`` for each part, whose details are those of the whole and its own.
+
+        Args:
+            overall: from ``result``; its details of the names ``not_shared`` are its alone.
+            parts: each with "value", "num_images" and details of its own.
+        """
+        shared = {k: v for k, v in overall["details"].items() if k not in not_shared}
+        found = {self.name: overall}
+        for part, own in parts.items():
+            details = shared | {k: v for k, v in own.items() if k not in ("value", "num_images")}
+            result = {"value": own["value"], "num_images": own["num_images"], "details": details}
+            found[f"{self.name}/{part}"] = result
+        return found
 
     def snapshot(self) -> dict[str, Tensor]:
         """What this process has taken in so far, as tensors on the CPU, for ``restore``."""

@@ -47,7 +47,6 @@ class ClipScore(ImageMetric):
 
     name = "clip_score"
     version = 1
-    higher_is_better = True
 
     total: Tensor
     truncated: Tensor

@@ -28,7 +28,6 @@ class WithinPrompt(ImageMetric):
     open at the end, because several processes hold parts of it, is gathered.
     """
 
-    higher_is_better = True
     minimum_images = 2
 
     total: Tensor

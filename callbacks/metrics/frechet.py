@@ -46,7 +46,6 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 class GaussianDistance(ImageMetric):
     """Frechet distance of generated pictures from real ones, from sums that any number of processes share."""
 
-    higher_is_better = False
     needs_reference = True
     minimum_images = 2
 

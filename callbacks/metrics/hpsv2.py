@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -19,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import TextImageExtractor
 from callbacks.metrics.clip_score import cosines, text_extractor
+from callbacks.metrics.judges import in_hub_cache
 from common.errors import UserError
 from common.hashing import hash_file, to_uint8
 from lightning_modules.networks.clip_models import HPS_FILES, HPS_REPOSITORY, OpenClip
@@ -74,8 +74,7 @@ def find_checkpoint(version: str, path: Path | None = None) -> Path:
     if path is not None:
         places, looked = [path / name if path.is_dir() else path], str(path)
     else:
-        hub = try_to_load_from_cache(HPS_REPOSITORY, name)
-        places = [folder / name, *([Path(hub)] if isinstance(hub, str) else [])]
+        places = [folder / name, *(found / name for found in in_hub_cache(HPS_REPOSITORY, name))]
         looked = f"{places[0]} and the hub's cache of {HPS_REPOSITORY}"
     for place in places:
         if place.is_file():
@@ -104,7 +103,6 @@ class HPSv2(ImageMetric):
 
     name = "hpsv2"
     version = 1
-    higher_is_better = True
 
     totals: Tensor
     counts: Tensor
@@ -198,18 +196,7 @@ class HPSv2(ImageMetric):
     def results(self) -> dict[str, dict[str, Any]]:
         """``hpsv2``, the mean over the styles, and ``hpsv2/<style>`` of each. Collective."""
         overall = self.result()
-        if len(self._style_results) < 2:
-            return {self.name: overall}
-        shared = {k: v for k, v in overall["details"].items() if k != "styles"}
-        styles = {
-            f"{self.name}/{style}": {
-                "value": found["value"],
-                "num_images": found["num_images"],
-                "details": shared | {"spread": found["spread"]},
-            }
-            for style, found in self._style_results.items()
-        }
-        return {self.name: overall} | styles
+        return self.with_parts(overall, self._style_results if len(self._style_results) > 1 else {}, "styles")
 
 
 def _number(value: Tensor) -> float | None:

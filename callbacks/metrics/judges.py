@@ -58,8 +58,6 @@ def in_hub_cache(repository: str, file: str = "config.json") -> list[Path]:
 class JudgedMetric(ImageMetric):
     """The mean over all pictures of a judge's number. Higher is better."""
 
-    higher_is_better = True
-
     total: Tensor
 
     def setup_states(self, width: int) -> None:

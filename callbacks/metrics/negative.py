@@ -68,7 +68,6 @@ class ClipScoreNegative(_WithNegatives, ClipScore):
 
     name = "clip_score_negative"
     version = 1
-    higher_is_better = False
 
     def __init__(
         self,
@@ -165,7 +164,6 @@ class NegativeRemovalRate(SeesBackgrounds, _WithNegatives):
 
     name = "negative_removal_rate"
     version = 1
-    higher_is_better = True
 
     removed: Tensor
     seen: Tensor
@@ -187,7 +185,9 @@ class NegativeRemovalRate(SeesBackgrounds, _WithNegatives):
         pairs = list(zip(prompts, self._negatives(prompts, positions), strict=True))
         for pair in dict.fromkeys(pairs):
             if pair not in self._pairs:
-                raise UserError(f"{self.name} has no case for prompt and negative prompt {pair}")
+                raise UserError(
+                    f"{self.name} has no case for prompt and negative prompt {pair}: add one to `cases`"
+                )
             number = self._pairs.index(pair)
             places = [i for i, other in enumerate(pairs) if other == pair]
             has_feature = self._detect(self.cases[number], features[places], places)

@@ -69,7 +69,6 @@ class NeighbourMetric(ImageMetric):
         UserError: k is below 1, or the mode is unknown.
     """
 
-    higher_is_better = True
     needs_reference = True
     needs_reference_features = True
 

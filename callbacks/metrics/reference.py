@@ -26,11 +26,10 @@ from common.errors import UserError
 from common.files import user_cache_dir, written_whole
 from common.hashing import hash_file, hash_json, hash_tensors, hash_texts, to_uint8
 from common.processes import from_every_rank, rank_and_world_size
-from datamodules.picture_files import Frame, read_picture
+from datamodules.picture_files import SUFFIXES, Frame, read_picture
 from lightning_modules.networks.model_names import asset_path
 
 log = logging.getLogger(__name__)
-EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VERSION = 1
 """Raised when the statistics of the same pictures change, so that cached ones are made again."""
 UNFRAMED = "as they are"
@@ -228,7 +227,7 @@ class ReferenceFolder:
         self.cache_dir = cache_dir if cache_dir is not None else user_cache_dir()
         if not self.folder.is_dir():
             raise UserError(f"no folder of real pictures at {str(folder)!r}: set `reference`")
-        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         self._require(len(self.files))
         self._known: dict[Path, ReferenceStatistics] = {}
 

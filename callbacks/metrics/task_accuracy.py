@@ -24,7 +24,6 @@ class TaskAccuracy(ImageMetric):
         prompts: the benchmark's file; None is refused when it is needed.
     """
 
-    higher_is_better = True
     tasks: tuple[str, ...] = ()
     configuration: str = ""
 
@@ -122,13 +121,4 @@ class TaskAccuracy(ImageMetric):
     def results(self) -> dict[str, dict[str, Any]]:
         """The mean, and ``NAME/TASK`` of each task. Collective."""
         overall = self.result()
-        shared = {k: v for k, v in overall["details"].items() if k not in ("tasks", "value_is")}
-        tasks = {
-            f"{self.name}/{task}": {
-                "value": found["value"],
-                "num_images": found["num_images"],
-                "details": shared | {"right": found["right"]},
-            }
-            for task, found in self._results.items()
-        }
-        return {self.name: overall} | tasks
+        return self.with_parts(overall, self._results, "tasks", "value_is")

@@ -68,13 +68,9 @@ class Teacher:
     def one_step(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """One step from the last timestep without guidance, by the student's own conversion to x0."""
         if self._one_step is None:
-            last = (
-                noise_schedule(
-                    self.parts.scheduler, self.parts.image_tokens, self.parts.backbone
-                ).num_timesteps
-                - 1
-            )
-            self._one_step = make_generator(self.parts, last).to(self.device).eval()
+            parts = self.parts
+            schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+            self._one_step = make_generator(parts, schedule.num_timesteps - 1).to(self.device).eval()
         return self._one_step.images(prompts, seeds)
 
     @property

@@ -64,7 +64,8 @@ class SweepStudy:
             )  # fmt: skip
         except Exception as error:  # each database driver raises its own types
             raise UserError(
-                f"{settings.path}: cannot open the storage {self.address}: {first_line(error)}"
+                f"{settings.path}: cannot open the storage {self.address}: {first_line(error)}; "
+                "mend that, or give another --storage"
             ) from error
         # samplers of finite spaces stop `optimize` when all is tried; here trials are counted
         setattr(self.study, "stop", lambda: None)  # noqa: B010
@@ -148,7 +149,8 @@ class SweepStudy:
                 trial = self.study.ask(self.settings.space)
             except (ValueError, ImportError) as error:
                 raise UserError(
-                    f"{self.settings.path}: the sampler cannot draw from this space: {first_line(error)}"
+                    f"{self.settings.path}: the sampler cannot draw from this space: {first_line(error)}; "
+                    "change the space, or the sampler"
                 ) from error
             earlier = [other for other in self.live() if other.number < trial.number]
             taken = any(self._is_being_drawn(o) or same(o.params, trial.params) for o in earlier)

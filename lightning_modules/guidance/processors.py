@@ -91,8 +91,8 @@ class NegativeText:
         return torch.where(self.present.to(steered.device)[:, None, None], steered, positive)
 
 
-class NegativeCrossAttention:
-    """Stands in for diffusers' `AttnProcessor2_0` (or SANA's) in a cross-attention layer.
+class NegativeProcessor:
+    """What the processors have in common.
 
     Args:
         text: the negative prompts.
@@ -102,6 +102,10 @@ class NegativeCrossAttention:
 
     def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
         self.text, self.stock, self.index = text, stock, index
+
+
+class NegativeCrossAttention(NegativeProcessor):
+    """Stands in for diffusers' `AttnProcessor2_0` (or SANA's) in a cross-attention layer."""
 
     def __call__(
         self,
@@ -158,11 +162,8 @@ class NegativeCrossAttention:
         return key, _split_heads(attn.to_v(text), attn.heads)
 
 
-class NegativeJointSD3:
+class NegativeJointSD3(NegativeProcessor):
     """Stands in for diffusers' `JointAttnProcessor2_0` in Stable Diffusion 3; the text is [B, L⁺ + L⁻, D]."""
-
-    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
-        self.text, self.stock = text, stock
 
     def __call__(
         self,
@@ -176,13 +177,9 @@ class NegativeJointSD3:
         """Image tokens [B, S, D], text tokens [B, L⁺ + L⁻, D], each after its output projection."""
         if not self.text.active:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        assert encoder_hidden_states is not None
-        size, split = hidden_states.shape[1], _positive_length(self.text)
-        image = joint_projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        words = joint_projections(
-            attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
-            ("norm_added_q", "norm_added_k"),
-        )  # fmt: skip
+        assert encoder_hidden_states is not None and self.text.lengths is not None
+        size, split = hidden_states.shape[1], self.text.lengths[0]
+        image, words = joint_projections(attn, hidden_states, encoder_hidden_states)
         positive = attend(*(torch.cat([x, y[:, :, :split]], 2) for x, y in zip(image, words, strict=True)))
         negative = attend(*(torch.cat([x, y[:, :, split:]], 2) for x, y in zip(image, words, strict=True)))
         text = torch.cat([positive[:, size:], negative[:, size:]], 1)
@@ -192,16 +189,13 @@ class NegativeJointSD3:
         return attn.to_out[1](attn.to_out[0](steered)), text
 
 
-class NegativeJointFlux:
+class NegativeJointFlux(NegativeProcessor):
     """Stands in for diffusers' `FluxAttnProcessor`, in blocks with two streams and with one.
 
     And for FLUX.2's `Flux2AttnProcessor`, in blocks with two streams.
 
     Tokens come as [B, L⁺ + L⁻ + S, D], in one tensor or two; each carries its rotary position.
     """
-
-    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
-        self.text, self.stock = text, stock
 
     def __call__(
         self,
@@ -237,11 +231,8 @@ class NegativeJointFlux:
         return image, attn.to_add_out(text.contiguous())
 
 
-class NegativeParallelFlux2:
+class NegativeParallelFlux2(NegativeProcessor):
     """Stands in for diffusers' `Flux2ParallelSelfAttnProcessor`: attention and MLP in common layers."""
-
-    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
-        self.text, self.stock = text, stock
 
     def __call__(
         self,
@@ -267,14 +258,11 @@ class NegativeParallelFlux2:
         return output
 
 
-class NegativeJointQwen:
+class NegativeJointQwen(NegativeProcessor):
     """Stands in for diffusers' `QwenDoubleStreamAttnProcessor2_0`; text [B, L⁺ + L⁻, D], like its mask.
 
     The negative text has the positions of the prompt's.
     """
-
-    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
-        self.text, self.stock = text, stock
 
     def __call__(
         self,
@@ -327,15 +315,12 @@ class NegativeJointQwen:
         return [*(apply_rotary_emb_qwen(y, turns, use_real=False) for y in (query, key)), value]
 
 
-class NegativeSingleZImage:
+class NegativeSingleZImage(NegativeProcessor):
     """Stands in for diffusers' `ZSingleStreamAttnProcessor` where picture and text are one stream.
 
     Rows are the pictures with their prompts, then the same with the negative text, which has the positions of
     a prompt: [2 B, S + L, D]. Steered tokens of a picture go into both.
     """
-
-    def __init__(self, text: NegativeText, stock: Any, index: int) -> None:
-        self.text, self.stock = text, stock
 
     def __call__(
         self,
@@ -377,8 +362,8 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 
 def _attend_apart(text: NegativeText, stock: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[B, L⁺ + L⁻ + S, H, d] each -> [B, L⁺ + L⁻ + S, H d], image tokens steered."""
-    plus, minus = text.lengths or (0, 0)
-    parts = (query, key, value)
+    assert text.lengths is not None
+    (plus, minus), parts = text.lengths, (query, key, value)
     backend = stock._attention_backend
     without = [torch.cat([x[:, :plus], x[:, plus + minus :]], 1) for x in parts]
     positive = dispatch_attention_fn(*without, backend=backend).flatten(2, 3).to(query.dtype)
@@ -386,11 +371,6 @@ def _attend_apart(text: NegativeText, stock: Any, query: Tensor, key: Tensor, va
     negative = negative.flatten(2, 3).to(query.dtype)
     steered = text.steer(positive[:, plus:], negative[:, minus:])
     return torch.cat([positive[:, :plus], negative[:, :minus], steered], 1)
-
-
-def _positive_length(text: NegativeText) -> int:
-    assert text.lengths is not None
-    return text.lengths[0]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -403,9 +383,18 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def joint_projections(
+    attn: Any, image: Tensor, text: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Queries, keys and values [B, H, L, d] of both streams of joint attention."""
+    of_text = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+    own = _projections(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+    return own, _projections(attn, text, *of_text)
+
+
+def _projections(
     attn: Any, x: Tensor, layers: tuple[str, str, str], norms: tuple[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, L, d] of one stream of joint attention."""
+    """Of one stream."""
     query, key, value = (_split_heads(getattr(attn, name)(x), attn.heads) for name in layers)
     return _normed(getattr(attn, norms[0]), query), _normed(getattr(attn, norms[1]), key), value
 

@@ -36,6 +36,7 @@ from lightning_modules.guidance.processors import (
     NegativeJointQwen,
     NegativeJointSD3,
     NegativeParallelFlux2,
+    NegativeProcessor,
     NegativeSingleZImage,
     NegativeText,
 )
@@ -48,16 +49,9 @@ _OTHER_TEXTS = (
     "negative_pooled_prompt_embeds", "negative_prompt_attention_mask",
 )  # fmt: skip
 
-Processor = (
-    type[NegativeCrossAttention]
-    | type[NegativeJointSD3]
-    | type[NegativeJointFlux]
-    | type[NegativeParallelFlux2]
-    | type[NegativeJointQwen]
-    | type[NegativeSingleZImage]
-)
+Processor = type[NegativeProcessor]
 Layers = list[tuple[Any, Processor]]
-STOCK: dict[Any, tuple[type, ...]] = {
+STOCK: dict[Processor, tuple[type, ...]] = {
     NegativeCrossAttention: (AttnProcessor2_0, SanaAttnProcessor2_0),
     NegativeJointSD3: (JointAttnProcessor2_0,),
     NegativeJointFlux: (FluxAttnProcessor, Flux2AttnProcessor),

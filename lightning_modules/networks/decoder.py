@@ -93,5 +93,5 @@ def load_autoencoder(path: str) -> AutoencoderKL | AutoencoderTiny:
             "with config.json and weights."
         ) from error
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"the decoder {path} lacks the weights {missing[:3]} ({len(missing)} missing)")
+        raise UserError(f"the decoder {path} lacks the weights {missing[:3]}: fetch it again")
     return module

@@ -45,7 +45,7 @@ _PLACES = {"_name_or_path", "name_or_path"}  # both libraries note where a part 
 FOLDER_NAMES = {
     MARKER, LORA, PICTURE, "README.md", "model_index.json", "scheduler", "text_encoder", "text_encoder_2",
     "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "unet", "vae",
-    "merge.json", "merge.md", "merge.html", "merge.png", "merge_samples.png",  # of `merge --evaluate`
+    "merge.json", "merge.md", "merge.html", "merge_samples.png",  # of `merge --evaluate`
 }  # fmt: skip
 
 

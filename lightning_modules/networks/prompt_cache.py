@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pyarrow import feather
 from safetensors import safe_open
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import check_output_folder, unfinished, written_whole
+from common.files import LOCK, check_output_folder, claimed, unfinished, written_whole
 from common.hashing import hash_file, hash_json, hash_tensors
 from lightning_modules.diffusion.transfer import to_device
 from lightning_modules.networks.backbones import TextToImageParts
@@ -42,7 +41,6 @@ SHARD_BYTES = 256 * 2**20
 """Size of a shard: what a killed process has to do again, and what damage to a file costs."""
 SHARDS = "shard-*.arrow"
 KEY, TOKENS, MASK = "key", "encoder_hidden_states", "encoder_attention_mask"
-_LOCK = ".lock"
 _METADATA = b"prompt_cache"
 _UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -229,7 +227,7 @@ def _read(path: Path) -> pa.Table:
 
 def own_names(folder: Path) -> set[str]:
     """What a cache, also an unfinished one, may hold."""
-    return {path.name for pattern in (SHARDS, _LOCK, ".shard-*.partial") for path in folder.glob(pattern)}
+    return {path.name for pattern in (SHARDS, LOCK, ".shard-*.partial") for path in folder.glob(pattern)}
 
 
 @contextmanager
@@ -249,18 +247,14 @@ def cache_writer(
             process is writing there; a file of it is damaged.
     """
     target = check_output_folder(folder, own_names)
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(target / _LOCK, timeout=0):
-            for leftover in unfinished(target):  # of a process that was killed
-                leftover.unlink()
-            writer = PromptCacheWriter(target, encoder, layout, shard_bytes)
-            try:
-                yield writer
-            finally:
-                writer.flush()
-    except Timeout as error:
-        raise UserError(f"another process is writing the cache {folder}; wait for it to end") from error
+    with claimed(target):
+        for leftover in unfinished(target):  # of a process that was killed
+            leftover.unlink()
+        writer = PromptCacheWriter(target, encoder, layout, shard_bytes)
+        try:
+            yield writer
+        finally:
+            writer.flush()
 
 
 class PromptCacheWriter:

@@ -252,7 +252,7 @@ def student_weights(
             raise UserError(f"{path} holds no EMA weights (the run had none). Use --weights online.")
         state = {**state, **ema}  # buffers, if any, are not averaged
     if not state:
-        raise UserError(f"{path} holds no student weights.")
+        raise UserError(f"{path} holds no student weights. Give a checkpoint that `fit` wrote.")
     return state, chosen
 
 
@@ -269,7 +269,9 @@ def _from_checkpoint(path: Path, weights: Weights | None, teacher: str | None) -
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds other entries than `fit` writes: {first_line(error)}") from error
+        raise UserError(
+            f"{path} holds other entries than `fit` writes: {first_line(error)}; give another checkpoint"
+        ) from error
 
 
 def _assembled(
@@ -418,9 +420,8 @@ def _settings(network: nn.Module) -> dict[str, Any]:
     settings = architecture(network)
     settings.pop("upcast_attention", None)  # an old remedy for float16
     if isinstance(network, UNet2DConditionModel):
-        settings.pop(
-            "sample_size"
-        )  # of pictures by default; that of a transformer changes its position codes
+        # of pictures by default; that of a transformer changes its position codes
+        settings.pop("sample_size")
     for name, value in settings.items():
         if isinstance(value, list) and value and all(entry == value[0] for entry in value):
             value = value[0]

@@ -50,11 +50,10 @@ class Real:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a batch is sampled from: B prompts, a negative prompt each and real pictures if there are some."""
+    """What a batch is sampled from: B prompts, and a negative prompt each if there are some."""
 
     condition: Condition
     negative: Condition | None = None
-    real: Real | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ class Objective(nn.Module, ABC):
         """The student's samples for a turn of `role`; by default those of the step whose turn it is."""
         at = student.arrive(inputs.condition, random)
         x0 = student(at.x_t, inputs.condition, at.t)
-        return StudentSample(x0, inputs.condition, inputs.negative, *at, inputs.real)
+        return StudentSample(x0, inputs.condition, inputs.negative, *at)
 
     def loss(self, role: str, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """Loss terms of a turn of `role`.

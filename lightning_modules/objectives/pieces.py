@@ -105,6 +105,6 @@ def mix_towards_student(networks: Networks, share: float) -> None:
     fake, student = dict(networks.fake_score.weights()), dict(networks.student.weights())
     if fake.keys() != student.keys():
         raise ValueError("the fake score is mixed with the student, so both must be full copies: set "
-                         "model.lora and model.student_lora to null")  # fmt: skip
+                         "model.fake_score.lora and model.student_lora to null")  # fmt: skip
     for name, weight in fake.items():
         weight.lerp_(student[name].to(weight.dtype), share)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from lightning_modules.diffusion.broadcast import at_least_float32, expand_like
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.randomness import StepRandom
-from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.timesteps import UniformTimesteps
 from lightning_modules.diffusion.weighting import alpha_squared, sigma_squared
 from lightning_modules.guidance.scales import GuidanceScale, as_guidance
@@ -28,7 +27,13 @@ from lightning_modules.objectives.base import (
     TeacherFacts,
     Terms,
 )
-from lightning_modules.objectives.pieces import OwnTimesteps, own_timesteps_of, timesteps_of
+from lightning_modules.objectives.pieces import (
+    OwnTimesteps,
+    check_timesteps,
+    noised,
+    own_timesteps_of,
+    timesteps_of,
+)
 
 
 class SwiftBrush(Objective):
@@ -130,7 +135,7 @@ class SwiftBrush(Objective):
         Raises:
             ValueError: ``max_timestep`` lies past the schedule, or a step has no timesteps of its own.
         """
-        self._check(facts.schedule)
+        check_timesteps(self.student_timesteps, facts.schedule)
         if self.intervals == "own":
             self.own = own_timesteps_of(facts, self.student_timesteps.low, self.student_timesteps.high)
             self.fake_own = own_timesteps_of(facts, 0, facts.schedule.num_timesteps)
@@ -144,7 +149,7 @@ class SwiftBrush(Objective):
 
     def student_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"vsd": ½ MSE(x̂, sg[x̂ − g])}``: gradient g / numel at ``sample.x0``, value mean(g²) / 2."""
-        self._check(networks.schedule)
+        check_timesteps(self.student_timesteps, networks.schedule)
         x0 = at_least_float32(sample.x0)
         kappa = self.guidance.draw(random)
         kappas = kappa, kappa if self.fake_guidance is None else self.fake_guidance.draw(random)
@@ -176,9 +181,7 @@ class SwiftBrush(Objective):
         if NEGATIVE_PROMPTS in self.needs and sample.negative is None:
             raise ValueError("the objective needs negative prompts, but the samples have none")
         timesteps = timesteps_of(sample, self.student_timesteps, self.own)
-        t = timesteps.draw(random.uniform("student_timestep")).to(x0.device)
-        noise = random.normal("student_noise", x0.shape[1:]).to(x0)
-        x_t = networks.schedule.add_noise(x0, noise, t)
+        _, x_t, t, _ = noised(x0, networks, random, "student", timesteps)
         text, teacher_kappa, fake_kappa = sample.condition, *kappas
         negative = sample.negative if self.teacher_negatives else None
         teacher = networks.teacher(x_t, t, text, guidance_scale=teacher_kappa, negative=negative)
@@ -190,12 +193,9 @@ class SwiftBrush(Objective):
 
     def fake_score_loss(self, sample: StudentSample, networks: Networks, random: StepRandom) -> Terms:
         """``{"denoising": MSE(α_t ε_fake, α_t ε)}`` at the detached sample: trains the fake score only."""
-        x0 = at_least_float32(sample.x0.detach())
         everywhere = UniformTimesteps(0, networks.schedule.num_timesteps)
         timesteps = timesteps_of(sample, everywhere, self.fake_own)
-        t = timesteps.draw(random.uniform("fake_timestep")).to(x0.device)
-        noise = random.normal("fake_noise", x0.shape[1:]).to(x0)
-        x_t = networks.schedule.add_noise(x0, noise, t)
+        x0, x_t, t, noise = noised(sample.x0.detach(), networks, random, "fake", timesteps)
         condition, dropped = self._with_dropout(sample.condition, random)
         prediction = networks.fake_score(x_t, t, condition, guidance_scale=1.0)
         if prediction.kind == "flow":
@@ -223,10 +223,3 @@ class SwiftBrush(Objective):
     def student_negative_scale(self, random: StepRandom) -> float | None:
         """α of NASA in the student's forward pass: one draw per step, apart from κ's; None for none."""
         return None if self.student_negatives is None else float(self.student_negatives.draw(random, "alpha"))
-
-    def _check(self, schedule: NoiseSchedule) -> None:
-        if self.student_timesteps.high > schedule.num_timesteps:
-            raise ValueError(
-                f"max_timestep is {self.student_timesteps.high}, but the teacher's schedule has only "
-                f"{schedule.num_timesteps} timesteps: lower max_timestep"
-            )

@@ -42,7 +42,7 @@ class StableDiffusion3Pretraining(LatentDiffusionPretraining):
         learning_rate: float = 1e-3,
         warmup_steps: int = 200,
         weight_decay: float = 0.01,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             autoencoder, FlowMatchEulerDiscreteScheduler(shift=shift), prompt_dropout, snr_gamma=1.0,
@@ -52,7 +52,7 @@ class StableDiffusion3Pretraining(LatentDiffusionPretraining):
         self.save_hyperparameters()
         self.autoencoder.register_to_config(**{"shift_factor": 0.0, **(latents or {})})
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed)
         configs = [CLIPTextConfig(**text_config(text, self.tokenizer)) for text in texts]
         self.text_encoders = torch.nn.ModuleList(map(CLIPTextModelWithProjection, configs))
         self.transformer = SD3Transformer2DModel(**transformer)

@@ -21,7 +21,7 @@ from datamodules.pictures import EmojiPictures, EvaluationPictures, caption
 
 
 class Pretraining(L.LightningModule):
-    """What the three have in common: AdamW, warm-up, then cosine decay to zero at ``trainer.max_steps``.
+    """What all of them have in common: AdamW, warm-up, then cosine decay to zero at ``trainer.max_steps``.
 
     Args:
         output: folder that is written when ``fit`` ends.

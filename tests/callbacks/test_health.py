@@ -2,14 +2,19 @@
 
 import csv
 import json
+import math
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import cli
-from callbacks.health import Health, measures
+from callbacks import health as health_module
+from callbacks.health import SIGNS, Health, measures
 from callbacks.report import RunReport
 from common.errors import UserError
 from tests.callbacks.standin import StandIn, StandInData
@@ -31,6 +36,42 @@ def test_what_is_measured() -> None:
     assert found["diversity"].tolist() == pytest.approx(
         [(grey_red + grey_half) / 2, (grey_red + red_half) / 2, (grey_half + red_half) / 2]
     )
+    halves = torch.zeros(3, 3, 32, 32)
+    for channel in range(3):
+        halves[channel, channel, :, 16:] = 1.0
+    weights = [0.299, 0.587, 0.114]  # of the luma: red, green, blue
+    assert measures(halves, latents)["contrast"].tolist() == pytest.approx([w / 2 for w in weights], abs=1e-3)
+
+
+def test_the_range_and_its_alarms_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's pictures have 1 and 3; the student starts at 5, with a latent mean at -1."""
+    health, values = Health(4, 1, tolerance=2.0), dict.fromkeys(SIGNS, 5.0) | {"latent_mean": -1.0}
+    monkeypatch.setattr(health_module, "evaluating", lambda *_: nullcontext())
+    monkeypatch.setattr(health_module, "teacher_pictures", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(health_module, "measures", lambda *_: dict.fromkeys(SIGNS, torch.tensor([1.0, 3.0])))
+    monkeypatch.setattr(health, "_student_values", lambda *_: values)
+    run: Any = SimpleNamespace(
+        fast_dev_run=False, strategy=SimpleNamespace(root_device="cpu"), loggers=[], is_global_zero=True,
+        datamodule=SimpleNamespace(eval_captions=["a"]), should_stop=False,
+    )  # fmt: skip
+    student: Any = SimpleNamespace(
+        parts=SimpleNamespace(path=""), student_steps=0,
+        generator=SimpleNamespace(decoder=SimpleNamespace(encode=lambda images: images)),
+    )  # fmt: skip
+    health.on_train_start(run, student)
+    width = 2 * 2**0.5
+    for name, ends in health.ranges.items():
+        assert ends == pytest.approx(
+            (-1 - width, 2 + width) if name == "latent_mean" else (2 - width, 5 + width)
+        )
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for value in (7.8, 7.9, 9.0, 5.0, math.nan, -0.9):  # inside, outside, still, back, outside, still
+            values["contrast"] = value
+            health.on_train_batch_end(run, student)
+            seen.append(len(health.alarms))
+    assert seen == [0, 1, 1, 1, 2, 2]
 
 
 class Drifting(StandIn):
@@ -40,7 +81,12 @@ class Drifting(StandIn):
         loss = super().training_step(batch, batch_idx)
         if self.student_steps == 2:
             draw = self.generator.images
-            self.generator.images = lambda *asked: 0 * draw(*asked)  # type: ignore[method-assign]
+
+            def images(*asked: Any) -> torch.Tensor:
+                assert self.is_swapped, "of the average, not of the online weights"
+                return 0 * draw(*asked)
+
+            self.generator.images = images  # type: ignore[method-assign]
         return loss
 
 

@@ -278,6 +278,9 @@ def test_findings_and_table() -> None:
     assert lines[4].split()[-4:] == ["10.00", "0.2500", "4.000", "1,024"]
     assert len({len(line) for line in lines}) == 1
     assert findings(made_report(teacher_metrics={})) == []
+    no_gap = made_report()
+    no_gap.content["teacher_metrics"]["steps_1"]["clip_score"]["value"] = 0.35  # above that in 25 steps
+    assert not any("CLIP score" in sentence for sentence in findings(no_gap))
 
 
 def test_the_next_command_names_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,14 @@ def test_terms_and_gradient(
     slope = 2.0 if heads else 1.0
     discriminator = Discriminator(["x"], loss=loss, heads=heads, student_weight=0.5, weight=0.25, r1=3.0)
     mean_head(discriminator, schedule)
-    scores, condition, real = make_scores(), text(VALUES), real_pictures(text(VALUES))
+    scores, condition, captions = make_scores(), text(VALUES), VALUES.flip(0)
+    real = real_pictures(text(captions))
     x0 = torch.randn(SHAPE, requires_grad=True)
     sample = StudentSample(x0, condition, real=real)
     term = discriminator.student_term(sample, scores, step_random())
     (gradient,) = torch.autograd.grad(term, x0)
     (call,) = scores.calls
+    assert call.condition is condition
     alpha, _ = alpha_sigma(schedule, call.t)
     x_t = call.x_t.detach()
     logits = slope * x_t.mean((1, 2, 3))
@@ -69,6 +71,7 @@ def test_terms_and_gradient(
     torch.testing.assert_close(term.detach(), 0.5 * value)
 
     own = discriminator.own_terms(sample, scores, step_random())
+    assert torch.equal(scores.calls[-1].condition.tensors["text"], torch.cat([VALUES, captions, captions]))
     fake, true, shaken = scores.calls[-1].x_t.split(4)
     per_place = (lambda x: x.mean(1)) if not heads else (lambda x: slope * x.mean((1, 2, 3)))
     a, b, c = (per_place(x) for x in (fake.detach(), true, shaken))
@@ -104,6 +107,14 @@ def test_features_come_from_the_named_role(
     assert [call.role for call in scores.calls] == ["teacher", "fake_score", role]
 
 
+def test_the_log_ratio_is_the_mean_of_the_heads(make_scores: Any, text: Any, schedule: NoiseSchedule) -> None:
+    """Positive where the logits say real; without a gradient."""
+    discriminator, x_t = mean_head(Discriminator(["x"], heads=2), schedule), torch.randn(SHAPE)
+    found = discriminator.log_ratio(x_t, torch.arange(4), text(VALUES), make_scores())
+    torch.testing.assert_close(found, 2.0 * x_t.mean((1, 2, 3)))
+    assert not found.requires_grad
+
+
 def test_heads_begin_anew_by_the_step(schedule: NoiseSchedule) -> None:
     """The same heads for all processes and passes of a step, a share of them, others at other steps."""
     discriminator = Discriminator(["x"], heads=40, refresh=0.25)
@@ -117,6 +128,7 @@ def test_heads_begin_anew_by_the_step(schedule: NoiseSchedule) -> None:
     after = weights()
     changed = (before != after).any(1)
     assert 3 <= int(changed.sum()) <= 18
+    assert len(after[changed].unique(dim=0)) == changed.sum(), "each by weights of its own"
     discriminator._refresh(StepRandom(0, 3, torch.arange(4, 6)))
     assert torch.equal(weights(), after)
     discriminator._refresh(StepRandom(0, 4, torch.arange(4)))

@@ -13,6 +13,7 @@ from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.steps import Steps
 from lightning_modules.objectives.base import StudentSample, TeacherFacts, Turn
 from lightning_modules.objectives.dmd2 import DMD2
+from lightning_modules.objectives.pieces import mean_distance
 from lightning_modules.objectives.swiftbrush import SwiftBrush
 from tests.objectives.analytic import (
     FAKE,
@@ -73,6 +74,13 @@ def test_fake_score_loss(make_scores: Any, text: Any, kind: str, schedule: Noise
     assert all(w.grad is None for w in scores.real.parameters()) and scores.fake.mean.grad.abs() > 0
 
 
+def test_the_normaliser_is_never_zero() -> None:
+    """Where the teacher sees the very sample, the others of the batch keep their own."""
+    real = torch.tensor([0.5, 0.5, 0.5])[:, None, None, None].expand(3, 2, 4, 4)
+    x0 = torch.tensor([0.5, 0.5 + 1e-6, -0.5])[:, None, None, None].expand(3, 2, 4, 4)
+    torch.testing.assert_close(mean_distance(x0, real).flatten(), torch.tensor([1e-5, 1e-5, 1.0]))
+
+
 def test_timesteps(make_scores: Any, text: Any) -> None:
     scores, size = make_scores(), 20_000
     sample = StudentSample(torch.zeros(size, 1, 1, 1), text([1.0] * size))
@@ -106,9 +114,9 @@ def test_turns() -> None:
 
 
 def test_the_fake_score_moves_towards_the_student(tiny_sd: Path, tmp_path: Path) -> None:
-    """By the share after the student's update, and by nothing else as its own rate is 0."""
+    """By the share after the student's update, once a step, and by nothing else as its own rate is 0."""
     still = {"lora": None, "fake_score": sgd(0.0), "student": sgd(100.0)}
-    module = distillation(tiny_sd, DMD2(fake_updates=1, student_share=0.25), **still)
+    module = distillation(tiny_sd, DMD2(fake_updates=2, student_share=0.25), **still)
     before: dict[str, torch.Tensor] = {}
     # the fake score being the teacher, only guidance moves the student; it starts as the teacher, too
     fit(module, tmp_path, 1, Hooks(on_start=lambda m: before.update(snapshot(m))))
@@ -118,7 +126,7 @@ def test_the_fake_score_moves_towards_the_student(tiny_sd: Path, tmp_path: Path)
         torch.testing.assert_close(new, torch.lerp(old, student, 0.25), rtol=1e-5, atol=1e-7)
         moved = max(moved, float((new - old).detach().abs().max()))
     assert moved > 1e-5
-    with pytest.raises((UserError, ValueError), match="must be full copies: set model.lora"):
+    with pytest.raises((UserError, ValueError), match="must be full copies: set model.fake_score.lora"):
         fit(distillation(tiny_sd, DMD2(student_share=0.25)), tmp_path, 1)
 
 

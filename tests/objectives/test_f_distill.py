@@ -12,6 +12,7 @@ from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.divergences import DIVERGENCES
 from lightning_modules.objectives.dmd2 import DMD2
 from lightning_modules.objectives.f_distill import FDistill
+from lightning_modules.objectives.pieces import normalised
 from tests.objectives.analytic import FAKE, REAL, VALUES, built, log_ratio, student_gradient
 
 # f of D_f(p‖q) = ∫ q f(p/q), and the factor that the weights leave out
@@ -70,6 +71,17 @@ def test_the_gradient_of_each_sample_is_weighted(
     r = torch.stack([ratio[i] / ratio[tenth == tenth[i]].mean() for i in range(4)])
     h = {"forward_kl": r, "jensen_shannon": r / (1 + r), "neyman": 1 / r}[name]
     torch.testing.assert_close(ours, (h / h.mean())[:, None, None, None] * plain, rtol=1e-4, atol=1e-7)
+
+
+def test_means_are_those_of_all_processes(schedule: NoiseSchedule) -> None:
+    """Another process has one sample, with r = 5, in the first tenth and h = 6."""
+    objective, other = built(FDistill(Discriminator(["x"])), schedule), torch.zeros(2, 10)
+    other[:, 0] = torch.tensor([5.0, 1.0])
+    objective.mean = lambda sums: (sums + other) / 2
+    balanced = objective._balanced(torch.tensor([1.0, 3.0]), torch.tensor([50, 950]))
+    torch.testing.assert_close(balanced, torch.tensor([1 / 3, 1.0]))
+    weights = normalised(torch.tensor([1.0, 3.0]), lambda mean: (mean + 6) / 2)
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.75]))
 
 
 def test_an_unknown_divergence() -> None:

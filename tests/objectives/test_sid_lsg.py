@@ -51,7 +51,7 @@ def test_student_gradient_equals_the_analytic_one(
     kappa, real_std, fake_std, null = 2.5, 0.5, 1.5, 0.25
     scores = make_scores(real=(1.0, real_std, 0.3), fake=(-0.5, fake_std, 0.1))
     x0 = torch.randn(SHAPE, requires_grad=True)
-    objective = SiDLSG(1.0, fake_guidance=1.0, teacher_guidance=kappa, a=a)
+    objective = SiDLSG(3.0, fake_guidance=1.0, teacher_guidance=kappa, a=a)
     losses, numbers = objective.student_loss(
         StudentSample(x0, text(VALUES, null=null)), scores, step_random()
     )
@@ -148,6 +148,8 @@ def test_timesteps_and_dropout(make_scores: Any, text: Text) -> None:
     assert abs(dropped.float().mean() - 0.1) < 0.012 and told == dropped.float().mean()
     SiDLSG(1.0, 1.0).fake_score_loss(sample, scores, step_random(size))
     assert (scores.calls[-1].condition.tensors["text"] == 1).all(), "no fake score without text is asked for"
+    kappas = ((1.0, 1.5), (1.5, 1.0), (1.0, 1.0))  # in its own training, and in the student's
+    assert [SiDLSG(*scales).prompt_dropout for scales in kappas] == [0.1, 0.1, 0.0]
 
 
 def test_what_does_not_fit(schedule: NoiseSchedule) -> None:

@@ -13,7 +13,7 @@ from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.diffusion.schedule import NoiseSchedule
 from lightning_modules.diffusion.steps import Steps
 from lightning_modules.diffusion.timesteps import UniformTimesteps
-from lightning_modules.objectives.base import StudentSample, TeacherFacts
+from lightning_modules.objectives.base import StudentSample, TeacherFacts, Turn
 from lightning_modules.objectives.tdm import TDM
 from tests.objectives.analytic import FAKE, REAL, SHAPE, VALUES, alpha_sigma, posterior_mean, step_random
 
@@ -74,7 +74,8 @@ def test_student_gradient_equals_the_analytic_one(
 
 @pytest.mark.parametrize("importance", [True, False])
 def test_fake_score_loss(make_scores: Any, text: Any, schedule: NoiseSchedule, importance: bool) -> None:
-    made, given = objective(schedule, importance=importance), sample(text(VALUES), 0)
+    k = 0 if importance else 2  # at the last step, with little noise, the weight has reached its largest
+    made, given = objective(schedule, importance=importance), sample(text(VALUES), k)
     scores = make_scores(fake=FAKE)
     loss = made.fake_score_loss(given, scores, step_random()).losses["denoising"]
     (call,) = scores.calls
@@ -82,6 +83,7 @@ def test_fake_score_loss(make_scores: Any, text: Any, schedule: NoiseSchedule, i
     noise = (call.x_t - alpha * given.x0) / sigma
     fresh = step_random().normal("fake_noise", SHAPE[1:])
     weight = (alpha**2 / sigma**2).clamp(max=5)
+    assert importance or weight.max() == 5
     if importance:
         ratio = torch.exp(-0.5 * noise.square().mean((1, 2, 3))) / torch.exp(
             -0.5 * fresh.square().mean((1, 2, 3))
@@ -100,6 +102,9 @@ def test_what_does_not_fit_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="low=300, high=295"):
         objective(schedule, Steps((305, 300), "none"))
     assert objective(schedule, intervals="whole").ranges[0][1].high == schedule.num_timesteps - 10
+    made = objective(schedule)
+    assert [(own.low, own.high) for own in made.ranges[0]] == [(600, 890), (300, 590), (20, 290)]
+    assert made.turns(0) == [Turn("fake_score"), Turn("student")]
 
 
 def test_weighted_noise_is_unit_normal(make_scores: Any, text: Any, schedule: NoiseSchedule) -> None:

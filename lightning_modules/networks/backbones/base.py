@@ -93,6 +93,8 @@ class Backbone(ABC):
         optional: those of them that a folder may leave out (null in model_index.json).
         packing: places of a latent, along a side, that the pipeline puts into one token of the network.
         side: places of a latent, along a side, where neither network nor autoencoder names a size.
+        names_size: whether a call of the stock pipeline names the picture's size: its own default is another,
+            whatever the folder.
         conditions: settings by which a denoising network takes further inputs, and the values whose inputs
             the family gives.
     """
@@ -105,6 +107,7 @@ class Backbone(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     packing: ClassVar[int] = 1
     side: ClassVar[int | None] = None
+    names_size: ClassVar[bool] = False
     conditions: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     def present(self, index: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class Backbone(ABC):
 
     def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
         """Further arguments with which the stock pipeline draws as the model was trained."""
-        return {}
+        return dict(zip(("height", "width"), parts.picture_size)) if self.names_size else {}
 
     def pipeline(self, parts: TextToImageParts, scheduler: SchedulerMixin | None = None) -> DiffusionPipeline:
         """The stock pipeline of the parts (shared, not copied), without progress bar."""

@@ -4,7 +4,6 @@ Guidance is distilled into FLUX.1-dev, which takes its scale as an input.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -26,6 +25,7 @@ class Flux(Backbone):
     text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
     tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
     packing = 2
+    names_size = True
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return T5ClipPromptEncoder(
@@ -34,10 +34,6 @@ class Flux(Backbone):
 
     def text_width(self, parts: TextToImageParts) -> tuple[int, int | None]:
         return parts.text_encoders[1].config.d_model, parts.denoiser.config.joint_attention_dim
-
-    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
-        height, width = parts.picture_size  # the pipeline's own default is 1024, whatever the folder
-        return {"height": height, "width": width}
 
 
 class T5ClipPromptEncoder(PromptEncoder):

@@ -33,6 +33,7 @@ class Flux2Klein(Backbone):
     text_encoders = {"text_encoder": Qwen3ForCausalLM}
     tokenizers = {"tokenizer": Qwen2Tokenizer}
     conditions = {"guidance_embeds": (False,)}
+    names_size = True
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return Qwen3LayersPromptEncoder(parts.tokenizers, parts.text_encoders, MAX_TOKENS)
@@ -53,10 +54,6 @@ class Flux2Klein(Backbone):
 
     def extras(self, parts: TextToImageParts) -> dict[str, Any]:
         return {"is_distilled": bool(parts.index.get("is_distilled", False))}
-
-    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
-        height, width = parts.picture_size  # the pipeline's own default is 1024, whatever the folder
-        return {"height": height, "width": width}
 
 
 class Qwen3LayersPromptEncoder(PromptEncoder):

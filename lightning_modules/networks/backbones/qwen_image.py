@@ -39,6 +39,7 @@ class QwenImage(Backbone):
     tokenizers = {"tokenizer": Qwen2Tokenizer}
     packing = 2
     side = 128
+    names_size = True
     conditions = {
         "guidance_embeds": (False, None), "zero_cond_t": (False, None),
         "use_additional_t_cond": (False, None), "use_layer3d_rope": (False, None),
@@ -59,10 +60,6 @@ class QwenImage(Backbone):
 
     def patch(self, denoiser: Any) -> int:
         return self.packing
-
-    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
-        height, width = parts.picture_size  # the pipeline's own default is 1024, whatever the folder
-        return {"height": height, "width": width}
 
     def guidance_options(self, kappa: float) -> dict[str, Any]:
         return {"true_cfg_scale": kappa} | ({"negative_prompt": " "} if kappa > 1 else {})

@@ -27,6 +27,7 @@ class Sana(Backbone):
     vae = AutoencoderDC
     text_encoders = {"text_encoder": Gemma2Model}
     tokenizers = {"tokenizer": GemmaTokenizer}
+    names_size = True
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return GemmaPromptEncoder(parts.tokenizers, parts.text_encoders, MAX_TOKENS)
@@ -35,8 +36,7 @@ class Sana(Backbone):
         return parts.text_encoders[0].config.hidden_size, parts.denoiser.config.caption_channels
 
     def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
-        height, width = parts.picture_size
-        return {"height": height, "width": width, "use_resolution_binning": False}
+        return super().call_options(parts) | {"use_resolution_binning": False}
 
 
 class GemmaPromptEncoder(PromptEncoder):

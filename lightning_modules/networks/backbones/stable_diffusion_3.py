@@ -124,11 +124,7 @@ class CountedLastToken(JointAttnProcessor2_0):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
-        image = joint_projections(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        words = joint_projections(
-            attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
-            ("norm_added_q", "norm_added_k"),
-        )  # fmt: skip
+        image, words = joint_projections(attn, hidden_states, encoder_hidden_states)
         query, key, value = (torch.cat([x, y], 2) for x, y in zip(image, words, strict=True))
         # a bias takes the fastest kernels of GPUs away, and half precision rounds it
         by_bias = query.device.type == "cpu" and query.dtype.itemsize >= 4

@@ -26,6 +26,7 @@ class ZImage(Backbone):
     text_encoders = {"text_encoder": Qwen3Model}
     tokenizers = {"tokenizer": Qwen2Tokenizer}
     conditions = {"siglip_feat_dim": (None,)}
+    names_size = True
 
     def prompt_encoder(self, parts: TextToImageParts) -> PromptEncoder:
         return Qwen3PromptEncoder(parts.tokenizers, parts.text_encoders, MAX_TOKENS)
@@ -35,10 +36,6 @@ class ZImage(Backbone):
 
     def patch(self, denoiser: Any) -> int:
         return int(denoiser.config.all_patch_size[0])
-
-    def call_options(self, parts: TextToImageParts) -> dict[str, Any]:
-        height, width = parts.picture_size  # the pipeline's own default is 1024, whatever the folder
-        return {"height": height, "width": width}
 
     def guidance_options(self, kappa: float) -> dict[str, Any]:
         return {"guidance_scale": kappa - 1}  # ε_y + γ (ε_y − ε_∅)
