@@ -5,18 +5,19 @@
     python scripts/method_benchmark.py --updates 100 --batch-size 16   a smaller budget: updates of SwiftBrush
     python scripts/method_benchmark.py --report-only            table and pictures of what is there
     python scripts/method_benchmark.py --table steps            students of one and of four steps
+    python scripts/method_benchmark.py --guidance 2             one guidance scale for all methods
 
 A cell is a short `fit` of `configs/experiment/emoji_METHOD.yaml` from the teacher at timestep 625 with the
 batch size and the student's average of this script, for as many updates as the budget allows: the floating-
 point operations of one update of each method are counted first (products and convolutions of all networks,
 forwards and backwards). Methods with a discriminator or pairs learn from 2,048 samples of the teacher, which
-are drawn first (their cost is not in the budget). Rates and all else are those of the configurations, which
-have not been searched for. The student's average then draws the 1,024 held-out captions: frechet_distance
-and clip_score as everywhere; precision and recall among the teacher's pictures of the same captions (25
-steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a prompt, of 128 prompts;
-all by the scoring CLIP's features. A student of several steps draws in fewer of them, too; its update takes
-longer the later the drawn step is, and the mean counts. Writes results.json, results.md and pictures.png
-(of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of several steps.
+are drawn first (their cost is not in the budget). Rates and all else are those of the configurations
+(scripts/method_search.py looks for better ones). The student's average then draws the 1,024 held-out
+captions: frechet_distance and clip_score as everywhere; precision and recall among the teacher's pictures of
+the same captions (25 steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a
+prompt, of 128 prompts; all by the scoring CLIP's features. A student of several steps draws in fewer of them,
+too; its update takes longer the later the drawn step is, and the mean counts. Writes results.json, results.md
+and pictures.png (of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of several steps.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.precision_recall import covered, squared_radii
 from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.metrics.teacher import Teacher
+from commands.config_files import content_of
 from commands.sweeping.trial_process import environment, fit_command
 from common.files import asset_path, write_text_atomically
 from datamodules.prompts import read_prompts
@@ -110,7 +112,8 @@ STEPS = {
     "pgsb_from_4step": Method("PG-SB, from its 4 steps", "emoji_pgsb", origin="pgsb_4step"),
 }
 TABLES = {"methods": METHODS, "steps": STEPS}
-SEEDS, START, SAMPLES, HELD_OUT, SHOWN = (0, 1), 625, 2048, 1024, 6
+SEEDS, START, SAMPLES, HELD_OUT, SHOWN, LEAST_GUIDANCE = (0, 1), 625, 2048, 1024, 6, 0.5
+SID_GUIDANCE = ("train_fake_guidance", "fake_guidance", "teacher_guidance")
 # what the students begin as, by the row's key
 STARTS = {
     "start": (f"start, at {START}", Steps((START,))),
@@ -126,10 +129,20 @@ COLUMNS = {
 
 
 class Cell(NamedTuple):
-    """One run."""
+    """One run.
+
+    Attributes:
+        method: its row's key.
+        seed: of everything.
+        guidance: guidance scale in place of the configuration's; PG-SB's mean, drawn from `LEAST_GUIDANCE`
+            on; of what builds on SiD-LSG all three.
+        rates: factor on the learning rates of student and fake score.
+    """
 
     method: str
     seed: int
+    guidance: float | None = None
+    rates: float = 1.0
 
     @property
     def name(self) -> str:
@@ -227,6 +240,25 @@ def origin_of(cell: Cell, folder: Path) -> Path | None:
     return last
 
 
+def tried(cell: Cell) -> dict[str, Any]:
+    """Guidance and rates that the cell has in place of its configuration's, in `model.init_args`."""
+    config = asset_path(f"configs/experiment/{cell.of.config}.yaml")
+    model = content_of(config)["model"]["init_args"]
+    own: dict[str, Any] = {
+        role: {"optimizer": {"init_args": {"lr": model[role]["optimizer"]["init_args"]["lr"] * cell.rates}}}
+        for role in ("student", "fake_score")
+    }
+    if cell.guidance is not None:
+        args, scale = model["objective"]["init_args"], cell.guidance
+        names = [
+            name for name in ("train_fake_guidance", "fake_guidance", "teacher_guidance") if name in args
+        ]
+        bounds = {"init_args": {"low": LEAST_GUIDANCE, "high": 2 * scale - LEAST_GUIDANCE}}
+        value = bounds if isinstance(args["guidance_scale"], dict) else scale
+        own["objective"] = {"init_args": dict.fromkeys(names or ["guidance_scale"], value)}
+    return own
+
+
 def changes(
     cell: Cell, updates: int, samples: Path, batch_size: int, origin: Path | None = None
 ) -> dict[str, Any]:
@@ -239,7 +271,7 @@ def changes(
         start["student_init"] = str(origin)
     return {
         "seed_everything": cell.seed,
-        "model": {"init_args": {**start, "ema_decay": 0.95, "seed": cell.seed}},
+        "model": {"init_args": {**tried(cell), **start, "ema_decay": 0.95, "seed": cell.seed}},
         "data": {"init_args": data},
         "trainer": {
             "max_steps": updates, "limit_val_batches": 0, "precision": "32-true",
@@ -396,15 +428,18 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--batch-size", type=int, default=48, help="prompts per update (default: %(default)s)")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="method or seed")
     add("--table", choices=list(TABLES), default="methods", help="(default: %(default)s)")
+    add("--guidance", type=float, help="guidance scale of all methods (default: that of each configuration)")
     add("--output", type=Path, default=Path("outputs/methods"))
     add("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(words)
-    folder = (options.output / f"{options.updates}x{options.batch_size}").resolve()
+    budget = f"{options.updates}x{options.batch_size}"
+    budget += "" if options.guidance is None else f"-guidance{options.guidance:g}"
+    folder = (options.output / budget).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     conditions = [one.split("=", 1) for one in options.only]
-    cells = [Cell(method, seed) for seed in SEEDS for method in TABLES[options.table]]
+    cells = [Cell(method, seed, options.guidance) for seed in SEEDS for method in TABLES[options.table]]
     cells = [cell for cell in cells if all(str(getattr(cell, key)) == value for key, value in conditions)]
-    judge, whole = Judge(folder), True
+    judge, whole = Judge(folder.parent), True
     for cell in () if options.report_only else cells:
         samples = draw_samples(cell, folder)
         costs = [

@@ -19,9 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,7 +28,6 @@ from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
 from callbacks.metrics.reference import ReferenceStatistics
-from commands.config_files import content_of
 from common.files import asset_path, write_text_atomically
 from datamodules.prompts import read_prompts
 from datamodules.sources import VAL_CAPTIONS
@@ -48,11 +45,11 @@ from scripts.method_benchmark import (
     train,
 )
 
-GUIDANCE, FASTER, LEAST = (2.0, 4.0), 2.0, 0.5
+GUIDANCE, FASTER = (2.0, 4.0), 2.0
 
 
 class Trial(NamedTuple):
-    """What is tried: a guidance scale, and a factor on all rates."""
+    """What is tried; see `Cell`."""
 
     guidance: float
     rates: float = 1.0
@@ -83,33 +80,15 @@ class Chooser:
         return {metric.name: float(results[metric.name]["value"]) for metric in self.metrics}
 
 
-def settings(model: dict[str, Any], trial: Trial) -> dict[str, Any]:
-    """What a trial has instead of the method's own settings, those of `model.init_args`."""
-    args = model["objective"]["init_args"]
-    scale: Any = trial.guidance
-    if isinstance(args["guidance_scale"], dict):  # drawn at random, with this mean
-        scale = {"init_args": {"low": LEAST, "high": 2 * trial.guidance - LEAST}}
-    names = [name for name in ("train_fake_guidance", "fake_guidance", "teacher_guidance") if name in args]
-    own: dict[str, Any] = {"objective": {"init_args": dict.fromkeys(names or ["guidance_scale"], scale)}}
-    for role in ("student", "fake_score"):
-        rate = model[role]["optimizer"]["init_args"]["lr"] * trial.rates
-        own[role] = {"optimizer": {"init_args": {"lr": rate}}}
-    return own
-
-
 def run_trial(
     method: str, trial: Trial, updates: int, chooser: Chooser, folder: Path, samples: Path, batch_size: int
 ) -> bool:
     """Train and measure unless that has been done; False if it failed."""
-    cell, root = Cell(method, 0), folder / trial.name
+    cell, root = Cell(method, 0, *trial), folder / trial.name
     kept = root / cell.name / "values.json"
     if kept.is_file():
         return True
-    options = configure(cell, updates, root, samples, batch_size)
-    model = content_of(asset_path(f"configs/experiment/{cell.of.config}.yaml"))["model"]["init_args"]
-    own = root / cell.name / "trial.yaml"
-    own.write_text(yaml.safe_dump({"model": {"init_args": settings(model, trial)}}))
-    last = train(root / cell.name, [*options, "--config", str(own)])
+    last = train(root / cell.name, configure(cell, updates, root, samples, batch_size))
     if last is None:
         return False
     values = chooser.measure(last) | {"updates": updates}

@@ -32,6 +32,45 @@ def test_a_cell_is_a_fit_of_its_method(tmp_path: Path, monkeypatch: pytest.Monke
     assert (run.max_steps, run.limit_val_batches, len(run.callbacks)) == (7, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("method", "rates"),
+    [
+        ("dmd2", (1e-4, 1e-4)),
+        ("sid_lsg", (1e-4, 5e-4)),
+        ("pgsb", (1e-4, 1e-3)),
+        ("uni_instruct", (1e-4, 5e-4)),
+    ],
+)
+def test_guidance_and_rates_of_a_cell(
+    method: str, rates: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take the place of the configuration's; nothing else changes."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def read(cell: Cell) -> Any:
+        words = method_benchmark.configure(cell, 7, tmp_path, tmp_path / "samples", 16)
+        return ParseOnly(["fit", *words]).settings.model.init_args
+
+    own, model = read(Cell(method, 0)), read(Cell(method, 0, 3.0, 2.0))
+    for role, rate in zip(("student", "fake_score"), rates, strict=True):
+        assert getattr(own, role).optimizer.init_args.lr == rate
+        assert getattr(model, role).optimizer.init_args.lr == pytest.approx(2 * rate)
+        getattr(model, role).optimizer.init_args.lr = rate
+    before, changed = own.objective.init_args, model.objective.init_args
+    if method == "pgsb":
+        scale = changed.guidance_scale.init_args
+        assert (scale.low, scale.high) == (0.5, 5.5)
+        scale.high = 4.0
+    elif method == "dmd2":
+        assert (before.guidance_scale, changed.guidance_scale) == (4.0, 3.0)
+        changed.guidance_scale = 4.0
+    else:
+        for name in ("train_fake_guidance", "fake_guidance", "teacher_guidance"):
+            assert (before[name], changed[name]) == (2.0, 3.0)
+            changed[name] = 2.0
+    assert model == own
+
+
 def test_mean_and_spread() -> None:
     spread = method_benchmark._spread
     assert spread([1.0, 3.0], "recall") == "2.00 (1.00–3.00)" and spread([4, 4], "updates") == "4"
