@@ -261,3 +261,25 @@ def test_the_twin_chooses_among_texts_and_looks_at_corners(tmp_path: Path) -> No
         }
         assert found[entry["tag"]] == all(right[field] for field in entry["tag"].split("_"))
     assert found["background"] == 1 and found[""] == pytest.approx(sum(found[t] for t in EMOJI_TASKS) / 6)
+
+
+def test_a_picture_is_right_where_all_is_and_the_value_is_the_mean_over_the_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One field is wrong: so is each task that names it. Shares of 2 of 3 and 0 of 1 are a third."""
+    metric, entries = EmojiTaskAccuracy(model="nowhere"), read_entries(EMOJI_FILE, EMOJI_TASKS)
+    wanted = [next(entry for entry in entries if entry["tag"] == task) for task in EMOJI_TASKS]
+    for wrong in ("object", "style", "background"):
+
+        def said(_: Any, entry: dict[str, Any], field: str, other: str = wrong) -> Any:
+            return None if field == other else entry[field]
+
+        monkeypatch.setattr(metric, "_chosen", said)
+        metric._backgrounds = ["" if wrong == "background" else entry["background"] for entry in wanted]
+        found = metric.judge(torch.ones(6, 2), wanted)
+        assert found == [wrong not in task.split("_") for task in EMOJI_TASKS]
+    metric.setup_states(2)
+    metric._wanted = [wanted[0], wanted[0], wanted[0], wanted[1]]
+    monkeypatch.setattr(metric, "judge", lambda *_: [True, True, False, False])
+    metric._add(torch.ones(4, 2), ["x"] * 4, [0, 1, 2, 3])
+    assert float(metric._value()) == pytest.approx((2 / 3 + 0) / 2)

@@ -37,6 +37,14 @@ def test_manifolds_are_the_papers(k: int, monkeypatch: pytest.MonkeyPatch) -> No
         assert found == brute_force(queries, points, k) and 0.1 < found < 1
 
 
+def test_equal_pictures_are_at_no_distance() -> None:
+    """In spite of the rounding of one matrix product; and others that are near stay apart."""
+    points = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).double() * 3 + 5
+    radii = squared_radii(points.repeat(2, 1), 1)
+    assert not radii.any() and covered(points, points.repeat(2, 1), radii).all()
+    assert not covered(points + 1e-4, points, radii[:20]).any()
+
+
 @pytest.fixture
 def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ONE_STEP_CACHE", str(tmp_path / "cache"))
