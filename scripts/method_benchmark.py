@@ -17,7 +17,8 @@ captions: frechet_distance and clip_score as everywhere; precision and recall am
 the same captions (25 steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a
 prompt, of 128 prompts; all by the scoring CLIP's features. A student of several steps draws in fewer of them,
 too; its update takes longer the later the drawn step is, and the mean counts. Writes results.json, results.md
-and pictures.png (of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of several steps.
+and pictures.png (of the table of steps steps.json, .md and .png), and keeps the checkpoints of students of
+several steps.
 """
 
 from __future__ import annotations
