@@ -140,14 +140,14 @@ def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]
 
 
 def _curves(report: Report) -> tuple[list[go.Figure], list[go.Figure]]:
-    """The columns of metrics.csv: what was validated and the losses; then all others."""
+    """The columns of metrics.csv: what was validated and the losses; then all others, the table's, too."""
     read = read_series(report.curves) if report.curves is not None else {}
     ends = {name: one for name, one in read.items() if name.startswith("health/") and _RANGE.search(name)}
     groups = grouped({name: one for name, one in read.items() if name not in ends})
     ranks = {}
     for title, series in groups.items():
         names = [one.name.partition("/")[0] for one in series]
-        ranks[title] = 0 if {"val", "test"} & {*names} else 1 if {"train", "health"} & {*names} else 2
+        ranks[title] = 0 if "val" in names else 1 if {"train", "health"} & {*names} else 2
     drawn: tuple[list[go.Figure], list[go.Figure]] = ([], [])
     for title in sorted(groups, key=lambda title: (ranks[title], title)):
         levels = _teacher_levels(title, report) | {
