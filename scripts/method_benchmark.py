@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
+from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.frechet import FrechetDistance
@@ -156,6 +157,15 @@ class Cell(NamedTuple):
         return (METHODS | STEPS)[self.method]
 
 
+def bound_metrics() -> tuple[ClipExtractor, list[ImageMetric]]:
+    """The scoring CLIP, and frechet_distance and clip_score by it."""
+    extractor, reference = ClipExtractor(asset_path(CLIP)), ReferenceStatistics.load(asset_path(REFERENCE))
+    metrics: list[ImageMetric] = [FrechetDistance(), ClipScore()]
+    for metric in metrics:
+        metric.bind(extractor, reference)
+    return extractor, metrics
+
+
 class Judge:
     """Measures pictures of the held-out captions by one CLIP.
 
@@ -164,11 +174,8 @@ class Judge:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.extractor = ClipExtractor(asset_path(CLIP))
         self.captions = read_prompts(EVAL_CAPTIONS)[:HELD_OUT]
-        self.metrics = [FrechetDistance(), ClipScore()]
-        for metric in self.metrics:
-            metric.bind(self.extractor, ReferenceStatistics.load(asset_path(REFERENCE)))
+        self.extractor, self.metrics = bound_metrics()
         kept = folder / "teacher.pt"
         found = torch.load(kept, weights_only=True) if kept.is_file() else {}
         rows = {name: draw for name, (draw, _) in Teacher(str(asset_path(TEACHER))).rows.items()}
@@ -251,9 +258,7 @@ def tried(cell: Cell) -> dict[str, Any]:
     }
     if cell.guidance is not None:
         args, scale = model["objective"]["init_args"], cell.guidance
-        names = [
-            name for name in ("train_fake_guidance", "fake_guidance", "teacher_guidance") if name in args
-        ]
+        names = [name for name in SID_GUIDANCE if name in args]
         bounds = {"init_args": {"low": LEAST_GUIDANCE, "high": 2 * scale - LEAST_GUIDANCE}}
         value = bounds if isinstance(args["guidance_scale"], dict) else scale
         own["objective"] = {"init_args": dict.fromkeys(names or ["guidance_scale"], value)}
@@ -334,6 +339,12 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
         write_text_atomically(kept, json.dumps(total / count))
         shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
+
+
+def affordable(cell: Cell, budget: int, folder: Path, samples: Path, batch_size: int) -> int:
+    """Updates of the cell's method for the operations of so many of SwiftBrush, at least 1."""
+    costs = [operations(name, folder, samples, batch_size) for name in ("swiftbrush", cell.method)]
+    return max(1, round(budget * costs[0] / costs[1]))
 
 
 def _costs(row: Method) -> tuple[str, int]:
@@ -443,10 +454,7 @@ def main(words: Sequence[str] | None = None) -> None:
     judge, whole = Judge(folder.parent), True
     for cell in () if options.report_only else cells:
         samples = draw_samples(cell, folder)
-        costs = [
-            operations(name, folder, samples, options.batch_size) for name in ("swiftbrush", cell.method)
-        ]
-        updates = max(1, round(options.updates * costs[0] / costs[1]))
+        updates = affordable(cell, options.updates, folder, samples, options.batch_size)
         whole &= run_cell(cell, updates, judge, folder, samples, options.batch_size)
         write_report(folder, judge, options.table)
     write_report(folder, judge, options.table)

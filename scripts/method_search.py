@@ -4,12 +4,11 @@
     python scripts/method_search.py --only pgsb,dmd2
     python scripts/method_search.py --report-only          the table of what is there
 
-A trial is a cell of scripts/method_benchmark.py with seed 0. The first has a guidance
-scale of 2, the second of 4 (PG-SB: on average, from 0.5 on; what builds on SiD-LSG: in all its places), both
-at the rates of the method's configuration; the third has the better one of the two and doubles the rates of
-student and fake score. Better is the smaller frechet_distance of the student's average on the choosing
-captions, so that nothing is chosen by the captions of the reports. Writes search.json and search.md, and
-keeps the checkpoints.
+A trial is a cell of scripts/method_benchmark.py with seed 0. The first has a guidance scale of 2, the second
+of 4 (PG-SB: on average, from 0.5 on; what builds on SiD-LSG: in all its places), both at the rates of the
+method's configuration; the third has the better one of the two and doubles the rates of student and fake
+score. Better is the smaller frechet_distance of the student's average on the choosing captions, so that
+nothing is chosen by the captions of the reports. Writes search.json and search.md, and keeps the checkpoints.
 """
 
 from __future__ import annotations
@@ -23,25 +22,20 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from callbacks.metrics.clip_features import ClipExtractor
-from callbacks.metrics.clip_score import ClipScore
-from callbacks.metrics.frechet import FrechetDistance
 from callbacks.metrics.measure import evaluate_model
-from callbacks.metrics.reference import ReferenceStatistics
-from common.files import asset_path, write_text_atomically
+from common.files import write_text_atomically
 from datamodules.prompts import read_prompts
 from datamodules.sources import VAL_CAPTIONS
 from lightning_modules.generator import load_generator
 from reports.text import markdown_table
 from scripts.method_benchmark import (
-    CLIP,
     METHODS,
-    REFERENCE,
     Cell,
+    affordable,
+    bound_metrics,
     configure,
     draw_samples,
     in_passes,
-    operations,
     train,
 )
 
@@ -64,14 +58,8 @@ class Chooser:
     """Measures a checkpoint on the choosing captions."""
 
     def __init__(self) -> None:
-        extractor, reference = (
-            ClipExtractor(asset_path(CLIP)),
-            ReferenceStatistics.load(asset_path(REFERENCE)),
-        )
         self.captions = read_prompts(VAL_CAPTIONS)
-        self.metrics = [FrechetDistance(), ClipScore()]
-        for metric in self.metrics:
-            metric.bind(extractor, reference)
+        _, self.metrics = bound_metrics()
 
     def measure(self, checkpoint: Path) -> dict[str, float]:
         """Values by the metrics' names."""
@@ -158,9 +146,9 @@ def main(words: Sequence[str] | None = None) -> None:
             found = [*trials(method, folder)]
             if number >= len(found):  # one of the first two failed
                 continue
-            samples = draw_samples(Cell(method, 0), folder)
-            costs = [operations(name, folder, samples, options.batch_size) for name in ("swiftbrush", method)]
-            updates = max(1, round(options.updates * costs[0] / costs[1]))
+            cell = Cell(method, 0)
+            samples = draw_samples(cell, folder)
+            updates = affordable(cell, options.updates, folder, samples, options.batch_size)
             whole &= run_trial(method, found[number], updates, chooser, folder, samples, options.batch_size)
             write_report(folder)
     write_report(folder)

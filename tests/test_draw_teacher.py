@@ -191,7 +191,7 @@ def test_resume_is_the_uninterrupted_run(tiny_sd: Path, tmp_path: Path, samples:
 @pytest.mark.parametrize(
     ("name", "strategy", "double"),
     [("dmd2", "ddp", True), ("dmd2", "shards", False), ("f_distill", "ddp", False),
-     ("uni_instruct", "ddp", False)],
+     ("uni_instruct", "shards", False)],
 )  # fmt: skip
 def test_two_processes_are_one(
     name: str, strategy: str, double: bool, tiny_sd: Path, tmp_path: Path, samples: RealPictures,
