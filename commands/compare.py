@@ -41,7 +41,9 @@ def run(options: Options) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(options.output, render_comparison(runs))
     except OSError as error:
-        raise UserError(f"cannot write {options.output}: {error.strerror or error}; give another") from error
+        raise UserError(
+            f"cannot write {options.output}: {error.strerror or error}; give another --output"
+        ) from error
     print(f"{len(runs)} runs compared: {options.output}")
     problems = [problem for one in runs for problem in one.problems]
     for problem in problems:

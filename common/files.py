@@ -118,7 +118,9 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} can't be made: {error.strerror}; give another") from error
+        raise UserError(
+            f"the folder {folder} can't be made: {error.strerror}; give another folder"
+        ) from error
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -83,7 +83,7 @@ def picture_files(folder: str | Path) -> list[Path]:
         if path.suffix.lower() in SUFFIXES and path.name not in _NOT_SAMPLES and not path.name.startswith(".")
     ]
     if not files:
-        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}); give another")
+        raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}); give another folder")
     return sorted(files, key=lambda path: _natural(path.relative_to(root).as_posix()))
 
 
