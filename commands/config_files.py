@@ -202,7 +202,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise UserError(
-                f"{path} has the base {base}, which is neither beside it nor in the repository: name one that is"
+                f"{path} has the base {base}, which is neither beside it nor in the repository: correct it"
             )
         configs += _with_bases(found, (*above, path.resolve()))
     own = [_renamed(yaml.safe_dump(content, sort_keys=False), str(path))] if content else []
