@@ -6,13 +6,14 @@
     python scripts/method_benchmark.py --report-only            table and pictures of what is there
     python scripts/method_benchmark.py --table steps            students of one and of four steps
     python scripts/method_benchmark.py --guidance 2             one guidance scale for all methods
+    python scripts/method_benchmark.py --settings search.json   each with what scripts/method_search.py chose
 
 A cell is a short `fit` of `configs/experiment/emoji_METHOD.yaml` from the teacher at timestep 625 with the
 batch size and the student's average of this script, for as many updates as the budget allows: the floating-
 point operations of one update of each method are counted first (products and convolutions of all networks,
 forwards and backwards). Methods with a discriminator or pairs learn from 2,048 samples of the teacher, which
-are drawn first (their cost is not in the budget). Rates and all else are those of the configurations
-(scripts/method_search.py looks for better ones). The student's average then draws the 1,024 held-out
+are drawn first (their cost is not in the budget). Rates and all else are those of the configurations, or with
+--settings those that scripts/method_search.py found. The student's average then draws the 1,024 held-out
 captions: frechet_distance and clip_score as everywhere; precision and recall among the teacher's pictures of
 the same captions (25 steps, guidance 4.5; k = 3); diversity, 1 − the mean cosine among four pictures of a
 prompt, of 128 prompts; all by the scoring CLIP's features. A student of several steps draws in fewer of them,
@@ -155,6 +156,22 @@ class Cell(NamedTuple):
     def of(self) -> Method:
         """Its row."""
         return (METHODS | STEPS)[self.method]
+
+
+def chosen(search: Path) -> dict[str, tuple[float, float]]:
+    """Guidance and factor on the rates of each method, from search.json of scripts/method_search.py.
+
+    Raises:
+        ValueError: a method has no chosen trial.
+    """
+    rows = json.loads(search.read_text())
+    found = {row["method"]: (row["guidance"], row["rates"]) for row in rows if row["chosen"]}
+    if missing := METHODS.keys() - found.keys():
+        raise ValueError(
+            f"{search} has no chosen trial of {', '.join(sorted(missing))}; scripts/method_search.py goes on "
+            "where it was stopped"
+        )
+    return found
 
 
 def bound_metrics() -> tuple[ClipExtractor, list[ImageMetric]]:
@@ -440,16 +457,24 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--batch-size", type=int, default=48, help="prompts per update (default: %(default)s)")
     add("--only", action="append", default=[], metavar="FIELD=VALUE", help="method or seed")
     add("--table", choices=list(TABLES), default="methods", help="(default: %(default)s)")
-    add("--guidance", type=float, help="guidance scale of all methods (default: that of each configuration)")
+    own = parser.add_mutually_exclusive_group().add_argument
+    own("--guidance", type=float, help="guidance scale of all methods (default: that of each configuration)")
+    own("--settings", type=Path, help="search.json of scripts/method_search.py; for the table of methods")
     add("--output", type=Path, default=Path("outputs/methods"))
     add("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(words)
     budget = f"{options.updates}x{options.batch_size}"
     budget += "" if options.guidance is None else f"-guidance{options.guidance:g}"
+    budget += "" if options.settings is None else "-searched"
     folder = (options.output / budget).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     conditions = [one.split("=", 1) for one in options.only]
-    cells = [Cell(method, seed, options.guidance) for seed in SEEDS for method in TABLES[options.table]]
+    settings = dict.fromkeys(TABLES[options.table], (options.guidance, 1.0))
+    if options.settings is not None:
+        if options.table != "methods":
+            parser.error("--settings is for the table of methods: no search has few-step students")
+        settings = chosen(options.settings)
+    cells = [Cell(method, seed, *settings[method]) for seed in SEEDS for method in settings]
     cells = [cell for cell in cells if all(str(getattr(cell, key)) == value for key, value in conditions)]
     judge, whole = Judge(folder.parent), True
     for cell in () if options.report_only else cells:

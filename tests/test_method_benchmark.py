@@ -1,5 +1,6 @@
 """The benchmark of methods: each has its configuration, and what a cell changes in it is read by `fit`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def test_guidance_and_rates_of_a_cell(
             assert (before[name], changed[name]) == (2.0, 3.0)
             changed[name] = 2.0
     assert model == own
+
+
+def test_searched_settings(tmp_path: Path) -> None:
+    """Of each method the chosen trial's, not the first or the last one's; none may be missing."""
+    search = tmp_path / "search.json"
+    rows = [
+        {"method": method, "guidance": guidance, "rates": rates, "chosen": (guidance, rates) == (4.0, 1.0)}
+        for method in METHODS
+        for guidance, rates in ((2.0, 1.0), (4.0, 1.0), (4.0, 2.0))
+    ]
+    search.write_text(json.dumps(rows))
+    assert method_benchmark.chosen(search) == dict.fromkeys(METHODS, (4.0, 1.0))
+    search.write_text(json.dumps(rows[:-2]))
+    with pytest.raises(ValueError, match="no chosen trial of uni_instruct"):
+        method_benchmark.chosen(search)
 
 
 def test_mean_and_spread() -> None:
