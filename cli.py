@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -67,7 +68,7 @@ def run_command(args: list[str]) -> None:
     """
     args = [_readable(arg) for arg in args]
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        _tell(usage())
         raise SystemExit(0 if args else 2)
     command = args[0]
     if command not in COMMANDS:
@@ -90,7 +91,7 @@ def _run(command: str, args: list[str]) -> None:
             told = importlib.import_module("commands.trainer_help").text(command, description)
         else:
             told = importlib.import_module("commands.option_help").text(command, path, description)
-        print(told)
+        _tell(told)
         raise SystemExit(0)
     # here, as most commands import torch: seconds that the list of commands need not take
     module = importlib.import_module(path)
@@ -99,6 +100,13 @@ def _run(command: str, args: list[str]) -> None:
         return
     parse = importlib.import_module("commands.options").parse
     module.run(parse(module.Options, args[1:], prog=f"cli.py {command}", description=description))
+
+
+def _tell(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has enough; Python's exit would try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _readable(arg: str) -> str:

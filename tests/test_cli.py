@@ -77,6 +77,18 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
         assert f"  {name} " in text
 
 
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["evaluate", "--help"]])
+def test_help_for_a_reader_that_has_ended(words: list[str]) -> None:
+    """As `head` does; neither a traceback nor a failure."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(
+        [sys.executable, "cli.py", *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("command", [*cli.COMMANDS])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
