@@ -35,6 +35,7 @@ class Brightness(ImageLoss):
         assert len(images) == len(prompts) and images.min() >= 0 and images.max() <= 1
         mean = images.flatten(1).mean(1)
         self.diagnostics = {"mean": mean.detach()}
+        self.truncated_prompts += 1  # of all updates; what is logged is that of one
         return mean
 
 
@@ -108,6 +109,7 @@ def test_weights_follow_the_step_and_zero_decodes_nothing(
     for step in range(6):
         found, numbers = terms.judge(latents(), PROMPTS, random([0, 1, 2], step), 3, 100)
         assert numbers["weight_brightness"] == pytest.approx(max(0, 1 - step / 4))
+        assert numbers.get("truncated_prompts_brightness", 0) == (step < 4)
         values.append(float(found.get("brightness", 0.0)))
         if step < 4:
             assert values[-1] == pytest.approx(float(numbers["mean_brightness"]) * (1 - step / 4), rel=1e-6)
