@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from lightning_modules.optimization import RoleOptimization
+from lightning_modules.optimization import RoleOptimization, StepNumbers
 from tests.tiny_distillation import Pull, distillation, fit, snapshot
 
 
@@ -170,3 +170,14 @@ def test_each_role_has_its_own_optimizer_and_norm(tiny_sd: Path, tmp_path: Path)
     assert moved("student.") == pytest.approx(1.0, rel=1e-3)  # rate x norm
     own = {"scores.", "objective."}  # whose own rate is 0.25, see Pull
     assert 0 < sum(map(moved, own)) <= 1.01 * (1e-3 * 1e-3 + 0.25 * 1e-3)
+
+
+def test_numbers_of_micro_batches() -> None:
+    """Means are weighted by the micro-batch; counts are totals, which the mean over processes divides again."""
+    numbers = StepNumbers()
+    for value, share in ((4.0, 0.25), (8.0, 0.75)):
+        numbers.note_all("objective", {"rms": value, "nonfinite_gradients": 1}, share, world_size=2)
+    assert {name: float(value) for name, value in numbers._values.items()} == {
+        "objective/rms": 7.0,
+        "objective/nonfinite_gradients": 4.0,
+    }
