@@ -173,7 +173,7 @@ def test_each_role_has_its_own_optimizer_and_norm(tiny_sd: Path, tmp_path: Path)
 
 
 def test_numbers_of_micro_batches() -> None:
-    """Means are weighted by the micro-batch; counts are totals, which the mean over processes divides again."""
+    """Means are weighted by the micro-batch; counts are totals, the mean over processes being taken later."""
     numbers = StepNumbers()
     for value, share in ((4.0, 0.25), (8.0, 0.75)):
         numbers.note_all("objective", {"rms": value, "nonfinite_gradients": 1}, share, world_size=2)
