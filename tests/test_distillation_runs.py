@@ -119,7 +119,9 @@ def test_two_processes_are_one(tiny_sd: Path, tmp_path: Path) -> None:
     roles = {f"model__init_args__{name}": {"optimizer": sgd} for name in ("student", "fake_score")}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_config(tmp_path / name / "tiny.yaml", tiny_sd, **roles, trainer__max_steps=2)
+        # bf16, which processors with such units take by default, would round by more than that
+        settings = {"trainer__max_steps": 2, "trainer__precision": "32-true"}
+        write_config(tmp_path / name / "tiny.yaml", tiny_sd, **roles, **settings)
     one = fit(tmp_path / "one" / "tiny.yaml")
     # the module itself allows for unused weights
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.micro_batch_size=1"]
