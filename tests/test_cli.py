@@ -82,9 +82,9 @@ def test_help_for_a_reader_that_has_ended(words: list[str]) -> None:
     """As `head` does; neither a traceback nor a failure."""
     reading, writing = os.pipe()
     os.close(reading)
-    run = subprocess.run(
-        [sys.executable, "cli.py", *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
-    )
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "cli.py", *words]
+    run = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (run.returncode, run.stderr) == (0, "")
 
