@@ -22,9 +22,10 @@ class DecoupledDMD(DMD2):
         g = [matching_weight (x0_fake,y − x0_teacher,y)(x_τM)
              − guidance_weight (κ − 1)(x0_teacher,y − x0_teacher,∅)(x_τG)] / ω
 
-    The paper takes τ_G above the student's own t (of one step from noise there is none: the range is a
-    setting) and τ_M everywhere. It has scores, and no normaliser; here each term is divided by
-    ω = mean |x̂ − x0_teacher^κ| at its own noised samples, so that with equal settings it is DMD2.
+    The paper takes τ_G above the student's own t, and τ_M everywhere. One step from pure noise has none
+    above, so that here the range is a setting, for all steps of a student alike. The paper has scores, and no
+    normaliser; here each term is divided by ω = mean |x̂ − x0_teacher^κ| at its own noised samples, so that
+    with equal settings it is DMD2.
 
     Args:
         guidance_scale: κ.
@@ -56,7 +57,7 @@ class DecoupledDMD(DMD2):
         """Raise ValueError if timesteps lie past the schedule."""
         super().build(facts)
         if self.guidance_timesteps is not None:
-            check_timesteps(self.guidance_timesteps, facts.schedule)
+            check_timesteps(self.guidance_timesteps, facts.schedule, "the end of guidance_timesteps")
 
     def score_gradient(
         self, at: Noised, sample: StudentSample, networks: Networks, random: StepRandom

@@ -39,7 +39,8 @@ class Discriminator(nn.Module):
         loss: softplus or hinge.
         heads: heads on each layer; 0: none, the mean over a layer's channels is the logit of each place
             (SiDA, arXiv 2410.14919).
-        refresh: probability of each head to begin anew in a turn (NitroFusion, arXiv 2412.02030: 0.01).
+        refresh: probability of each head to begin anew in a turn (NitroFusion, arXiv 2412.02030: 0.01); its
+            optimizer's moments stay.
         r1: weight of the approximate R1 penalty.
         r1_noise: deviation of its noise.
 
@@ -64,6 +65,11 @@ class Discriminator(nn.Module):
             raise ValueError(
                 f"layers={layers}, heads={heads}, refresh={refresh}: at least one layer, heads not negative, "
                 "refresh a probability"
+            )
+        if min(student_weight, weight, r1, r1_noise) < 0 or loss not in ("softplus", "hinge"):
+            raise ValueError(
+                f"student_weight={student_weight}, weight={weight}, r1={r1}, r1_noise={r1_noise}, "
+                f"loss={loss}: weights and noise not negative, the loss softplus or hinge"
             )
         if not heads and role == "teacher":
             raise ValueError("without heads nothing is trained on the teacher's features: set heads to 1")
@@ -117,7 +123,7 @@ class Discriminator(nn.Module):
         return terms
 
     def log_ratio(self, x_t: Tensor, t: Tensor, condition: Condition, networks: Networks) -> Tensor:
-        """log p_real(x_t) / p_fake(x_t) [B], a trained discriminator's logit; without gradient."""
+        """log p_real(x_t) / p_fake(x_t) [B]: where softplus is least, the logit is that; without gradient."""
         with torch.no_grad():
             return self.logits(x_t, t, condition, networks).mean(1)
 

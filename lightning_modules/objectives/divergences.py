@@ -1,7 +1,8 @@
 """f-divergences D_f(p‖q) = ∫ q f(p/q), p real and q fake, as weights of score distillation.
 
 With r = p/q, the gradient of D_f is that of the reverse KL weighted by h(r) = r² f''(r) (f-distill, arXiv
-2502.15681, table 1); constant factors are left out. For Uni-Instruct (arXiv 2505.20755) −r² h''(r) beside it.
+2502.15681, table 1); constant factors are left out (of Neyman and Pearson h is half of that, of Hellinger
+twice). For Uni-Instruct (arXiv 2505.20755) −r² h''(r) beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+
+from lightning_modules.objectives.discriminator import Discriminator
 
 Weight = Callable[[Tensor], Tensor]
 
@@ -25,7 +28,12 @@ DIVERGENCES: dict[str, tuple[Weight, Weight]] = {
 }
 
 
-def check_divergence(name: str) -> None:
-    """Raise ValueError unless it is one of the table."""
+def check_divergence(name: str, discriminator: Discriminator) -> None:
+    """Raise ValueError unless it is one of the table, and the discriminator's logit is a log ratio."""
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}: choose one of {', '.join(DIVERGENCES)}")
+    if discriminator.hinge:
+        raise ValueError(
+            "the density ratio is made of the discriminator's logit, and with loss: hinge that is no log "
+            "ratio: set the discriminator's loss to softplus"
+        )

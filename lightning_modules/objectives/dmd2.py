@@ -44,7 +44,8 @@ class DMD2(Objective):
         g = (x0_fake(x_t, y) − x0_teacher^κ(x_t, y)) / mean |x̂ − x0_teacher^κ|,  L = ½ MSE(x̂, sg[x̂ − g])
 
     Fake score, without guidance, ``fake_updates`` times a step: on the student's samples first, then on
-    batches of their own. DMD (arXiv 2311.18828) is ``fake_updates`` = 1 with ``model.pair_regression``.
+    batches of their own. DMD (arXiv 2311.18828) is ``fake_updates`` = 1 with ``model.pair_regression``; its
+    fake score's loss is of x0 in the paper, and that of DMD2 here.
 
     With a discriminator both have an adversarial term more (see there); its heads are trained together with
     the fake score, by one optimizer, and it needs real pictures (``data.real``).

@@ -21,17 +21,22 @@ class FDistill(DMD2):
 
     r is exp of the discriminator's logit, within ``ratio_range``, and divided by its mean among the samples
     of its tenth of the schedule (E_q r = 1 at every t); then h(r) by its mean. Means are over the samples of
-    one pass of all processes; the paper keeps running ones. The reverse KL (h = 1) is DMD2.
+    one pass of all processes; the paper keeps running ones. The reverse KL (h = 1) is DMD2. Timesteps, the
+    order of updates and the noise of the discriminator's own samples are DMD2's; the public code has t over
+    the whole schedule, updates either student or fake score, and has one x_t for score and discriminator.
+
+    r is of the pictures that the discriminator is given. Samples of a teacher that was guided by another κ
+    than ``guidance_scale`` (draw-teacher: 4.5) are not quite what the score is of.
 
     Args:
-        discriminator: its heads are on the teacher in the public code.
+        discriminator: its heads are on the teacher in the public code; not hinge.
         divergence: reverse_kl, forward_kl, jensen_shannon, softened_reverse_kl, squared_hellinger, jeffreys,
-            neyman.
+            neyman, pearson.
         ratio_range: least and largest r.
         settings: those of DMD2.
 
     Raises:
-        ValueError: an unknown divergence, or as DMD2.
+        ValueError: an unknown divergence, a hinge loss, or as DMD2.
     """
 
     bins = 10
@@ -44,7 +49,7 @@ class FDistill(DMD2):
         **settings: Any,
     ) -> None:
         super().__init__(discriminator=discriminator, **settings)
-        check_divergence(divergence)
+        check_divergence(divergence, discriminator)
         self.weight, self.ratio_range = DIVERGENCES[divergence][0], ratio_range
 
     def build(self, facts: TeacherFacts) -> None:

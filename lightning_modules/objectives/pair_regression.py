@@ -26,7 +26,7 @@ class PairRegression:
     """The term weight * MSE(f(z, y), x0), z at the beginning of the teacher's ODE; goes with any objective.
 
     Attributes:
-        weight: of the term, 0.25 in DMD.
+        weight: of the term; 0.25 in DMD, there of LPIPS between pictures.
         inversion_steps: teacher evaluations that find a given picture's noise.
 
     Raises:

@@ -57,12 +57,12 @@ def timesteps_of(sample: StudentSample, whole: UniformTimesteps, own: OwnTimeste
     return own[sample.told][sample.k] if own else whole
 
 
-def check_timesteps(timesteps: UniformTimesteps, schedule: NoiseSchedule) -> None:
+def check_timesteps(timesteps: UniformTimesteps, schedule: NoiseSchedule, name: str = "max_timestep") -> None:
     """Raise ValueError if timesteps lie past the schedule."""
     if timesteps.high > schedule.num_timesteps:
         raise ValueError(
-            f"max_timestep is {timesteps.high}, but the teacher's schedule has only "
-            f"{schedule.num_timesteps} timesteps: lower max_timestep"
+            f"{name} is {timesteps.high}, but the teacher's schedule has only "
+            f"{schedule.num_timesteps} timesteps: lower {name}"
         )
 
 

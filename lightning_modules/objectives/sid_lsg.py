@@ -38,7 +38,8 @@ class SiDLSG(Objective):
 
         L = Σ (ε_fake^κ1 − ε)²;  v-prediction: Σ (v_fake^κ1 − v)² · SNR / (SNR + 1)
 
-    Sums run over the values of a sample, means over the batch, as in the official code.
+    Rectified flow takes the first, which is (1 − σ)² times the squared error of the flow: little near pure
+    noise, as with v. Sums run over the values of a sample, means over the batch, as in the official code.
 
     Zero-CFG (few-step SiD, arXiv 2505.12674) is κ4 = 1 and κ1 = κ2,3 = 0, a fake score without text; Anti-CFG
     has κ1 and κ2,3 below 0.
@@ -144,3 +145,9 @@ class SiDLSG(Objective):
     def _with_dropout(self, condition: Condition, random: StepRandom) -> tuple[Condition, Tensor]:
         mask = random.uniform("prompt_dropout") < self.prompt_dropout
         return condition.without_text(mask), mask.float().mean()
+
+
+def check_no_a(objective: SiDLSG) -> None:
+    """Raise ValueError if what is built on SiD at a = 1 was given another a, which it would not use."""
+    if objective.a != 1:
+        raise ValueError(f"a is {objective.a}, which {type(objective).__name__} has not: leave it out")

@@ -10,7 +10,7 @@ from lightning_modules.diffusion.broadcast import expand_like
 from lightning_modules.diffusion.condition import Condition
 from lightning_modules.objectives.base import Networks
 from lightning_modules.objectives.pieces import Noised
-from lightning_modules.objectives.sid_lsg import SiDLSG
+from lightning_modules.objectives.sid_lsg import SiDLSG, check_no_a
 
 
 class SIM(SiDLSG):
@@ -34,7 +34,7 @@ class SIM(SiDLSG):
         settings: those of SiD-LSG, without a.
 
     Raises:
-        ValueError: as SiD-LSG.
+        ValueError: an a, or as SiD-LSG.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class SIM(SiDLSG):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        check_no_a(self)
         self.distance, self.c, self.scale = distance, c, scale
 
     def divergence(

@@ -12,32 +12,37 @@ from lightning_modules.objectives.base import Networks
 from lightning_modules.objectives.discriminator import Discriminator
 from lightning_modules.objectives.divergences import DIVERGENCES, check_divergence
 from lightning_modules.objectives.pieces import Noised, mean_distance
-from lightning_modules.objectives.sid_lsg import SiDLSG
+from lightning_modules.objectives.sid_lsg import SiDLSG, check_no_a
 
 
 class UniInstruct(SiDLSG):
     """Uni-Instruct (Wang et al., arXiv 2505.20755).
 
     D_f(real‖fake) = ∫ ½ g²(t) E_fake[h(r) ‖y‖²] dt with r = p_real / p_fake at x_t, h(r) = r² f''(r) and
-    y = s_fake − s_real. Its gradient is a sum of a score-implicit one, weighted by h(r), and one by way of r
-    (of samples and ratio together, E (h − r h') ‖y‖²; ∇r = −r y), as in Diff-Instruct. In x0-predictions,
-    D = y_real − y_fake, weights without gradient and divided by SiD's 2 α²/σ⁴ as well as by its ω::
+    y = s_fake − s_real. What descends it is a score-implicit gradient, weighted by h(r), and one by way of r
+    (∇r = −r y), as in Diff-Instruct, with the public code's weights. In x0-predictions, D = y_real − y_fake,
+    weights without gradient and divided by SiD's 2 α²/σ⁴ as well as by its ω::
 
         L = Σ h(r) D (y_fake − x̂) / ω + Σ sg[½ (−r² h''(r)) (α²/σ²) ‖D‖² D / ω] x̂
 
+    The gradient of D_f has two parts more, with x_t as the student's (tests/objectives/test_uni_instruct.py):
+    h's own in the first sum, and ½ (h − r h') ∇‖D‖² / ω, which SiD at a = 1 lacks, too (at a = ½ it has it);
+    neither is there in the public code. Both vanish where the scores agree.
+
     With the reverse KL it is SiD at a = 1. The ratio is exp of the discriminator's logit at the student's own
     x_t, within ``ratio_range``. The public code makes it of the values of the batch's loss, which leaves no
-    ratio of a sample, and has ‖D‖ for ‖D‖²; both follow the paper's theorem here.
+    ratio of a sample, and has ‖D‖ for ‖D‖²; it freezes the student at first, and weights later still: here
+    both begin with the run. r is of the pictures that the discriminator is given: see f-distill.
 
     Args:
-        discriminator: on the fake score in the paper.
+        discriminator: on the fake score in the paper; not hinge.
         divergence: forward_kl (the paper's best), reverse_kl, jeffreys, jensen_shannon, pearson, or another
             of ``divergences.DIVERGENCES``.
         ratio_range: least and largest r.
         settings: those of SiD-LSG, without a.
 
     Raises:
-        ValueError: an unknown divergence, or as SiD-LSG.
+        ValueError: an unknown divergence, a hinge loss, an a, or as SiD-LSG.
     """
 
     def __init__(
@@ -48,7 +53,8 @@ class UniInstruct(SiDLSG):
         **settings: Any,
     ) -> None:
         super().__init__(discriminator=discriminator, **settings)
-        check_divergence(divergence)
+        check_no_a(self)
+        check_divergence(divergence, discriminator)
         self.weights, self.ratio_range = DIVERGENCES[divergence], ratio_range
 
     def divergence(

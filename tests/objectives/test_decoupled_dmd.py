@@ -44,5 +44,5 @@ def test_each_term_alone(
 
 
 def test_timesteps_past_the_schedule(schedule: NoiseSchedule) -> None:
-    with pytest.raises(ValueError, match="max_timestep is 1001"):
+    with pytest.raises(ValueError, match="the end of guidance_timesteps is 1001"):
         built(DecoupledDMD(guidance_timesteps=(500, 1001)), schedule)
