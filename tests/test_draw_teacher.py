@@ -35,6 +35,7 @@ from lightning_modules.objectives.pair_regression import PairRegression
 from lightning_modules.objectives.sid_lsg import SiDLSG
 from lightning_modules.objectives.uni_instruct import UniInstruct
 from lightning_modules.pipelines import multistep_images
+from tests.conftest import make_vae
 from tests.test_distributed import sgd
 from tests.test_real_pictures import train
 from tests.test_turns import check_processes, check_resume
@@ -119,14 +120,20 @@ def test_it_goes_on_where_it_ended(tiny_sd: Path, tmp_path: Path, capsys: pytest
     assert all(torch.equal(part, files(folder)[name]) for name, part in before.items())
     with pytest.raises(UserError, match="another guidance_scale .4.5, not 2.0.: give another --output"):
         draw(tiny_sd, folder, **{"guidance-scale": 2.0})
-    with pytest.raises(UserError, match="latents of another autoencoder than this teacher's"):
-        teacher_samples.TeacherSamples(RealPictures(str(folder)), "another")
     lost.write_bytes(b"damaged")
     facts = teacher_samples.read_facts(folder)
     with pytest.raises(UserError, match="samples-00001.safetensors is damaged"):
         teacher_samples.TeacherSamples(RealPictures(str(folder)), facts["codec"]).take(torch.tensor([0.5]))
     with pytest.raises(UserError, match="holds no samples of a teacher"):
         teacher_samples.TeacherSamples(RealPictures(str(tmp_path)), "")
+
+
+def test_samples_of_another_autoencoder(own_sd: Path, tmp_path: Path, samples: RealPictures) -> None:
+    """In a run whose teacher has the same networks but for that."""
+    make_vae().save_pretrained(own_sd / "vae")
+    module = distillation(own_sd, DMD2(discriminator=Discriminator(["mid_block"])))
+    with pytest.raises(UserError, match="autoencoder than this teacher's: they are of .*tiny_sd.*Draw them"):
+        train(module, tmp_path, 1, samples)
 
 
 class Watching(DMD2):
