@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from torch import Tensor
@@ -124,7 +125,9 @@ def train(
     callbacks = [notes, *more, RunFolder(folder), *saving]
     run = trainer(
         folder, steps, callbacks, devices=devices, strategy=strategy, enable_checkpointing=save,
-        precision="64-true" if double else "32-true", log_every_n_steps=1,
+        log_every_n_steps=1,
+        # not by its name, by which Lightning refuses float64 in shards
+        plugins=[DoublePrecision() if double else Precision()],
     )  # fmt: skip
     if double:
         module.double()

@@ -21,7 +21,10 @@ from lightning_modules.distillation import OneStepDistillation
 from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.base import REAL_PICTURES, Networks, StudentSample, Terms
+from lightning_modules.objectives.discriminator import Discriminator
+from lightning_modules.objectives.dmd2 import DMD2
 from lightning_modules.objectives.pair_regression import PairRegression, ddim_inversion
+from lightning_modules.objectives.sid_lsg import SiDLSG
 from tests.tiny_distillation import PROMPTS, Hooks, adam, distillation, fit, trainer, watch_updates
 from tests.tiny_judges import NoDistillation
 
@@ -160,11 +163,17 @@ def test_an_objective_sees_them_as_latents(tiny_sd: Path, pictures: RealPictures
     assert run.callback_metrics["train/student_near"] > 0
 
 
+NEEDED = "real pictures are needed .* set data.real, to captioned pictures or to the teacher's own samples"
+
+
 @pytest.mark.parametrize(
     ("with_pictures", "regression", "objective", "message"),
     [
-        (False, PairRegression(), NoDistillation, "real pictures are needed .* set data.real"),
-        (False, None, NearReal, "real pictures are needed .* set data.real"),
+        (False, PairRegression(), NoDistillation, NEEDED),
+        (False, None, NearReal, NEEDED),
+        (False, None, lambda: DMD2(discriminator=Discriminator(["mid_block"])), NEEDED),
+        (False, None, lambda: SiDLSG(discriminator=Discriminator(["mid_block"], heads=0)), NEEDED),
+        (True, None, DMD2, "data.real is set, and neither DMD2 nor pair_regression uses it"),
         (True, None, NoDistillation, "data.real is set, and neither NoDistillation nor pair_regression uses"),
     ],
 )

@@ -144,6 +144,11 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def reached(module: torch.nn.Module) -> set[str]:
+    """First words of the names of the parameters with a gradient that is not zero."""
+    return {n.partition(".")[0] for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
+
+
 def write_config(path: Path, teacher: Path, **changes: Any) -> Path:
     """A YAML file for `fit`; a change's name is a dotted key with two underscores for a dot."""
     rate = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}
