@@ -1,7 +1,7 @@
 """All methods on the bundled teacher: the same start, prompts, budget of network operations and judge.
 
     python scripts/method_benchmark.py                          all cells; stopped at any moment, it goes on
-    python scripts/method_benchmark.py --only method=dmd2 --only seed=0
+    python scripts/method_benchmark.py --only method=dmd2 --only seed=0    others may run in other processes
     python scripts/method_benchmark.py --updates 100 --batch-size 16   a smaller budget: updates of SwiftBrush
     python scripts/method_benchmark.py --report-only            table and pictures of what is there
     python scripts/method_benchmark.py --table steps            students of one and of four steps
@@ -32,6 +32,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -54,7 +55,7 @@ from callbacks.metrics.reference import ReferenceStatistics
 from callbacks.metrics.teacher import Teacher
 from commands.config_files import content_of
 from commands.sweeping.trial_process import environment, fit_command
-from common.files import asset_path, write_text_atomically
+from common.files import asset_path, write_text_atomically, written_whole
 from datamodules.prompts import read_prompts
 from datamodules.sources import CAPTIONS, EVAL_CAPTIONS
 from lightning_modules.diffusion.randomness import StepRandom
@@ -202,7 +203,8 @@ class Judge:
                 start.steps = STARTS[name][1]
                 rows[name] = start.images
             found[name] = self.measure(in_passes(rows[name]))
-            torch.save(found, kept)
+            with written_whole(kept) as file:
+                torch.save(found, file)
         self.teacher: dict[str, Any] = found
 
     @torch.no_grad()
@@ -347,14 +349,14 @@ def operations(method: str, folder: Path, samples: Path, batch_size: int) -> flo
             }
             return places[name] if name in places else uniform(random, name)
 
-        place = folder / "operations"
+        kept.parent.mkdir(parents=True, exist_ok=True)
         with (
             patch.object(OneStepDistillation, "training_step", counted),
             patch.object(StepRandom, "shared_uniform", in_turn),
+            TemporaryDirectory(dir=kept.parent) as own,  # others may count the same method at this moment
         ):
-            cli.main(["fit", *configure(Cell(method, 0), count, place, samples, batch_size)])
+            cli.main(["fit", *configure(Cell(method, 0), count, Path(own), samples, batch_size)])
         write_text_atomically(kept, json.dumps(total / count))
-        shutil.rmtree(place / Cell(method, 0).name)
     return float(json.loads(kept.read_text()))
 
 

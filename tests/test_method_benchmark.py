@@ -116,10 +116,11 @@ def test_operations_of_every_step_count(
 ) -> None:
     """The mean over the drawn steps and numbers of them: each step before one is a forward pass more."""
     monkeypatch.setattr(method_benchmark.FlopCounterMode, "get_total_flops", lambda counter: 7)
-    drawn = list[tuple[float, float]]()
+    drawn, places = list[tuple[float, float]](), list[Path]()
 
     def fit(words: list[str]) -> None:
-        assert words[0] == "fit"
+        assert words[0] == "fit" and (place := Path(words[1])).is_dir()
+        places.append(place)
         for step in range(steps * numbers):
             random = StepRandom(0, step, torch.arange(2))
             OneStepDistillation.training_step(None, random)  # type: ignore[arg-type]
@@ -129,7 +130,11 @@ def test_operations_of_every_step_count(
 
     monkeypatch.setattr(OneStepDistillation, "training_step", step)
     monkeypatch.setattr(method_benchmark.cli, "main", fit)
-    monkeypatch.setattr(method_benchmark, "configure", lambda *given: ["--nothing"])
-    (tmp_path / "operations" / f"{method}-seed0").mkdir(parents=True)
+    monkeypatch.setattr(method_benchmark, "configure", lambda cell, count, place, *more: [str(place)])
     assert method_benchmark.operations(method, tmp_path, tmp_path, 2) == 7
     assert drawn == [(k, count) for count in range(numbers) for k in range(steps)]
+    assert method_benchmark.operations(method, tmp_path, tmp_path, 2) == 7 and len(places) == 1
+    (kept,) = (tmp_path / "operations").iterdir()  # the folder that it ran in is gone
+    kept.unlink()
+    method_benchmark.operations(method, tmp_path, tmp_path, 2)
+    assert places[0] != places[1]  # as when two processes count at the same moment
