@@ -61,7 +61,7 @@ METHODS: dict[str, Callable[[], Objective]] = {
         1.0, matching_weight=0.0, fake_updates=1, discriminator=perfect(**STRONG)
     ),
     "decoupled_dmd": lambda: DecoupledDMD(1.0, fake_updates=1),
-    **{f"f_distill {kind}": partial(_f_distill, kind) for kind in DIVERGENCES if kind != "pearson"},
+    **{f"f_distill {kind}": partial(_f_distill, kind) for kind in DIVERGENCES},
     "sid_lsg": lambda: SiDLSG(**UNGUIDED),
     "sida": lambda: SiDLSG(**UNGUIDED, discriminator=perfect(**STRONG)),
     "sim": lambda: SIM(**UNGUIDED),
