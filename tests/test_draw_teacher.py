@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_they_are_the_teachers_pictures(
     """One for each prompt and seed, from the start again after the last prompt; the same by two processes."""
     folder = draw(tiny_sd, tmp_path / "one")
     told = capsys.readouterr().out
-    assert "11 samples in 3 files, 3 of them to be drawn here: about 0.0 MiB" in told
+    assert "11 samples in 3 files, 3 of them to be drawn here: about" in told
     latents = files(folder)
     assert [len(part) for part in latents.values()] == [4, 4, 3]
     parts = load_parts(tiny_sd)
@@ -92,6 +93,27 @@ def test_they_are_the_teachers_pictures(
             draw(tiny_sd, tmp_path / "two")
     other = files(tmp_path / "two")
     assert all(torch.equal(latents[name], other[name]) for name in latents)
+
+
+def test_a_disk_that_is_too_small(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bytes for each of a latent's 4 * 8 * 8 values, of the files that are not there; said beforehand."""
+    for module in (teacher_samples, draw_teacher):
+        monkeypatch.setattr(module, "SHARD", 100_000)
+    (folder := tmp_path / "samples").mkdir()
+    (folder / "samples-00000.safetensors").touch()
+    usage, size = shutil.disk_usage(tmp_path), 150_000 * 512
+    monkeypatch.setattr(draw_teacher, "keep_facts", Mock(side_effect=UserError("here it would draw")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.raises(UserError, match="take about 73.2 MiB of 73 MiB free in .*samples; make room, or"):
+        draw(tiny_sd, folder, count=250_000)
+    assert len([*folder.iterdir()]) == 1 and not capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    with pytest.raises(UserError, match="here it would draw"):
+        draw(tiny_sd, folder, count=250_000)
+    told = "250,000 samples in 3 files, 2 of them to be drawn here: about 73.2 MiB of 73 MiB free in "
+    assert told in capsys.readouterr().out
 
 
 def test_a_student_of_several_steps_stands_in(tiny_sd: Path, tmp_path: Path) -> None:

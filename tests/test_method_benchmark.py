@@ -1,17 +1,155 @@
 """The benchmark of methods: each has its configuration, and what a cell changes in it is read by `fit`."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from commands.sweeping.check import ParseOnly
 from lightning_modules.diffusion.randomness import StepRandom
 from lightning_modules.distillation import OneStepDistillation
 from scripts import method_benchmark
-from scripts.method_benchmark import METHODS, STEPS, Cell
+from scripts.method_benchmark import METHODS, SHOWN, STARTS, STEPS, Cell
+
+# Notes its start and what it goes on from beside the cells; stops early if there is a file `fail-CELL` there.
+FIT = """
+import os, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
+root, name = options["trainer.default_root_dir"], options["experiment"]
+with open(os.path.join(root, "started"), "a") as file:
+    file.write(f"{name} {' '.join(sys.argv[-2:])}\\n")
+folder = os.path.join(root, name, f"version_{len(os.listdir(os.path.join(root, name))) - 2}")
+os.makedirs(os.path.join(folder, "checkpoints"))
+if os.path.exists(os.path.join(root, f"fail-{name}")):
+    sys.exit("out of luck")
+open(os.path.join(folder, "checkpoints", "last.ckpt"), "w").close()
+with open(os.path.join(folder, "report.json"), "w") as file:
+    file.write('{"timing": {"seconds_per_step": 0.25, "peak_memory_gib": 1.5}}')
+"""
+
+
+class Student:
+    """Its pictures tell in how many steps they were drawn; 0: in all."""
+
+    count = 0
+
+    def eval(self) -> "Student":
+        return self
+
+    @contextmanager
+    def taking(self, count: int) -> Iterator[None]:
+        self.count = count
+        yield
+        self.count = 0
+
+    def images(self, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        return torch.full((len(prompts), 3, 8, 8), float(self.count))
+
+
+class Judge:
+    """Of no networks: the distance is what the pictures tell."""
+
+    captions = ("a cat",) * SHOWN
+
+    def __init__(self, folder: Path) -> None:
+        self.teacher = {
+            name: self.measure(Student().images, True) for name in ("steps_25", "steps_1", *STARTS)
+        }
+
+    def measure(self, draw: Callable[..., torch.Tensor], diversity: bool) -> dict[str, Any]:
+        pictures = draw(list(self.captions), list(range(SHOWN)))
+        values = {"frechet_distance": pictures.mean().item()} | ({"diversity": 0.5} if diversity else {})
+        return {"values": values, "features": pictures.flatten(1), "pictures": pictures / 4}
+
+    def among_the_teachers(self, features: torch.Tensor) -> dict[str, float]:
+        return {"precision": 1.0, "recall": 0.5}
+
+
+@pytest.fixture
+def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a benchmark whose `fit`, students and judge are stand-ins, as is draw-teacher."""
+    (script := tmp_path / "fit.py").write_text(FIT)
+    (folder := tmp_path / "out" / "8x4").mkdir(parents=True)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(method_benchmark, "fit_command", lambda: [sys.executable, "-S", "-E", str(script)])
+    monkeypatch.setattr(method_benchmark, "load_generator", lambda checkpoint: Student())
+    monkeypatch.setattr(method_benchmark, "Judge", Judge)
+    costs = {"swiftbrush": 3.0, "dmd": 4.0, "pgsb_4step": 48.0}
+    monkeypatch.setattr(method_benchmark, "operations", lambda method, *_: costs[method])
+    monkeypatch.setattr(
+        method_benchmark.cli, "main", lambda words: (folder / "drawn").open("a").write(f"{words}\n")
+    )
+    return folder
+
+
+def run(cells: Path, *words: str) -> int:
+    """Exit status."""
+    with pytest.raises(SystemExit) as end:
+        method_benchmark.main(["--updates", "8", "--batch-size", "4", "--output", str(cells.parent), *words])
+    return int(end.value.code or 0)
+
+
+def started(cells: Path) -> list[str]:
+    return (cells / "started").read_text().splitlines() if (cells / "started").exists() else []
+
+
+def test_finished_cells_are_not_run_again(cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--only", "method=dmd", "--only", "seed=1")
+    assert run(cells, *words) == 0
+    place = cells / "dmd-seed1"
+    result = torch.load(place / "result.pt", weights_only=True)["values"]
+    assert (result["updates"], result["seconds"], result["diversity"]) == (6, 0.25, 0.5)
+    assert yaml.safe_load((place / "cell.yaml").read_text())["trainer"]["max_steps"] == 6
+    assert not (place / "version_0" / "checkpoints").exists()
+    (drawn,) = (cells / "drawn").read_text().splitlines()
+    assert "'draw-teacher'" in drawn and f"--output={cells.parent / 'teacher-samples'}'" in drawn
+    assert run(cells, *words) == 0 and started(cells) == ["dmd-seed1 --ckpt_path last"]
+    assert "1 of 1 cells; missing: none" in capsys.readouterr().out
+    rows = {row["method"]: row for row in json.loads((cells / "results.json").read_text())}
+    assert rows["DMD with pairs"]["updates"] == 6 and (cells / "pictures.png").is_file()
+
+
+def test_a_cell_that_failed_goes_on_and_the_others_are_run(
+    cells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The version that a run without a checkpoint leaves is not looked into."""
+    words = ("--only", "method=dmd")
+    (fail := cells / "fail-dmd-seed0").touch()
+    assert run(cells, *words) == 1
+    told, log = capsys.readouterr().out, cells / "dmd-seed0" / "output.log"
+    assert f"dmd-seed0 failed: see {log}\n" in told and "out of luck" in log.read_text()
+    assert "1 of 2 cells; missing: dmd-seed0\n" in told
+    fail.unlink()
+    assert run(cells, *words) == 0
+    names = ("dmd-seed0", "dmd-seed1", "dmd-seed0")
+    assert started(cells) == [f"{name} --ckpt_path last" for name in names]
+    assert (cells / "dmd-seed0" / "result.pt").is_file()
+
+
+def test_report_only_runs_nothing(cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cells, "--only", "method=dmd", "--report-only") == 0
+    assert "0 of 2 cells; missing: dmd-seed0, dmd-seed1\n" in capsys.readouterr().out
+    assert sorted(path.name for path in cells.iterdir()) == ["pictures.png", "results.json", "results.md"]
+    assert "| DMD with pairs | 0 | – | – |" in (cells / "results.md").read_text()
+
+
+def test_a_student_of_several_steps_draws_in_fewer_too(cells: Path) -> None:
+    """Diversity is that of all steps; its checkpoint stays, for rows that start from it."""
+    assert run(cells, "--table", "steps", "--only", "method=pgsb_4step", "--only", "seed=0") == 0
+    place = cells / "pgsb_4step-seed0"
+    for count, name in ((4, "result"), (2, "result-in-2"), (1, "result-in-1")):
+        values = torch.load(place / f"{name}.pt", weights_only=True)["values"]
+        assert values["frechet_distance"] == count and ("diversity" in values) == (count == 4)
+        assert values["updates"] == 1  # half an update is what the budget has
+    assert (place / "version_0" / "checkpoints" / "last.ckpt").is_file() and not (cells / "drawn").exists()
+    rows = [row["frechet_distance"] for row in json.loads((cells / "steps.json").read_text())]
+    assert rows == [0] * 5 + [4, 2, 1]
 
 
 def test_every_method_has_a_configuration() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import io
 import sys
+import tokenize
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MATHEMATICS = (
     "lightning_modules.diffusion", "lightning_modules.objectives", "lightning_modules.guidance.scales",
 )  # fmt: skip
+MOST_LINES = 150  # of code in a method's file
 SHARED_STEMS = {"__init__", "base"}  # base.py of a room holds what its files have in common
 
 
@@ -117,6 +120,19 @@ def functions_that_take(source: str, *kinds: str) -> list[str]:
     ]
 
 
+def lines_of_code(source: str) -> int:
+    """Lines that are neither empty nor of a comment or docstring alone."""
+    tree, lines = ast.parse(source), set[int]()
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent | {tokenize.ENDMARKER}:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):  # a docstring, or a string below an attribute
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            lines.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
+
+
 def test_arrows_run_down() -> None:
     assert upward(sources()) == []
 
@@ -186,6 +202,29 @@ def test_private_names_stay_in_their_file() -> None:
 def test_one_stem_stands_once() -> None:
     stems = Counter(module.rpartition(".")[2] for module in sources())
     assert [stem for stem, count in stems.items() if count > 1 and stem not in SHARED_STEMS] == []
+
+
+def test_a_method_is_a_short_file() -> None:
+    found = {
+        module: lines_of_code(source)
+        for module, source in sources().items()
+        if within(module, "lightning_modules.objectives")
+    }
+    assert len(found) > 10 and {name: count for name, count in found.items() if count > MOST_LINES} == {}
+
+
+def test_lines_of_code_are_counted() -> None:
+    """All of a bracket or a string that is used; of strings alone, comments and empty lines none."""
+    text = '"""What.\n\nMore.\n"""\n\nA = 1  # why\n"""Of A."""\n\n# a comment\nB = """\n\n# in it"""\n'
+    assert lines_of_code(text) == 1 + 3
+    function = (
+        'def f(\n    a: int,\n) -> int:\n    """It."""\n    # why\n\n    return {\n        1: 2,\n    }\n'
+    )
+    assert lines_of_code(text + function) == 4 + 3 + 3
+    assert (
+        lines_of_code("class A:\n    def f(self) -> None: ...\n\n    def g(self) -> None:\n        ...\n")
+        == 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lightning_modules.diffusion.condition import Condition
 from lightning_modules.diffusion.guided import guided_prediction
 from lightning_modules.diffusion.prediction import Prediction
 from lightning_modules.diffusion.schedule import NoiseSchedule
+from tests.objectives.analytic import log_ratio
 
 
 class GaussianNetwork(nn.Module):
@@ -34,6 +35,11 @@ class GaussianNetwork(nn.Module):
         variance = (2 * self.log_std).exp()
         return sigma * (x_t - alpha * mean) / (alpha**2 * variance + sigma**2)
 
+    @property
+    def data(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, deviation and shift by the text."""
+        return self.mean, self.log_std.exp(), self.shift
+
 
 @dataclass
 class Call:
@@ -50,7 +56,11 @@ class Call:
 
 @dataclass
 class GaussianScores:
-    """Teacher and fake score of Gaussian data; records its calls. Any layer's features are x_t."""
+    """Teacher and fake score of Gaussian data; records its calls.
+
+    Features of the layer log_ratio are what a perfect discriminator says if the fake score is right,
+    log p_real(x_t) / p_fake(x_t) of the whole sample, at each place; those of any other layer are x_t.
+    """
 
     schedule: NoiseSchedule
     real: nn.Module
@@ -70,7 +80,12 @@ class GaussianScores:
         network = self.real if role == "teacher" else self.fake
         result = guided_prediction(network, self.schedule, x_t, t, condition, guidance_scale, negative)
         self.calls.append(Call(role, x_t, t, condition, guidance_scale, negative, result))
-        return replace(result, features=dict.fromkeys(features, x_t))
+        found = dict.fromkeys(features, x_t)
+        if "log_ratio" in found:
+            data = self.real.data, self.fake.data
+            mean = log_ratio(self.schedule, x_t, t, condition.tensors["text"], *data)
+            found["log_ratio"] = (x_t[0].numel() * mean)[:, None, None, None].expand_as(x_t)
+        return replace(result, features=found)
 
     def teacher(
         self,
