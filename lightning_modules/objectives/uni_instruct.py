@@ -29,6 +29,11 @@ class UniInstruct(SiDLSG):
     h's own in the first sum, and ½ (h − r h') ∇‖D‖² / ω, which SiD at a = 1 lacks, too (at a = ½ it has it);
     neither is there in the public code. Both vanish where the scores agree.
 
+    The second sum grows with the cube of D and pushes samples away from the teacher's where −r² h'' > 0. With
+    jensen_shannon r has to be truly small there to hold it back: on Gaussian data a student that starts far
+    away arrives with the exact ratio of whole samples, and diverges with heads that have just begun, with
+    r = 1, or within a narrow ``ratio_range``. forward_kl, reverse_kl and jeffreys have none of it.
+
     With the reverse KL it is SiD at a = 1. The ratio is exp of the discriminator's logit at the student's own
     x_t, within ``ratio_range``. The public code makes it of the values of the batch's loss, which leaves no
     ratio of a sample, and has ‖D‖ for ‖D‖²; it freezes the student at first, and weights later still: here
