@@ -20,9 +20,10 @@ from lightning_modules.drawing import open_model
 from lightning_modules.generator import load_generator, make_generator
 from lightning_modules.guidance import negative_attention
 from lightning_modules.guidance.methods import Nasa
-from lightning_modules.networks.loading import load_parts
+from lightning_modules.networks.loading import load_parts, noise_schedule
 from lightning_modules.networks.pipeline_folder import export_student, student_call, student_scheduler
 from lightning_modules.networks.roles import RoleNetwork
+from lightning_modules.networks.student import load_student
 from lightning_modules.objectives.base import Networks, StudentSample, Terms
 from lightning_modules.objectives.dmd2 import DMD2
 from lightning_modules.objectives.swiftbrush import SwiftBrush
@@ -131,7 +132,8 @@ def test_the_stock_pipeline_draws_the_same(
 
 
 @pytest.mark.parametrize(
-    ("family", "noise"), [("sdxl", "fresh"), ("pixart", "none"), ("sd3", "none"), ("sd3", "fresh")]
+    ("family", "noise"),
+    [("sdxl", "fresh"), ("pixart", "none"), ("sd3", "none"), ("sd3", "fresh"), ("sana", "none")],
 )
 def test_other_families_stock_pipelines_draw_the_same(
     backbone_folder: Callable[[str], Path], tmp_path: Path, family: str, noise: Any
@@ -152,6 +154,40 @@ def test_other_families_stock_pipelines_draw_the_same(
     if family == "sd3":
         assert call["sigmas"] == [1.0, 0.75, 0.5, 0.25]
     torch.testing.assert_close(stock, x0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", ["none", "fresh"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sana", "klein", "zimage", "qwen"])
+def test_a_scheduler_of_rectified_flow_keeps_the_teachers_schedule(
+    backbone_folder: Callable[[str], Path], family: str, noise: Any
+) -> None:
+    """Also where it is made of a student's own, as by `merge` and an export of a checkpoint."""
+    parts = load_parts(backbone_folder(family))
+    steps = Steps((999,) if family == "qwen" else FOUR.timesteps, noise)
+    teacher: Any = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+    once = student_scheduler(parts.scheduler, steps)
+    again: Any = student_scheduler(once, steps)
+    assert type(again) is type(once)
+    dynamic = again.config.use_dynamic_shifting
+    mu = {"mu": parts.backbone.flow_mu(again.config, parts.image_tokens)} if dynamic else {}
+    again.set_timesteps(sigmas=[(t + 1) / 1000 for t in steps.timesteps], **mu)
+    sigmas = teacher.alpha_sigma(torch.tensor(steps.timesteps))[1]
+    torch.testing.assert_close(again.sigmas[: len(steps)], sigmas)
+    assert teacher.shift > 1
+
+
+def test_checkpoint_and_export_of_a_flow_student_draw_the_same(
+    backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With new noise between the steps, at the teacher's shift of 3."""
+    module = distillation(backbone_folder("sd3"), timesteps=[999, 749, 499, 249], ema_decay=None)
+    trainer = fit(module, tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "student.ckpt")
+    student = load_student(tmp_path / "student.ckpt")
+    export_student(student.parts.denoiser, student.parts, student.steps, tmp_path / "out", card=student.facts)
+    ours, stored = (load_generator(path) for path in (tmp_path / "student.ckpt", tmp_path / "out"))
+    expected = ours.images(PROMPTS[:1], [3])
+    torch.testing.assert_close(stored.images(PROMPTS[:1], [3]), expected, rtol=0, atol=1e-4)
 
 
 def test_steps_of_an_opened_student(tiny_sd: Path, tmp_path: Path) -> None:

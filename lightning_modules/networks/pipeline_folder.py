@@ -51,9 +51,12 @@ FOLDER_NAMES = {
 
 def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
     """Euler's method with the constants of a scheduler of rectified flow."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)):
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    return FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps, flow_shift(scheduler))
+    # by keywords: what is given by position counts as a default, which `from_config` leaves out
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=scheduler.config.num_train_timesteps, shift=flow_shift(scheduler)
+    )
 
 
 def student_scheduler(scheduler: SchedulerMixin, steps: Steps) -> SchedulerMixin:

@@ -21,6 +21,7 @@ from common.hashing import hash_tensors
 from common.processes import say
 from lightning_modules.checkpoints import check_format, is_sharded
 from lightning_modules.checkpoints import read as read_content
+from lightning_modules.diffusion.schedule import RectifiedFlow
 from lightning_modules.diffusion.steps import Steps, steps_of
 from lightning_modules.networks.backbones import BACKBONES
 from lightning_modules.networks.loading import (
@@ -403,6 +404,10 @@ def mismatch(
     kinds = [{"prediction_type": side.prediction_type} for side in sides]
     if odd := other_value(kinds[0], kinds[1], words):
         return odd
+    flows = [side for side in sides if isinstance(side, RectifiedFlow)]
+    if len(flows) == 2 and (flows[0].stretch == 1) != (flows[1].stretch == 1):
+        # one step needs no terminal sigma, which would be 0 / 0, so that a student's schedule has none
+        sides = [RectifiedFlow(side.steps, side.shift) for side in flows]
     shared = min(side.num_timesteps for side in sides)  # an export's schedule ends where it starts
     if shared <= start_timestep:
         return f"one schedule has {shared} timesteps, start_timestep is {start_timestep}"

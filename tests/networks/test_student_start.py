@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from lightning_modules.diffusion.steps import Steps
 from lightning_modules.networks.loading import load_parts
 from lightning_modules.networks.lora import StudentLoraSettings
 from lightning_modules.networks.pipeline_folder import export_student
@@ -89,6 +91,18 @@ def test_first_difference_is_named(
     edit(own_sd / file / name, **changes)
     with pytest.raises(UserError, match=f"student_init {own_sd} does not fit the teacher tiny: .*{message}"):
         make_student(load_parts(tiny_sd), "tiny", 625, str(own_sd))
+
+
+@pytest.mark.parametrize("family", ["sana", "qwen", "flux"])
+def test_an_export_of_rectified_flow_fits_its_teacher(
+    backbone_folder: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """SANA has another class of scheduler, Qwen-Image a terminal sigma, which one step does not know."""
+    parts = load_parts(folder := backbone_folder(family))
+    export_student(parts.denoiser, parts, Steps((999,)), tmp_path / "out", card={"teacher": family})
+    student, _ = make_student(load_parts(folder), family, 999, str(tmp_path / "out"))
+    weights = parts.denoiser.state_dict()
+    assert all(weight.equal(weights[name]) for name, weight in student.state_dict().items())
 
 
 def test_another_architecture(tiny_sd: Path, own_sd: Path) -> None:
