@@ -78,6 +78,7 @@ def run(options: Options) -> None:
     guidance = Guidance(method, options.negative_scale, options.negative_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_model(student_path(options.model), options.steps, device, teacher=options.teacher)
+    model.check(guidance, options.negative_prompt)
     jobs = [prompt for prompt in prompts for _ in range(options.num_images)]
     with written_at_once(target) as folder:
         write_pictures(model, jobs, options.seed, guidance, options.negative_prompt, folder)

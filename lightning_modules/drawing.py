@@ -17,7 +17,8 @@ from lightning_modules.diffusion.steps import step_facts
 from lightning_modules.generator import OneStepGenerator, make_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import METHODS, Method, make_method
-from lightning_modules.guidance.prompting import pipeline_network
+from lightning_modules.guidance.prompting import NegativePrompts, pipeline_network
+from lightning_modules.networks.backbones.calling import takes_guidance
 from lightning_modules.networks.loading import asset_path, model_hash
 from lightning_modules.networks.student import LoadedStudent, Weights, is_checkpoint, load_student
 from lightning_modules.pipelines import (
@@ -129,6 +130,23 @@ class Model:
             UserError: the pipeline has none.
         """
         return self.generator.student if self.generator is not None else pipeline_network(self.pipeline)
+
+    def check(self, guidance: Guidance, negative: str | Sequence[str | None] | None) -> None:
+        """Refuse negative prompts that have no place in the network's guidance.
+
+        Raises:
+            UserError: guidance was distilled into the network.
+        """
+        if guidance.method != "cfg" or NegativePrompts(negative).empty:
+            return
+        own = self.generator
+        network = getattr(self.pipeline, "transformer", None) if own is None else own.student
+        if network is not None and takes_guidance(network):
+            raise UserError(
+                f"--negative-guidance cfg: guidance was distilled into this {type(network).__name__}, which "
+                "takes the scale as an input and has no place for negative prompts beside it. Give "
+                "--negative-guidance nasa or nag, or leave the negative prompts out."
+            )
 
     def draw(
         self,
@@ -314,6 +332,7 @@ def model_drawer(
     recipe = replace(recipe, steps=model.steps)
     # a guidance scale by itself is against the empty prompt, whatever the set's negative prompts
     unwanted = None if recipe.negative_guidance == "none" else negatives
+    model.check(recipe.guidance, unwanted)
 
     def draw(places: list[int]) -> Tensor:
         precision = DTYPES[recipe.dtype]

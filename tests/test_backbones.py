@@ -20,9 +20,10 @@ from torchvision.transforms.functional import to_tensor
 import cli
 from callbacks.metrics.teacher import Teacher
 from commands.app_pictures import SideBySide
+from common.errors import UserError
 from datamodules.prompts import PromptDataModule
 from lightning_modules.distillation import OneStepDistillation
-from lightning_modules.drawing import Recipe, model_drawer
+from lightning_modules.drawing import Guidance, Recipe, model_drawer, open_model
 from lightning_modules.generator import OneStepGenerator, load_generator
 from lightning_modules.guidance import negative_prompting
 from lightning_modules.guidance.methods import Nasa
@@ -280,3 +281,23 @@ def test_app(run: Run, tmp_path: Path) -> None:
         TEXTS[:1], SEEDS[:1], negative_prompt="a blue mat", negative_method=Nasa(0.5)
     )
     assert picture.tobytes() == to_pil(steered[0]).tobytes()
+
+
+def test_cfg_has_no_negative_prompts_where_guidance_is_distilled(
+    backbone_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By our generator, and by the stock pipeline in an evaluation; its scale by itself is an input."""
+    teacher, place = str(backbone_folder("flux")), (TEXTS, SEEDS, ["red", ""], torch.device("cpu"))
+    message = "cfg: guidance was distilled into this FluxTransformer2DModel, .* Give --negative-guidance nasa"
+    asked = ("--model", teacher, "--prompt", "a cat", "--output", tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        call(
+            "generate", *asked, "--negative-prompt", "red", "--negative-guidance", "cfg",
+            "--negative-scale", 3,
+        )  # fmt: skip
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        model_drawer(Recipe(teacher, 2, negative_guidance="cfg", negative_scale=3), *place)
+    model = open_model(teacher)
+    model.check(Guidance("cfg", 3.0), ["", None])
+    model.check(Guidance("nasa"), "red")

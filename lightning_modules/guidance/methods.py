@@ -70,11 +70,11 @@ NASA_SCALES = {"sd15": 0.1, "sd21": 0.2, "pixart": 0.5}
 NASA_SCALES |= dict.fromkeys(("sdxl", "sd3", "flux", "flux2", "qwen", "zimage"), 0.2)
 NASA_OTHER = 0.4
 # ϕ, τ, α in the paper; PixArt's are its PixArt-Σ's, FLUX.2's, Qwen-Image's and Z-Image's are FLUX.1's,
-# untried; UNets without an entry have SD 1.5's.
+# untried; networks without an entry (SD 2.1, the bundled models) have SD 1.5's.
 NAG_SETTINGS = {
     **dict.fromkeys(("flux", "flux2", "qwen", "zimage"), (4.0, 2.5, 0.25)),
     "sd3": (4.0, 2.5, 0.125),
-    "pixart": (4.0, 2.5, 0.375),
+    **dict.fromkeys(("pixart", "sana"), (4.0, 2.5, 0.375)),
     "sdxl": (2.0, 2.5, 0.5),
     "sd15": (2.0, 2.5, 0.375),
 }
@@ -120,5 +120,6 @@ def backbone(network: nn.Module) -> str:
         "PixArtTransformer2DModel": "pixart", "SD3Transformer2DModel": "sd3",
         "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
         "QwenImageTransformer2DModel": "qwen", "ZImageTransformer2DModel": "zimage",
+        "SanaTransformer2DModel": "sana",
     }  # fmt: skip
     return kinds.get(type(network).__name__, "other")

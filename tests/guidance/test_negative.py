@@ -492,12 +492,16 @@ def test_defaults_are_the_papers(pipelines: dict[str, Any]) -> None:
     assert make_method("nasa", pipelines["pixart"].transformer) == Nasa(0.5)
     assert make_method("nasa", network(cross_attention_dim=128)) == Nasa(0.4)  # the bundled models
     assert make_method("nasa", pipelines["flux"].transformer) == Nasa(0.2)
-    assert make_method("nag", network(cross_attention_dim=768)) == Nag(2.0, 2.5, 0.375)
+    for width in (768, 1024, 128):
+        assert make_method("nag", network(cross_attention_dim=width)) == Nag(2.0, 2.5, 0.375)
     for name, settings in {
         "sdxl": (2.0, 2.5, 0.5), "pixart": (4.0, 2.5, 0.375), "sd3": (4.0, 2.5, 0.125),
         "flux": (4.0, 2.5, 0.25),
     }.items():  # fmt: skip
         assert make_method("nag", network_of(pipelines[name])) == Nag(*settings)
+    with torch.device("meta"):
+        sana = SanaTransformer2DModel(num_layers=1)
+    assert make_method("nag", sana) == Nag(4.0, 2.5, 0.375) and make_method("nasa", sana) == Nasa(0.4)
     assert make_method("nag", pipelines["flux"].transformer, 3, 1.5, 0.5) == Nag(3.0, 1.5, 0.5)
 
 

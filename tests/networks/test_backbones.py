@@ -1,10 +1,12 @@
 """Every family: prompts, network calls and start of the student as in the stock pipeline or closed form."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -163,14 +165,41 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, backbone_fold
     channels = {"pixart": 8, "pixart_1024": 8, "klein": 16}.get(name, 4)
     assert expected.shape[1] == channels and len(calls) >= 3
     assert parts.denoiser.config.get("time_cond_proj_dim") == (6 if name == "lcm" else None)
-    if name not in FLOWS:
-        return
-    # the same times by the schedule: Euler's are those of sigma
-    schedule: Any = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
-    times = torch.stack([call[1].flatten()[0] for call in calls])
-    torch.testing.assert_close(
-        schedule.network_time(schedule.timestep(times / 1000)), times, rtol=1e-5, atol=0
-    )
+    if name in FLOWS:  # the scheduler's times, which the next test compares with ours
+        times = torch.stack([torch.as_tensor(call[1]).flatten()[0] for call in calls])
+        torch.testing.assert_close(times.float(), pipe.scheduler.timesteps.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_flow_schedule_is_the_pipelines(
+    name: str, backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All σ by the scheduler, shifted as in a call of the pipeline with its default number of steps."""
+    pipe: Any = stock_pipeline_of(backbone_folder(name))
+    scheduler, shift = pipe.scheduler, {}
+
+    class Asked(Exception):
+        """The pipeline has said by how much to shift."""
+
+    @functools.wraps(scheduler.set_timesteps)
+    def asked(*args: Any, **options: Any) -> None:
+        shift.update(mu=options.get("mu"))
+        raise Asked
+
+    with monkeypatch.context() as patch, pytest.raises(Asked):
+        patch.setattr(scheduler, "set_timesteps", asked)
+        pipe(prompt=["a"], **call_options(pipe))
+    if name == "sana":  # this one starts below 1, at 0.999
+        scheduler.set_timesteps(999)
+    else:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0.001, 1000), **shift)
+    parts = load_parts(backbone_folder(name))
+    schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+    sigma = scheduler.sigmas[:-1]  # without the 0 at the end
+    torch.testing.assert_close(schedule.sigma[: len(sigma)].flip(0), sigma, rtol=1e-5, atol=1e-7)
+    told = schedule.network_time(torch.arange(len(sigma))).flip(0)
+    whole_numbers = scheduler.timesteps.dtype == torch.int64
+    torch.testing.assert_close(told, scheduler.timesteps.float(), rtol=1e-5, atol=1.0 if whole_numbers else 0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The teacher and the fake score on one set of weights."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def models(path: Path, lora: LoraSettings | None = None, full: bool = False) -> 
     parts = load_parts(path)
     torch.manual_seed(0)  # for the adapter's start
     settings = None if full else (lora or LoraSettings(rank=4, alpha=8, targets=TARGETS))
-    return ScoreModels(parts.denoiser, noise_schedule(parts.scheduler), settings)
+    schedule = noise_schedule(parts.scheduler, parts.image_tokens, parts.backbone)
+    return ScoreModels(parts.denoiser, schedule, settings)
 
 
 def disturb(scores: ScoreModels) -> None:
@@ -299,3 +301,48 @@ def test_passes_without_gradient_in_slices(tiny_sd: Path) -> None:
         role(x, t, condition, guidance_scale=3.0)
         torch.testing.assert_close(sliced, whole, rtol=1e-5, atol=1e-5)
     assert sizes == [6, 4, 2, 6, 6] * 2
+
+
+def test_qwens_guidance_keeps_the_norm_of_each_token_in_both_roles(
+    backbone_folder: Callable[[str], Path],
+) -> None:
+    """As in its pipeline: 2 x 2 places of all channels have the norm that they have with text."""
+    parts = load_parts(backbone_folder("qwen"))
+    scores = models(backbone_folder("qwen"))
+    disturb(scores)
+    x, t = torch.randn(2, *parts.latent_shape), torch.tensor([300, 700])
+    condition = parts.backbone.prompt_encoder(parts).encode(["a red cat", "a dog"])
+
+    def norms(v: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(v.square().sum(1, keepdim=True), 2).mul(4).sqrt()
+
+    for role in (scores.teacher, scores.fake_score):
+        with torch.no_grad():
+            with_text, without = (role(x, t, c).output for c in (condition, condition.without_text()))
+            guided = role(x, t, condition, guidance_scale=4.5).output
+        plain = without + 4.5 * (with_text - without)
+        scale = norms(with_text) / norms(plain)
+        assert (scale - 1).abs().max() > 1e-2
+        expected = plain * torch.nn.functional.interpolate(scale, scale_factor=2)
+        torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_distilled_scale_reaches_flux_in_both_roles(
+    backbone_folder: Callable[[str], Path],
+) -> None:
+    """κ is an input of one pass with text, a number or one per sample."""
+    parts = load_parts(backbone_folder("flux"))
+    scores, calls = models(backbone_folder("flux")), list[Tensor]()
+    disturb(scores)
+    scores.base.register_forward_pre_hook(
+        lambda network, args, inputs: calls.append(inputs["guidance"]), with_kwargs=True
+    )
+    x, t = torch.randn(2, *parts.latent_shape), torch.tensor([300, 700])
+    condition = parts.backbone.prompt_encoder(parts).encode(["a red cat", "a dog"])
+    for role in (scores.teacher, scores.fake_score):
+        with torch.no_grad():
+            outputs = [role(x, t, condition, kappa).output for kappa in (1.0, 4.5, torch.tensor([1.0, 4.5]))]
+        expected = torch.stack([outputs[0][0], outputs[1][1]])
+        torch.testing.assert_close(outputs[2], expected, rtol=1e-4, atol=1e-5)
+        assert (outputs[1] - outputs[0]).abs().max() > 1e-4
+    assert [kappa.tolist() for kappa in calls] == 2 * [[1.0, 1.0], [4.5, 4.5], [1.0, 4.5]]

@@ -154,10 +154,13 @@ def test_timestep_ranges(make_scores: Any, text: Text) -> None:
     assert student.unique().numel() == 960 and fake.unique().numel() == 1000
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_fake_score_loss_is_the_weighted_noise_error(
-    make_scores: Any, text: Text, schedule: NoiseSchedule
+    make_scores: Any, text: Text, schedule: NoiseSchedule, kind: str
 ) -> None:
+    """Of whatever the network predicts: ε = α v + σ x_t = (x_t − α x0) / σ."""
     scores = make_scores()
+    scores.schedule = NoiseSchedule(schedule.alphas_cumprod, kind)
     x0 = torch.randn(SHAPE)
     objective = SwiftBrush(prompt_dropout=0.0)
     (loss,) = objective.fake_score_loss(
@@ -167,7 +170,13 @@ def test_fake_score_loss_is_the_weighted_noise_error(
     assert call.role == "fake_score" and call.guidance_scale == 1.0
     alpha, sigma = (c[:, None, None, None] for c in schedule.alpha_sigma(call.t))
     noise = (call.x_t - alpha * x0) / sigma
-    expected = nn.functional.mse_loss(alpha * call.prediction.epsilon, alpha * noise)
+    output = call.prediction.output
+    said = {
+        "epsilon": output,
+        "v_prediction": alpha * output + sigma * call.x_t,
+        "sample": (call.x_t - alpha * output) / sigma,
+    }[kind]
+    expected = nn.functional.mse_loss(alpha * said, alpha * noise)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     loss.backward()
     assert all(w.grad is None for w in scores.real.parameters())

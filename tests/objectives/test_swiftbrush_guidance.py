@@ -63,6 +63,22 @@ def test_the_scale_is_random_where_wanted(make_scores: Any, text: Text, both: st
             assert (kappa == 4.5).all()
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_two_random_scales_share_one_uniform_number(make_scores: Any, text: Text, per_sample: bool) -> None:
+    """κ_teacher = 1 + 4 u and κ_fake = 0.5 + 2 u with the same u."""
+    teachers, fakes = (
+        UniformGuidance(low, high, per_sample=per_sample) for low, high in ((1, 5), (0.5, 2.5))
+    )
+    objective = SwiftBrush(teachers, fake_guidance_scale=fakes)
+    sample = StudentSample(torch.zeros(2, 1, 1, 1), text([0.0] * 2))
+    for step in range(3):
+        _, teacher, fake, _ = judge(objective, make_scores(), sample, step)
+        u = [(torch.as_tensor(kappa) - low) / width for kappa, low, width in (
+            (teacher.guidance_scale, 1, 4), (fake.guidance_scale, 0.5, 2))]  # fmt: skip
+        assert u[0].shape == ((2,) if per_sample else ())
+        torch.testing.assert_close(u[0], u[1])
+
+
 @pytest.mark.parametrize(
     ("in_teacher", "in_fake_score"), [(False, False), (True, False), (True, True), (False, True)]
 )

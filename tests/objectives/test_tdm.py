@@ -18,6 +18,7 @@ from lightning_modules.objectives.tdm import TDM
 from tests.objectives.analytic import FAKE, REAL, SHAPE, VALUES, alpha_sigma, posterior_mean, step_random
 
 STEPS = Steps((900, 600, 300), "none")
+COUNTED = Steps((900, 700, 500, 300), "none", counts=(2, 4))
 
 
 def objective(schedule: NoiseSchedule, steps: Steps = STEPS, **settings: Any) -> TDM:
@@ -26,27 +27,30 @@ def objective(schedule: NoiseSchedule, steps: Steps = STEPS, **settings: Any) ->
     return made
 
 
-def sample(condition: Any, k: int) -> StudentSample:
+def sample(condition: Any, k: int, steps: Steps = STEPS, told: int = 0) -> StudentSample:
     x0, x_t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    return StudentSample(x0, condition, x_t=x_t, t=torch.full((4,), STEPS.timesteps[k]), k=k)
+    return StudentSample(x0, condition, x_t=x_t, t=torch.full((4,), steps.timesteps[k]), k=k, told=told)
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("whole", "told", "k"), [*((STEPS, 0, k) for k in range(3)), (COUNTED, 2, 0), (COUNTED, 2, 1)]
+)
 def test_samples_are_diffused_on_from_where_the_step_arrives(
-    make_scores: Any, text: Any, schedule: NoiseSchedule, k: int
+    make_scores: Any, text: Any, schedule: NoiseSchedule, whole: Steps, told: int, k: int
 ) -> None:
-    """Against the step of the sampler, and the forward process between two times."""
-    made, given, random = objective(schedule), sample(text(VALUES), k), step_random()
+    """Against the step of the sampler, and the forward process between two times; also of fewer steps."""
+    steps = whole.fewer(told) if told else whole
+    made, given, random = objective(schedule, whole), sample(text(VALUES), k, steps, told), step_random()
     at, fresh = made.diffused(given, schedule, random, "student")
-    low, high = ((600, 890), (300, 590), (20, 290))[k]
-    assert at.t.min() >= low and at.t.max() < high
+    times = (*steps.timesteps, 20)
+    assert at.t.min() >= times[k + 1] and at.t.max() < times[k] - 10
     alpha, sigma = alpha_sigma(schedule, at.t)
-    if k == 2:
+    if k + 1 == len(steps):
         arrived, a, s = given.x0, torch.tensor(1.0), torch.tensor(0.0)
     else:
         said = Prediction(given.x0, "sample", given.x_t, *schedule.alpha_sigma(given.t))
-        arrived = STEPS.next_input(k, said, schedule, given.x_t)
-        a, s = alpha_sigma(schedule, torch.full((4,), STEPS.timesteps[k + 1]))
+        arrived = steps.next_input(k, said, schedule, given.x_t)
+        a, s = alpha_sigma(schedule, torch.full((4,), steps.timesteps[k + 1]))
     expected = alpha / a * arrived + (sigma**2 - (alpha / a * s) ** 2).sqrt() * fresh
     torch.testing.assert_close(at.x_t, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(at.x_t, alpha * given.x0 + sigma * at.noise, rtol=1e-4, atol=1e-4)
