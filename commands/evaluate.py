@@ -240,7 +240,10 @@ def _evaluate(
     key = set_manifest(
         chosen, {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity}, options.metrics
     )
-    unfinished = Unfinished(output / UNFINISHED, key, options.save_every)
+    # pictures that were not kept, or lie elsewhere, would be missing in what is written at the end;
+    # a layout is not: it is made anew from all pictures
+    started_with = {**key, "--save-images": options.save_images}
+    unfinished = Unfinished(output / UNFINISHED, started_with, options.save_every)
     pictures = output / (IMAGES if options.save_images else f"{UNFINISHED}/{IMAGES}")
     kept = KeptPictures(pictures, options.save_images)
     if rank == 0:

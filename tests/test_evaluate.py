@@ -232,6 +232,33 @@ def test_an_evaluation_killed_before_its_first_state_starts_again(
     assert len(list(pictures.glob("*.png"))) == 4
 
 
+@pytest.mark.parametrize(("first", "then"), [("false", "true"), ("true", "false")])
+def test_an_interrupted_evaluation_keeps_what_it_began_to_keep(
+    first: str, then: str, evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4, save_images=first)
+    with pytest.raises(UserError, match="interrupted evaluation with another --save-images.* the same again"):
+        evaluate(save_images=then)
+    evaluate(save_images=first)
+    manifest = json.loads((Path(arguments["output"]) / "manifest.json").read_text())
+    assert not any("save" in name for name in manifest)  # it changes no number
+
+
+def test_an_interrupted_evaluation_may_get_a_layout(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=8)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4, save_images="true")
+    evaluate(save_images="true", layout="geneval2")
+    paths = json.loads((Path(arguments["output"]) / "geneval2" / "pictures.json").read_text())
+    assert list(paths) == CAPTIONS and all(Path(path).is_file() for path in paths.values())
+
+
 def test_damaged_states_are_named(
     evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ class Unfinished:
 
     Args:
         folder: where; made when first needed.
-        key: all that the numbers depend on; a state of anything else is refused.
+        key: all that the numbers, and the files beside them, depend on; a state of anything else is refused.
         every: pictures between two states; 0 writes none.
 
     Raises:
@@ -40,7 +40,7 @@ class Unfinished:
         if differing:
             raise UserError(
                 f"{folder.parent} holds an interrupted evaluation with another {differing}: the two "
-                f"can't be mixed. Give another --output, or delete {folder} to start again"
+                f"can't be mixed. Give the same again, or another --output, or delete {folder} to start again"
             )
 
     def _differing(self) -> str:
