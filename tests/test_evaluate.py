@@ -247,6 +247,40 @@ def test_an_interrupted_evaluation_keeps_what_it_began_to_keep(
     assert not any("save" in name for name in manifest)  # it changes no number
 
 
+def test_pictures_that_were_replaced_are_refused(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitmaps are all of one size; the content tells them apart, the name does not matter."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
+    for i in range(12):
+        Image.fromarray(noise[i]).save(pictures / f"{i}.bmp")
+    given = {"model": None, "images": pictures}
+
+    def hash_of(name: str) -> str:
+        evaluate(**given, output=tmp_path / name)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        return str(manifest["model"]["hash_of_pictures"])
+
+    first = hash_of("first")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(**given, save_every=4, batch_size=4)
+    Image.fromarray(noise[12]).save(pictures / "2.bmp")
+    with pytest.raises(UserError, match="interrupted evaluation with another model"):
+        evaluate(**given)
+    assert hash_of("second") != first
+    Image.fromarray(noise[2]).save(pictures / "2.bmp")
+    (pictures / "11.bmp").rename(pictures / "12.bmp")
+    assert hash_of("third") == first
+    evaluate(**given)
+    for old, new in (("0", "x"), ("1", "0"), ("x", "1")):  # the order does
+        (pictures / f"{old}.bmp").rename(pictures / f"{new}.bmp")
+    assert hash_of("fourth") != first
+
+
 def test_an_interrupted_evaluation_may_get_a_layout(
     evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +340,8 @@ def test_every_number_of_processes_counts_101_pictures_exactly(
         assert result["num_images"] == 101
         assert result["value"] == pytest.approx(alone["metrics"][name]["value"], rel=1e-6)
     assert several["environment"]["processes"] == world
+    one, other = (json.loads((tmp_path / x / "manifest.json").read_text()) for x in ("one", "several"))
+    assert other["model"] == one["model"]
 
 
 def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
@@ -431,6 +467,10 @@ def test_a_damaged_picture_is_named(evaluate: Evaluate, tmp_path: Path, argument
     pictures = noise_pictures(tmp_path / "pictures", 12)
     (pictures / "7.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"7.png can't be read"):
+        evaluate(model=None, images=pictures)
+    (pictures / "7.png").unlink()
+    (pictures / "7.png").mkdir()
+    with pytest.raises(UserError, match=r"7.png can't be read: .*Is a directory"):
         evaluate(model=None, images=pictures)
     assert not (Path(arguments["output"]) / "report.json").exists()
 
