@@ -1,11 +1,14 @@
 """`evaluate` end to end on tiny models: what it writes, how it goes on, what it refuses."""
 
+import errno
+import importlib
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +248,78 @@ def test_an_interrupted_evaluation_keeps_what_it_began_to_keep(
     evaluate(save_images=first)
     manifest = json.loads((Path(arguments["output"]) / "manifest.json").read_text())
     assert not any("save" in name for name in manifest)  # it changes no number
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, module: str, refused: str) -> None:
+    """Files of such a name, which this module would write whole, find no room."""
+    written_whole = importlib.import_module(module).written_whole
+
+    @contextmanager
+    def limited(file: Path) -> Iterator[Path]:
+        with written_whole(file) as partial:
+            if re.fullmatch(refused, file.name):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield partial
+
+    monkeypatch.setattr(f"{module}.written_whole", limited)
+
+
+@pytest.mark.parametrize(
+    ("module", "refused", "kept"),
+    [
+        ("commands.kept_pictures", "00009.png", 8),  # while drawing
+        ("reports.sheets", "samples.png", 8),  # the grid, after measuring
+        ("common.files", "generation.json|report.json", 8),
+        ("commands.kept_pictures", "00002.png", 0),
+        ("callbacks.metrics.unfinished", "done_8_.*", 4),
+    ],
+)
+def test_on_a_full_disk_what_is_measured_stays(
+    module: str, refused: str, kept: int, evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected = evaluate(output=tmp_path / "whole", save_images="true", batch_size=4)
+    output = Path(arguments["output"])
+    goes_on = f"goes on after the {kept} pictures" if kept else "start again: nothing that was measured"
+    with monkeypatch.context() as patch:
+        full_disk(patch, module, refused)
+        message = rf"{output}.* can't be written: .*No space left.*; make room or .*{goes_on}"
+        with pytest.raises(UserError, match=message):
+            evaluate(save_every=4, batch_size=4, save_images="true")
+    assert output.exists() == (kept > 0)  # pictures that nothing goes on from are no use
+    drawn, draw = list[int](), KeptPictures.__call__
+    monkeypatch.setattr(KeptPictures, "__call__", lambda *args: (drawn.extend(args[1]), draw(*args)))
+    found = evaluate(save_every=4, batch_size=4, save_images="true")
+    assert values(found) == pytest.approx(values(expected), rel=1e-12)
+    assert drawn == list(range(kept, 12)) and len(list((output / "images").glob("*.png"))) == 12
+
+
+def test_torchs_words_for_a_full_disk_are_translated(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 640 vs 534")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="unfinished can't be written: .*unexpected pos.* --save-every 0"):
+        evaluate(save_every=4, batch_size=4)
+
+
+def test_what_is_no_matter_of_the_disk_stays_as_it_is(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "the server of a logger")
+
+    def closed(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", arguments["output"] + "/report.html")
+
+    monkeypatch.setattr("commands.evaluate.write_report", refused)
+    with pytest.raises(ConnectionRefusedError):
+        evaluate(count=4)
+    monkeypatch.setattr("commands.evaluate.write_report", closed)
+    with pytest.raises(UserError, match="can't be written: .*Permission denied: .*report.html"):
+        evaluate(count=4)
 
 
 def test_pictures_that_were_replaced_are_refused(
