@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,13 @@ def noise_pictures(folder: Path, count: int, size: int = 16) -> Path:
 
 
 def test_a_model_is_measured_and_reported(
-    evaluate: Evaluate, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = evaluate()
+    evaluate: Evaluate, arguments: dict[str, str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        clock = SimpleNamespace(perf_counter=iter([100.0, 148.0]).__next__)  # around drawing and measuring
+        patch.setattr("commands.evaluate.time", clock)
+        report = evaluate()
     output = Path(arguments["output"])
     assert set(report["metrics"]) == {"frechet_distance", "clip_score"}
     for result in report["metrics"].values():
@@ -97,7 +102,8 @@ def test_a_model_is_measured_and_reported(
         assert result["details"]["seeds"] == "0 + place of the caption"
         assert result["details"]["differs_from_published"] is None
     assert report["metrics"]["frechet_distance"]["details"]["reference"].startswith("12 real pictures (")
-    assert report["timing"]["images_per_second"] > 0 and report["teacher_metrics"] == {}
+    assert (report["timing"]["seconds"], report["timing"]["images_per_second"]) == (48, 0.25)
+    assert report["teacher_metrics"] == {}
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["evaluation_set"]["count"] == 12 and manifest["model"]["sampler"] == "one step"
     assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
