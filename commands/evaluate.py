@@ -6,6 +6,7 @@
 Under torchrun every process measures its share; the numbers are those of one process.
 """
 
+import errno
 import os
 import shutil
 import time
@@ -29,7 +30,7 @@ from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.manifest import make_report, seeds_in_words, set_manifest
 from callbacks.metrics.measure import Results, Seconds, measure_pictures
 from callbacks.metrics.reference import ReferenceSource, describe_reference, framed_reference
-from callbacks.metrics.unfinished import Unfinished
+from callbacks.metrics.unfinished import Unfinished, how_to_go_on
 from commands.judge_layouts import LAYOUTS, check_layout, write_layout
 from commands.kept_pictures import KeptPictures
 from commands.options import Count, Guidance, Scale
@@ -50,6 +51,7 @@ from reports.write import write_report
 CONFIG, GRID, IMAGES, UNFINISHED = "config.yaml", "samples.png", "images", "unfinished"
 KIND = "evaluation"
 """Marks the manifests of this command."""
+_NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _FILES = {"manifest.json", "report.json", "report.md", "report.html", "metrics.csv"}
 _FILES |= {CONFIG, GRID, IMAGES, UNFINISHED, LOCK, *LAYOUTS}
 
@@ -153,8 +155,27 @@ def run(options: Options) -> None:
             check_layout(options.layout, chosen)
         reference = _bind(options, whole, device)
         drawer = _drawer(options, chosen, device)
-        with claimed(output) if rank_and_world_size()[0] == 0 else nullcontext():
+        claim = claimed(output) if rank_and_world_size()[0] == 0 else nullcontext()
+        with _full_disk_told(output), claim:
             _evaluate(options, whole, chosen, drawer, reference, output, device)
+
+
+@contextmanager
+def _full_disk_told(output: Path) -> Iterator[None]:
+    """Say how to go on where a file can't be written; what else the system refuses (a connection) stays.
+
+    Raises:
+        UserError: the disk is full or read-only, or a file of the output is refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        of_output = Path(str(error.filename)).is_relative_to(output)
+        if error.errno not in _NOT_WRITTEN and not of_output:
+            raise
+        raise UserError(
+            f"the evaluation {output} can't be written: {error}; {how_to_go_on(output / UNFINISHED)}"
+        ) from error
 
 
 def own_names(folder: Path) -> set[str]:
@@ -240,7 +261,10 @@ def _evaluate(
     key = set_manifest(
         chosen, {"pictures": drawer.title, "weights": drawer.weights, **drawer.identity}, options.metrics
     )
-    unfinished = Unfinished(output / UNFINISHED, key, options.save_every)
+    # pictures that were not kept, or lie elsewhere, would be missing in what is written at the end;
+    # a layout is not: it is made anew from all pictures
+    started_with = {**key, "--save-images": options.save_images}
+    unfinished = Unfinished(output / UNFINISHED, started_with, options.save_every)
     pictures = output / (IMAGES if options.save_images else f"{UNFINISHED}/{IMAGES}")
     kept = KeptPictures(pictures, options.save_images)
     if rank == 0:
@@ -254,7 +278,7 @@ def _evaluate(
         results = measure_pictures(
             drawer.draw, chosen, options.metrics, options.batch_size, drawer.title, unfinished, kept, seconds
         )
-    except UserError:
+    except (UserError, OSError):
         _discard(unfinished, kept)
         raise
     total = time.perf_counter() - start

@@ -32,7 +32,11 @@ class KeptPictures:
         return self.folder / f"{place:05d}.png"
 
     def __call__(self, places: list[int], images: Images) -> None:
-        """Keep those of the pictures [3, H, W] in [0, 1] that are wanted."""
+        """Keep those of the pictures [3, H, W] in [0, 1] that are wanted.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
         for place, image in zip(places, images):
             if self.every or place < self.for_grid:
                 self.folder.mkdir(parents=True, exist_ok=True)

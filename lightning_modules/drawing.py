@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.hashing import hash_file, hash_texts
+from common.processes import from_every_rank, rank_and_world_size
 from datamodules.picture_files import Frame, read_pictures
 from lightning_modules.diffusion.steps import step_facts
 from lightning_modules.generator import OneStepGenerator, make_generator
@@ -297,17 +299,33 @@ class Drawer:
 
 
 def given_pictures(folder: str, files: Sequence[Path], frame: Frame | None) -> Drawer:
-    """Existing pictures, one for each caption; crop and resize happen as they are read."""
+    """Existing pictures, one for each caption; crop and resize happen as they are read. Collective.
+
+    Raises:
+        UserError: a picture can't be read.
+    """
     root = Path(folder)
-    facts = [f"{path.relative_to(root)} {path.stat().st_size}" for path in files]
     return Drawer(
         draw=lambda places: read_pictures([files[i] for i in places], frame),
         title=f"pictures in {root.name or root}",
         model=folder,
         weights="given pictures",
-        identity={"folder": root.name, "count": len(files), "hash_of_names_and_sizes": hash_texts(facts)},
+        identity={"folder": root.name, "count": len(files), "hash_of_pictures": _pictures_hash(files)},
         seeded=False,
     )
+
+
+def _pictures_hash(files: Sequence[Path]) -> str:
+    """Of the files' contents, in this order; each process reads its share."""
+    rank, world = rank_and_world_size()
+    # a bar only where it takes a while
+    own = tqdm(files[rank::world], desc="hashing the pictures", unit="image", delay=2, disable=rank > 0)
+    try:
+        digests = [hash_file(path) for path in own]
+    except OSError as error:
+        raise UserError(f"the picture {error.filename} can't be read: {first_line(error)}") from error
+    shares = from_every_rank(digests)
+    return hash_texts([shares[i % world][i // world] for i in range(len(files))])
 
 
 def model_drawer(

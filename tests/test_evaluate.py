@@ -1,12 +1,16 @@
 """`evaluate` end to end on tiny models: what it writes, how it goes on, what it refuses."""
 
+import errno
+import importlib
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,9 +88,13 @@ def noise_pictures(folder: Path, count: int, size: int = 16) -> Path:
 
 
 def test_a_model_is_measured_and_reported(
-    evaluate: Evaluate, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = evaluate()
+    evaluate: Evaluate, arguments: dict[str, str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        clock = SimpleNamespace(perf_counter=iter([100.0, 148.0]).__next__)  # around drawing and measuring
+        patch.setattr("commands.evaluate.time", clock)
+        report = evaluate()
     output = Path(arguments["output"])
     assert set(report["metrics"]) == {"frechet_distance", "clip_score"}
     for result in report["metrics"].values():
@@ -94,7 +102,8 @@ def test_a_model_is_measured_and_reported(
         assert result["details"]["seeds"] == "0 + place of the caption"
         assert result["details"]["differs_from_published"] is None
     assert report["metrics"]["frechet_distance"]["details"]["reference"].startswith("12 real pictures (")
-    assert report["timing"]["images_per_second"] > 0 and report["teacher_metrics"] == {}
+    assert (report["timing"]["seconds"], report["timing"]["images_per_second"]) == (48, 0.25)
+    assert report["teacher_metrics"] == {}
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["evaluation_set"]["count"] == 12 and manifest["model"]["sampler"] == "one step"
     assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
@@ -232,6 +241,139 @@ def test_an_evaluation_killed_before_its_first_state_starts_again(
     assert len(list(pictures.glob("*.png"))) == 4
 
 
+@pytest.mark.parametrize(("first", "then"), [("false", "true"), ("true", "false")])
+def test_an_interrupted_evaluation_keeps_what_it_began_to_keep(
+    first: str, then: str, evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4, save_images=first)
+    with pytest.raises(UserError, match="interrupted evaluation with another --save-images.* the same again"):
+        evaluate(save_images=then)
+    evaluate(save_images=first)
+    manifest = json.loads((Path(arguments["output"]) / "manifest.json").read_text())
+    assert not any("save" in name for name in manifest)  # it changes no number
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, module: str, refused: str) -> None:
+    """Files of such a name, which this module would write whole, find no room."""
+    written_whole = importlib.import_module(module).written_whole
+
+    @contextmanager
+    def limited(file: Path) -> Iterator[Path]:
+        with written_whole(file) as partial:
+            if re.fullmatch(refused, file.name):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield partial
+
+    monkeypatch.setattr(f"{module}.written_whole", limited)
+
+
+@pytest.mark.parametrize(
+    ("module", "refused", "kept"),
+    [
+        ("commands.kept_pictures", "00009.png", 8),  # while drawing
+        ("reports.sheets", "samples.png", 8),  # the grid, after measuring
+        ("common.files", "generation.json|report.json", 8),
+        ("commands.kept_pictures", "00002.png", 0),
+        ("callbacks.metrics.unfinished", "done_8_.*", 4),
+    ],
+)
+def test_on_a_full_disk_what_is_measured_stays(
+    module: str, refused: str, kept: int, evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected = evaluate(output=tmp_path / "whole", save_images="true", batch_size=4)
+    output = Path(arguments["output"])
+    goes_on = f"goes on after the {kept} pictures" if kept else "start again: nothing that was measured"
+    with monkeypatch.context() as patch:
+        full_disk(patch, module, refused)
+        message = rf"{output}.* can't be written: .*No space left.*; make room or .*{goes_on}"
+        with pytest.raises(UserError, match=message):
+            evaluate(save_every=4, batch_size=4, save_images="true")
+    assert output.exists() == (kept > 0)  # pictures that nothing goes on from are no use
+    drawn, draw = list[int](), KeptPictures.__call__
+    monkeypatch.setattr(KeptPictures, "__call__", lambda *args: (drawn.extend(args[1]), draw(*args)))
+    found = evaluate(save_every=4, batch_size=4, save_images="true")
+    assert values(found) == pytest.approx(values(expected), rel=1e-12)
+    assert drawn == list(range(kept, 12)) and len(list((output / "images").glob("*.png"))) == 12
+
+
+def test_torchs_words_for_a_full_disk_are_translated(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 640 vs 534")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="unfinished can't be written: .*unexpected pos.* --save-every 0"):
+        evaluate(save_every=4, batch_size=4)
+
+
+def test_what_is_no_matter_of_the_disk_stays_as_it_is(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "the server of a logger")
+
+    def closed(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", arguments["output"] + "/report.html")
+
+    monkeypatch.setattr("commands.evaluate.write_report", refused)
+    with pytest.raises(ConnectionRefusedError):
+        evaluate(count=4)
+    monkeypatch.setattr("commands.evaluate.write_report", closed)
+    with pytest.raises(UserError, match="can't be written: .*Permission denied: .*report.html"):
+        evaluate(count=4)
+
+
+def test_pictures_that_were_replaced_are_refused(
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitmaps are all of one size; the content tells them apart, the name does not matter."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
+    for i in range(12):
+        Image.fromarray(noise[i]).save(pictures / f"{i}.bmp")
+    given = {"model": None, "images": pictures}
+
+    def hash_of(name: str) -> str:
+        evaluate(**given, output=tmp_path / name)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        return str(manifest["model"]["hash_of_pictures"])
+
+    first = hash_of("first")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=4)
+        with pytest.raises(Killed):
+            evaluate(**given, save_every=4, batch_size=4)
+    Image.fromarray(noise[12]).save(pictures / "2.bmp")
+    with pytest.raises(UserError, match="interrupted evaluation with another model"):
+        evaluate(**given)
+    assert hash_of("second") != first
+    Image.fromarray(noise[2]).save(pictures / "2.bmp")
+    (pictures / "11.bmp").rename(pictures / "12.bmp")
+    assert hash_of("third") == first
+    evaluate(**given)
+    for old, new in (("0", "x"), ("1", "0"), ("x", "1")):  # the order does
+        (pictures / f"{old}.bmp").rename(pictures / f"{new}.bmp")
+    assert hash_of("fourth") != first
+
+
+def test_an_interrupted_evaluation_may_get_a_layout(
+    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=8)
+        with pytest.raises(Killed):
+            evaluate(save_every=4, batch_size=4, save_images="true")
+    evaluate(save_images="true", layout="geneval2")
+    paths = json.loads((Path(arguments["output"]) / "geneval2" / "pictures.json").read_text())
+    assert list(paths) == CAPTIONS and all(Path(path).is_file() for path in paths.values())
+
+
 def test_damaged_states_are_named(
     evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +421,8 @@ def test_every_number_of_processes_counts_101_pictures_exactly(
         assert result["num_images"] == 101
         assert result["value"] == pytest.approx(alone["metrics"][name]["value"], rel=1e-6)
     assert several["environment"]["processes"] == world
+    one, other = (json.loads((tmp_path / x / "manifest.json").read_text()) for x in ("one", "several"))
+    assert other["model"] == one["model"]
 
 
 def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
@@ -404,6 +548,10 @@ def test_a_damaged_picture_is_named(evaluate: Evaluate, tmp_path: Path, argument
     pictures = noise_pictures(tmp_path / "pictures", 12)
     (pictures / "7.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"7.png can't be read"):
+        evaluate(model=None, images=pictures)
+    (pictures / "7.png").unlink()
+    (pictures / "7.png").mkdir()
+    with pytest.raises(UserError, match=r"7.png can't be read: .*Is a directory"):
         evaluate(model=None, images=pictures)
     assert not (Path(arguments["output"]) / "report.json").exists()
 

@@ -25,7 +25,7 @@ class Unfinished:
 
     Args:
         folder: where; made when first needed.
-        key: all that the numbers depend on; a state of anything else is refused.
+        key: all that the numbers, and the files beside them, depend on; a state of anything else is refused.
         every: pictures between two states; 0 writes none.
 
     Raises:
@@ -40,7 +40,7 @@ class Unfinished:
         if differing:
             raise UserError(
                 f"{folder.parent} holds an interrupted evaluation with another {differing}: the two "
-                f"can't be mixed. Give another --output, or delete {folder} to start again"
+                f"can't be mixed. Give the same again, or another --output, or delete {folder} to start again"
             )
 
     def _differing(self) -> str:
@@ -51,7 +51,7 @@ class Unfinished:
 
     def exists(self) -> bool:
         """Whether there is something to continue from."""
-        return self._newest()[0] > 0
+        return _newest(self.folder)[0] > 0
 
     def is_due(self, done: int) -> bool:
         """Whether it is time to write, ``done`` captions being measured."""
@@ -60,7 +60,7 @@ class Unfinished:
     def load(self, metrics: Sequence[ImageMetric]) -> int:
         """Restore the metrics, which have just been reset; returns how many captions are done. Collective."""
         rank, world = rank_and_world_size()
-        self._last, files = from_rank_zero(self._newest() if rank == 0 else None)
+        self._last, files = from_rank_zero(_newest(self.folder) if rank == 0 else None)
         for path in files[rank::world]:
             try:
                 states = torch.load(path, weights_only=True)
@@ -73,15 +73,6 @@ class Unfinished:
                 metric.restore(states[metric.name])
         return self._last
 
-    def _newest(self) -> tuple[int, list[Path]]:
-        """The longest complete state: captions done, and its files."""
-        found: dict[tuple[int, int], list[Path]] = {}
-        for path in sorted(self.folder.glob("done_*.pt")):
-            done, _, world = (int(part) for part in path.stem.split("_")[1::2])
-            found.setdefault((done, world), []).append(path)
-        complete = [(done, files) for (done, world), files in found.items() if len(files) == world]
-        return max(complete, default=(0, []))
-
     def save(self, metrics: Sequence[ImageMetric], done: int) -> None:
         """Write the states after ``done`` captions. Collective.
 
@@ -90,16 +81,17 @@ class Unfinished:
         """
         rank, world = rank_and_world_size()
         file = self.folder / f"done_{done}_rank_{rank}_of_{world}.pt"
+        states = {metric.name: metric.snapshot() for metric in metrics}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0 and not (self.folder / KEY).is_file():
                 write_text_atomically(self.folder / KEY, json.dumps(self.key, indent=1, ensure_ascii=False))
             with written_whole(file) as partial:
-                torch.save({metric.name: metric.snapshot() for metric in metrics}, partial)
-        except OSError as error:
+                torch.save(states, partial)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by the latter
             raise UserError(
-                f"{self.folder} can't be written: {error}; make room, give another --output, or switch the "
-                "saving of unfinished evaluations off with --save-every 0"
+                f"{self.folder} can't be written: {first_line(error)}; {how_to_go_on(self.folder)}; or "
+                "switch the saving of unfinished evaluations off with --save-every 0"
             ) from error
         from_every_rank(None)  # all have written
         if rank == 0:
@@ -112,3 +104,23 @@ class Unfinished:
         """Remove the folder, the evaluation being complete; call it on rank zero."""
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
+
+
+def _newest(folder: Path) -> tuple[int, list[Path]]:
+    """The longest complete state in a folder: captions done, and its files."""
+    found: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(folder.glob("done_*.pt")):
+        done, _, world = (int(part) for part in path.stem.split("_")[1::2])
+        found.setdefault((done, world), []).append(path)
+    complete = [(done, files) for (done, world), files in found.items() if len(files) == world]
+    return max(complete, default=(0, []))
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to do where the disk is full or can't be written."""
+    if done := _newest(folder)[0]:
+        return (
+            f"make room or give permission, and the same command goes on after the {done} pictures whose "
+            "measuring is saved"
+        )
+    return "make room or give permission, and start again: nothing that was measured had been saved yet"

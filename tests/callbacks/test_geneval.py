@@ -119,6 +119,51 @@ def test_instances_are_those_of_transformers() -> None:
             assert one.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
+class Seen(DetectorExtractor):
+    """A detector and a CLIP that see what the test says; pictures are not looked at."""
+
+    def __init__(self, **found: list[Instance]) -> None:
+        self.path, self.classes, self.thresholds = Path("x"), {"dog": 0, "cat": 1}, list[float]()
+        self.found = {self.classes[name]: some for name, some in found.items()}
+
+    def detect(self, picture: torch.Tensor, threshold: float) -> dict[int, list[Instance]]:
+        self.thresholds.append(threshold)
+        return {number: [a for a in some if a.score > threshold] for number, some in self.found.items()}
+
+    def colours(self, picture: torch.Tensor, name: str, found: list[Instance]) -> list[str]:
+        return ["red" for _ in found]
+
+
+def judged_by(eyes: Seen, monkeypatch: pytest.MonkeyPatch, *wanted: dict[str, Any]) -> list[bool]:
+    monkeypatch.setattr(GenEvalAccuracy, "extractor", eyes)
+    return GenEvalAccuracy().judge(torch.zeros(len(wanted), 3, 4, 4), list(wanted))
+
+
+def test_counting_asks_for_more_confidence_than_the_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds of the benchmark's script: 0.3, and 0.9 to count."""
+    eyes = Seen(dog=[instance(0, 0, 9, 9, score=0.91), instance(0, 0, 9, 9, score=0.89)],
+                cat=[instance(0, 0, 9, 9, score=0.31), instance(0, 0, 9, 9, score=0.29)])  # fmt: skip
+    one_dog, two_cats = {"class": "dog", "count": 1}, {"class": "cat", "count": 2}
+    count = {"tag": "counting", "include": [one_dog], "exclude": [{"class": "dog", "count": 2}]}
+    assert judged_by(eyes, monkeypatch, count, count | {"tag": "single_object"}) == [True, False]
+    assert judged_by(eyes, monkeypatch, *(
+        {"tag": tag, "include": [{"class": "cat", "count": 1}]} for tag in ("counting", "colors")
+    )) == [False, True]  # fmt: skip
+    assert judged_by(eyes, monkeypatch, {"tag": "colors", "include": [two_cats]}) == [False]
+    eyes.thresholds.clear()
+    judged_by(eyes, monkeypatch, *({"tag": tag, "include": [one_dog]} for tag in GENEVAL_TASKS))
+    assert dict(zip(GENEVAL_TASKS, eyes.thresholds, strict=True)) == {
+        "single_object": 0.3, "two_object": 0.3, "counting": 0.9, "colors": 0.3, "position": 0.3,
+        "color_attr": 0.3,
+    }  # fmt: skip
+
+
+def test_sixteen_objects_of_a_class_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    eyes = Seen(dog=[instance(0, 0, 9, 9, score=0.95)] * 20)
+    dogs = [{"tag": "counting", "include": [{"class": "dog", "count": n}]} for n in (3, 16, 17)]
+    assert judged_by(eyes, monkeypatch, *dogs) == [True, True, False]
+
+
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Path:
     """A file of two prompts."""
@@ -152,6 +197,38 @@ def test_the_whole_on_a_miniature(benchmark: Path, tiny_clip: Path, tmp_path: Pa
     assert some.mask.shape == (40, 32)
     with pytest.raises(UserError, match="the detector detector knows no 'zebra'"):
         eyes.number_of("zebra")
+
+
+def test_what_the_detector_is_given_and_where_its_masks_lie(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ImageNet's mean and deviation and grey padding at the right and below, of which the masks know nothing.
+
+    The masks are slopes, which interpolation keeps: above zero from a column, or a row, on.
+    """
+    detector = str(detector_folder(tmp_path / "detector"))
+    eyes, given = DetectorExtractor(detector, str(tiny_clip), None, shortest=40, longest=96), {}
+    centres = torch.arange(2, 64, 4.0)  # of the cells of a mask, a quarter of the padded 64 x 64 pixels
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        given.update(inputs)
+        masks = torch.stack([(centres - 20)[None].expand(16, 16), (centres - 30)[:, None].expand(16, 16)])
+        logits = torch.tensor([[9.0, 0, 0, 0], [0, 9.0, 0, 0]])
+        return SimpleNamespace(class_queries_logits=logits[None], masks_queries_logits=masks[None])
+
+    monkeypatch.setattr(eyes.model, "forward", forward)
+    picture = pictures(1, height=40, width=32)[0]
+    found = eyes.detect(picture, 0.3)
+    seen = F.interpolate(picture[None], (50, 40), mode="bilinear", align_corners=False)[0]
+    expected = torch.zeros(1, 3, 64, 64)
+    for i, (mean, deviation) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
+        expected[0, i, :50, :40] = (seen[i] - mean) / deviation
+    assert torch.allclose(given["pixel_values"], expected, atol=1e-5)
+    assert torch.equal(given["pixel_mask"], torch.ones(1, 64, 64, dtype=torch.long))
+    (right,), (lower,) = found[0], found[1]  # from column 20 of 40 and row 30 of 50 on
+    assert right.box == (16, 0, 32, 40) and lower.box == (0, 24, 32, 40)
+    assert right.mask[:, 16:].all() and not right.mask[:, :16].any()
+    assert lower.mask[24:].all() and not lower.mask[:24].any()
 
 
 def test_the_80_classes_are_those_of_the_detector() -> None:

@@ -15,7 +15,7 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.clip_score import ClipScore
 from callbacks.metrics.extractors import FeatureExtractor
 from callbacks.metrics.geneval import GenEvalAccuracy
-from callbacks.metrics.image_reward import DEVIATION, MEAN, ImageReward
+from callbacks.metrics.image_reward import ImageReward
 from callbacks.metrics.pick_score import PickScore
 from common.errors import UserError
 from tests.callbacks.judge_files import blip_towers, judges_folder
@@ -76,7 +76,8 @@ def test_image_reward_is_blip_and_its_head(folder: Path) -> None:
     with torch.no_grad():
         seen = eye(**processor([pil(image) for image in images], return_tensors="pt")).last_hidden_state
         read = reader(words.input_ids, words.attention_mask, encoder_hidden_states=seen).last_hidden_state
-        rewards = (head.eval()(read[:, 0]) - MEAN) / DEVIATION
+        # mean and deviation as in the authors' package (THUDM/ImageReward)
+        rewards = (head.eval()(read[:, 0]) - 0.16717362830052426) / 1.0333394966054072
     assert value(ImageReward(judges=str(folder)), images) == pytest.approx(float(rewards.mean()), rel=1e-4)
 
 

@@ -10,6 +10,7 @@ from base64 import b64decode
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ def test_validate_and_test_leave_a_report_of_their_own(
     reference: str,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    clock = SimpleNamespace(perf_counter=iter([100.0, 128.0]).__next__)  # at the beginning and at the end
+    monkeypatch.setattr("callbacks.stage_report.time", clock)
     folder = tmp_path / "emoji" / "version_3"
     run = trainer(folder, StageReport(), evaluation(tiny_clip, reference, seed=5))
     (values,) = getattr(run, stage)(StandIn(tiny_sd), StandInData(), verbose=False)
@@ -63,6 +67,7 @@ def test_validate_and_test_leave_a_report_of_their_own(
         assert result["num_images"] == 7  # without the padding sample
         assert result["details"]["seeds"] == "0 + place of the caption"
     assert report["metrics"]["frechet_distance"]["details"]["reference"].startswith("12 real pictures (")
+    assert (report["timing"]["seconds"], report["timing"]["images_per_second"]) == (28, 0.25)
     manifest = json.loads((folder / stage / "manifest.json").read_text())
     assert manifest["captions"]["count"] == 7 and manifest["seeds"]["first"] == 0
     page = (folder / stage / "report.html").read_text()
