@@ -162,17 +162,18 @@ def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationS
     return found
 
 
-def open_questions(name: str, evaluation_set: EvaluationSet) -> list[str]:
-    """What the publication leaves open, and known small differences of the set."""
+def remarks(name: str, evaluation_set: EvaluationSet) -> list[str]:
+    """What the publication leaves open, and known small differences of the set, each called so."""
     protocol = PROTOCOLS.get(evaluation_set.name)
     note = protocol.notes.get(name.partition("/")[0]) if protocol is not None else None
-    return [*([note] if note else []), *evaluation_set.notes]
+    found = [f"open: {note}"] if note else []
+    return found + [f"small difference: {text}" for text in evaluation_set.notes]
 
 
 def published_rows(
     results: Mapping[str, Mapping[str, Any]], evaluation_set: EvaluationSet
 ) -> list[tuple[str, Published]]:
-    """(metric, publication) for every metric measured exactly as published."""
+    """(metric, publication) for every metric measured as published, but for `remarks`."""
     protocol = PROTOCOLS.get(evaluation_set.name)
     if protocol is None:
         return []

@@ -13,7 +13,7 @@ from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from reports.published import PROTOCOLS, deviations, label, open_questions, published_rows
+from reports.published import PROTOCOLS, deviations, label, published_rows, remarks
 from reports.run_report import Report, measured_table, published_table, result_table
 from reports.write import render_html, render_markdown
 from tests.callbacks.networks import inception_file, pictures, save
@@ -84,7 +84,9 @@ def test_published_values_stand_beside_ours() -> None:
     assert ["fid ↓", "9.000", "8.350", "DMD2, SD1.5, one step", "DMD2, arXiv 2405.14867"] in table[1]
     markdown = render_markdown(report, Path("."))
     assert "| fid ↓ | 9.000 | 8.350 | DMD2, SD1.5, one step |" in markdown and "# coco30k_dmd2\n" in markdown
-    assert table[1][0] in cells(render_html(report), "Published values, measured the same way")
+    assert table[1][0] in cells(
+        render_html(report), "Published values, measured the same way but for what is told above"
+    )
     assert published_table(Report(content, {})) is None and measured_table(Report(content, {})) is None
 
 
@@ -98,7 +100,7 @@ def test_the_numbers_are_those_of_the_papers() -> None:
     assert styles["hpsv2/concept-art"] == 26.32 and styles["hpsv2/paintings"] == 26.37
     means = {row.model: row.values.get("hpsv2") for row in PROTOCOLS["hpsv2"].results}
     assert means["PG-SB, SD2.1"] == 27.35 and means["NASA-T, PixArt-α"] == 30.61 and not means["SwiftBrush"]
-    assert "assumed" in open_questions("hpsv2/anime", EvaluationSet("hpsv2", ["x"], [0]))[0]
+    assert "assumed" in remarks("hpsv2/anime", EvaluationSet("hpsv2", ["x"], [0]))[0]
 
 
 @pytest.fixture
