@@ -15,12 +15,13 @@ from typing import ClassVar
 from common.errors import UserError
 from datamodules.evaluation_sets import CaptionFile, EvaluationSet, EvaluationSource, facts_of, repeated
 from datamodules.picture_files import Frame
-from datamodules.tables import is_table, read_column, read_files, read_json, read_texts
+from datamodules.tables import is_table, kind_of, read_column, read_files, read_json, read_texts
 
 DMD2_MD5 = "20ed79e6a73d7b8fdbfb6ebc8c5c7e99"
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPSV2_PROMPTS = 800
 VAL2014 = 40_504  # pictures of COCO's val2014
+SWIFTBRUSH_FIRST = "A man with a red helmet on a small moped on a dirt road."
 MJHQ = 30_000
 
 
@@ -97,27 +98,40 @@ class CocoCaptions(CaptionFile):
 
 @dataclass
 class Coco30kSwiftBrush(EvaluationSource):
-    """COCO-30k as SwiftBrush v2 (arXiv 2408.14176) re-evaluates: the first 30,000 captions, 256x256 pictures.
+    """COCO-30k as the code that SwiftBrush v2 (arXiv 2408.14176) released measures it.
+
+    The first 30,000 captions of its own list, one for each picture of val2014; all of val2014 as reference;
+    drawn and real pictures, in 8 bits, centre-cropped and LANCZOS-resized to 256; clean-fid in its mode
+    "clean".
 
     Args:
-        captions: captions_val2014.json (its annotations in the order of the file), or a file of captions.
+        captions: the list: `dataset.json` of the release. Any other file (captions_val2014.json, its
+            annotations in the order of the file, or a file of captions) is a deviation, and called so.
         count: captions to take.
         seed: of the first picture.
     """
 
-    needs: ClassVar[str] = "COCO's captions; give --captions captions_val2014.json"
+    needs: ClassVar[str] = "its captions; give --captions dataset.json (of the SwiftBrush v2 repository)"
     count: int = 30_000
     seed: int = 0
 
     def file_names(self) -> list[str] | None:
-        """Those of the annotations; lines of captions have none."""
+        """Those of the annotations; lines of captions have none.
+
+        Nor has dataset.json: the release's `infer.py` does not write the names in it, but in their order.
+        """
+        if _released_captions(self.path()) is not None:
+            return None
         names = read_files(self.path())
         return names and names[: self.count]
 
     def load(self) -> EvaluationSet:
         """Read the first captions."""
         path = self.path()
-        captions = list(read_texts(path)) if is_table(path) else read_column(path)
+        facts, captions = facts_of(path) | {"first": self.count}, _released_captions(path)
+        if captions is None:
+            captions = list(read_texts(path)) if is_table(path) else read_column(path)
+            facts["differs"] = f"captions of {facts['file']} instead of the release's dataset.json"
         if len(captions) < self.count:
             raise UserError(
                 f"{path} has {len(captions):,} captions, fewer than the first {self.count:,} that "
@@ -125,10 +139,31 @@ class Coco30kSwiftBrush(EvaluationSource):
             )
         return EvaluationSet(
             "coco30k_swiftbrush", captions[: self.count], [self.seed + i for i in range(self.count)],
-            frame=Frame(256, crop=False), published_count=30_000, published_references=VAL2014,
-            facts=facts_of(path) | {"first": self.count},
-            notes=("the papers state no seeds and no filter of the 256x256 resize (here LANCZOS, no crop)",),
+            frame=Frame(256), published_count=30_000, published_references=VAL2014, facts=facts,
+            notes=("a seed for each line, the release draws all noise by one generator with the seed 0",),
         )  # fmt: skip
+
+
+def _released_captions(path: str) -> list[str] | None:
+    """The captions of SwiftBrush v2's dataset.json, {"labels": [[file, caption], …]}; None: of another form.
+
+    Raises:
+        UserError: its captions are others.
+    """
+    content = read_json(Path(path)) if kind_of(path) == "json" else None
+    if not isinstance(content, dict) or "labels" not in content:
+        return None
+    try:
+        captions = [str.strip(caption) for _, caption in content["labels"]]
+    except (TypeError, ValueError):
+        captions = []
+    if len(captions) != VAL2014 or captions[0] != SWIFTBRUSH_FIRST:
+        raise UserError(
+            f"{path} is not the dataset.json of SwiftBrush v2, whose `labels` are {VAL2014:,} pairs of a "
+            f"file and a caption, the first {SWIFTBRUSH_FIRST!r} (it has {len(captions):,} such pairs): "
+            "give the published list"
+        )
+    return captions
 
 
 @dataclass

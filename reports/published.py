@@ -40,19 +40,17 @@ def _scores(names: str, *values: float) -> dict[str, float]:
 
 _FC, _FCPR = "fid clip_score", "fid clip_score precision recall"
 _STYLES = "hpsv2/anime hpsv2/photo hpsv2/concept-art hpsv2/paintings"
-_LSG, _SB1, _SB2 = (
-    "SiD-LSG, arXiv 2406.01561",
-    "SwiftBrush, arXiv 2312.05239",
-    "SwiftBrush v2, arXiv 2408.14176",
-)
+_LSG, _SB2 = "SiD-LSG, arXiv 2406.01561", "SwiftBrush v2, arXiv 2408.14176"
 _DMD2, _MJHQ = "DMD2, arXiv 2405.14867", "card of playgroundai's MJHQ-30K"
 _SNOOPI1, _SNOOPI3 = "SNOOPI, arXiv 2412.02687v1", "SNOOPI, arXiv 2412.02687v3"
+_PHOTO = {"network": "ViT-g-14", "prefix": "A photo depicts ", "scale": 1.0}
+_TENSORFLOW = {"network": "guided-diffusion's TensorFlow Inception (BGR)", "k": 3}  # no metric here has it
 
 PROTOCOLS: dict[str, Protocol] = {
     "coco30k_dmd2": Protocol(
         details={
             "fid": {"mode": "clean"},
-            "clip_score": {"network": "ViT-g-14", "prefix": "A photo depicts ", "scale": 1.0},
+            "clip_score": _PHOTO,
         },
         results=(
             Published("DMD2, SD1.5, one step, without GAN", _DMD2, _scores("fid", 9.28)),
@@ -71,12 +69,11 @@ PROTOCOLS: dict[str, Protocol] = {
     "coco30k_swiftbrush": Protocol(
         details={
             "fid": {"mode": "clean"},
-            "clip_score": {"network": "ViT-B-32", "prefix": "", "scale": 1.0},
-            "precision": {"network": "Inception", "k": 3},
-            "recall": {"network": "Inception", "k": 3},
+            "clip_score": _PHOTO,
+            "precision": _TENSORFLOW,
+            "recall": _TENSORFLOW,
         },
         results=(
-            Published("SwiftBrush", _SB1, _scores(_FC, 16.67, 0.29)),
             Published("SwiftBrush, measured again", _SB2, _scores(_FCPR, 15.46, 0.30, 0.47, 0.46)),
             Published("SwiftBrush v2, model A", _SB2, _scores(_FCPR, 11.27, 0.31, 0.48, 0.54)),
             Published("SwiftBrush v2, model B", _SB2, _scores(_FCPR, 11.02, 0.32, 0.51, 0.52)),
@@ -86,12 +83,9 @@ PROTOCOLS: dict[str, Protocol] = {
             Published("SD2.1, guidance 2", _SB2, _scores("fid", 9.64)),
             Published("SD2.1, guidance 4.5", _SB2, _scores("fid", 12.26)),
         ),
-        notes={
-            "clip_score": "the papers do not say which CLIP they use; ViT-B/32 is assumed",
-            "precision": "the papers state neither features nor neighbours; Inception and k = 3 are "
-            "assumed",
-            "recall": "the papers state neither features nor neighbours; Inception and k = 3 are assumed",
-        },
+        notes=dict.fromkeys(
+            _FCPR.split(), "the paper leaves the protocol open; this is that of the code it released"
+        ),
     ),
     "mjhq30k": Protocol(
         details={"fid": {"mode": "clean"}},
@@ -118,7 +112,10 @@ PROTOCOLS: dict[str, Protocol] = {
             Published("NASA-T, SD2.1", _SNOOPI3, _scores("hpsv2", 27.84)),
             Published("NASA-T, PixArt-α", _SNOOPI3, _scores("hpsv2", 30.61)),
         ),
-        notes={"hpsv2": "the papers do not say which version of HPSv2 they use; v2.0 is assumed"},
+        notes={
+            "hpsv2": "the papers do not say which version of HPSv2 they use; v2.0 is assumed, as SwiftBrush "
+            "v2 quotes its table (but its code has the default of hpsv2 1.2.0, v2.1)"
+        },
     ),
 }  # fmt: skip
 
@@ -149,6 +146,8 @@ def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationS
     if protocol is None or metric not in protocol.details:
         return None
     found, details = [], result["details"]
+    if "differs" in evaluation_set.facts:
+        found.append(evaluation_set.facts["differs"])
     if _is_few_samples(evaluation_set):
         found.append(f"{len(evaluation_set):,} pictures instead of {evaluation_set.published_count:,}")
     references = details.get("reference_num_images")
@@ -162,17 +161,18 @@ def deviations(name: str, result: Mapping[str, Any], evaluation_set: EvaluationS
     return found
 
 
-def open_questions(name: str, evaluation_set: EvaluationSet) -> list[str]:
-    """What the publication leaves open, and known small differences of the set."""
+def remarks(name: str, evaluation_set: EvaluationSet) -> list[str]:
+    """What the publication leaves open, and known small differences of the set, each called so."""
     protocol = PROTOCOLS.get(evaluation_set.name)
     note = protocol.notes.get(name.partition("/")[0]) if protocol is not None else None
-    return [*([note] if note else []), *evaluation_set.notes]
+    found = [f"open: {note}"] if note else []
+    return found + [f"small difference: {text}" for text in evaluation_set.notes]
 
 
 def published_rows(
     results: Mapping[str, Mapping[str, Any]], evaluation_set: EvaluationSet
 ) -> list[tuple[str, Published]]:
-    """(metric, publication) for every metric measured exactly as published."""
+    """(metric, publication) for every metric measured as published, but for `remarks`."""
     protocol = PROTOCOLS.get(evaluation_set.name)
     if protocol is None:
         return []

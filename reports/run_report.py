@@ -168,7 +168,7 @@ def measured_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
 
 
 def published_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
-    """Published values beside ours, where the protocol is the same; None if there are none."""
+    """Published values beside ours, where the protocol is the same but for small differences, or None."""
     if not report.published:
         return None
     metrics = report.content["metrics"]

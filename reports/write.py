@@ -134,7 +134,7 @@ def _more_tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]
     """How each number was measured, and published values, where these are told."""
     tables = {
         "How each number was measured": measured_table(report),
-        "Published values, measured the same way": published_table(report),
+        "Published values, measured the same way but for what is told above": published_table(report),
     }
     return {title: table for title, table in tables.items() if table is not None}
 

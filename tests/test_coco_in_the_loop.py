@@ -15,6 +15,7 @@ from callbacks.evaluation_share import EvaluationShare
 from callbacks.metrics import inception
 from commands.config_files import content_of
 from common.errors import UserError
+from datamodules import published_sets
 from datamodules.published_sets import Coco30kSwiftBrush
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import StandIn, StandInData
@@ -115,8 +116,8 @@ def fit(
     return root / name / "version_0"
 
 
-def with_coco(coco: Path) -> list[str]:
-    captions = {"captions": str(coco / "annotations" / "captions_val2014.json"), "count": 6}
+def with_coco(coco: Path, captions_of: str = "annotations/captions_val2014.json") -> list[str]:
+    captions = {"captions": str(coco / captions_of), "count": 6}
     data = {"eval_set": {"init_args": captions}, "eval_set_size": 5, "eval_reference": str(coco / "val2014")}
     return part(coco.parent / "data" / "coco.yaml", data={"init_args": data})
 
@@ -222,30 +223,46 @@ def test_published_values_stand_only_beside_the_same_protocol(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A whole run, whose end draws the set as published (here six captions), its validation fewer."""
+    monkeypatch.setattr(published_sets, "VAL2014", 6)
+    first = published_sets.SWIFTBRUSH_FIRST
+    labels = [[f"{i}.png", text] for i, text in enumerate([first, *(f"A red cat {i}." for i in range(1, 6))])]
+    (coco / "dataset.json").write_text(json.dumps({"labels": labels}))
     load = Coco30kSwiftBrush.load
     monkeypatch.setattr(
         Coco30kSwiftBrush, "load",
         lambda self: dataclasses.replace(load(self), published_count=6, published_references=3),
     )  # fmt: skip
     name = "sd15_swiftbrush"
-    run = fit(name, models(name), tmp_path, metrics, *with_coco(coco), whole=True)
+    run = fit(name, models(name), tmp_path, metrics, *with_coco(coco, "dataset.json"), whole=True)
     report = json.loads((run / "report.json").read_text())
     assert {report["metrics"][metric]["num_images"] for metric in ALL} == {6}
     assert 0 < report["timing"]["evaluation_share"] < 1 and report["teacher_metrics"] == {}
-    assert "no crop, LANCZOS to 256x256" in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
+    assert (
+        "centre crop, LANCZOS to 256x256"
+        in json.loads((run / "manifest.json").read_text())["crop_and_resize"]
+    )
     details = {metric: result["details"] for metric, result in report["metrics"].items()}
     assert details["fid"]["reference_num_images"] == 3 and report["evaluation_set"] == "coco30k_swiftbrush"
     assert details["fid"]["label"] == "FID-6" and details["clip_score"]["label"] == "clip_score"
-    assert all(text.startswith("open: ") for text in details["fid"]["differs_from_published"])
+    assert [text.partition(":")[0] for text in details["fid"]["differs_from_published"]] == [
+        "open", "small difference",
+    ]  # fmt: skip
     assert "network" in details["clip_score"]["differs_from_published"][0]
+    assert "TensorFlow" in details["recall"]["differs_from_published"][0]
     page = (run / "report.md").read_text()
     assert "SwiftBrush v2, arXiv 2408.14176" in page and "measured on coco30k_swiftbrush" in page
-    assert "| FID-6 ↓ |" in page and "| clip_score ↑ |" not in page.partition("Published values")[2]
+    beside = page.partition("Published values")[2]
+    assert "| FID-6 ↓ |" in beside and not any(f"| {name} ↑ |" in beside for name in ALL - {"fid"})
     cli.main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run)])
     validated = json.loads((run / "validate" / "report.json").read_text())["metrics"]["fid"]["details"]
     assert validated["label"] == "FID-5"
     assert "5 pictures instead of 6" in validated["differs_from_published"]
     assert "arXiv 2408.14176" not in (run / "validate" / "report.md").read_text()
+    other = fit(name, models(name), tmp_path / "other", metrics, *with_coco(coco), whole=True)
+    found = json.loads((other / "report.json").read_text())["metrics"]["fid"]["details"]
+    said = "captions of captions_val2014.json instead of the release's dataset.json"
+    assert found["differs_from_published"][0] == said
+    assert "arXiv 2408.14176" not in (other / "report.md").read_text()
 
 
 def test_a_judge_that_is_named_must_be_there(

@@ -9,7 +9,7 @@ from callbacks.metrics.measure import Results
 from common.environment import command_line, commit, environment
 from common.hashing import hash_texts
 from datamodules.evaluation_sets import EvaluationSet
-from reports.published import deviations, label, open_questions, published_rows
+from reports.published import deviations, label, published_rows, remarks
 from reports.run_report import Report
 
 
@@ -70,7 +70,7 @@ def _told(name: str, result: Mapping[str, Any], seeds: str, drawn: EvaluationSet
         details["label"] = label(name, drawn)
         found = deviations(name, result, drawn)
         if found is not None:
-            found = found + [f"open: {text}" for text in open_questions(name, drawn)]
+            found = found + remarks(name, drawn)
     if "differs" in details:  # from the paper that introduced the metric
         found = [*(found or []), str(details["differs"])]
     count, digest = details.get("reference_num_images"), str(details.get("reference_hash", ""))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from reports.published import PROTOCOLS, deviations, label, open_questions, published_rows
+from reports.published import PROTOCOLS, deviations, label, published_rows, remarks
 from reports.run_report import Report, measured_table, published_table, result_table
 from reports.write import render_html, render_markdown
 from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import CAPTIONS
 from tests.pages import cells
 
+TITLE = "Published values, measured the same way but for what is told above"
 FID = {"mode": "clean", "extractor": "Inception v3 (x), mode clean", "reference_num_images": 40_504}
 CLIP = {"prefix": "A photo depicts ", "scale": 1.0, "extractor": "open_clip ViT-g-14, laion2b_s12b_b42k"}
 
@@ -84,21 +86,101 @@ def test_published_values_stand_beside_ours() -> None:
     assert ["fid ↓", "9.000", "8.350", "DMD2, SD1.5, one step", "DMD2, arXiv 2405.14867"] in table[1]
     markdown = render_markdown(report, Path("."))
     assert "| fid ↓ | 9.000 | 8.350 | DMD2, SD1.5, one step |" in markdown and "# coco30k_dmd2\n" in markdown
-    assert table[1][0] in cells(render_html(report), "Published values, measured the same way")
+    assert table[1][0] in cells(render_html(report), TITLE)
     assert published_table(Report(content, {})) is None and measured_table(Report(content, {})) is None
 
 
-def test_the_numbers_are_those_of_the_papers() -> None:
-    swiftbrush = {row.model: dict(row.values) for row in PROTOCOLS["coco30k_swiftbrush"].results}
-    assert swiftbrush["SwiftBrush v2, merged"] == {
-        "fid": 8.77, "clip_score": 0.32, "precision": 0.55, "recall": 0.53,
+def table(name: str) -> list[tuple[str, str, list[float]]]:
+    """The rows of a protocol: model, the source's number and version at arXiv, values in their order."""
+    return [
+        (row.model, row.source.rpartition("arXiv ")[2], list(row.values.values()))
+        for row in PROTOCOLS[name].results
+    ]
+
+
+def test_the_numbers_of_coco_are_those_of_the_papers() -> None:
+    assert table("coco30k_swiftbrush") == [
+        ("SwiftBrush, measured again", "2408.14176", [15.46, 0.30, 0.47, 0.46]),
+        ("SwiftBrush v2, model A", "2408.14176", [11.27, 0.31, 0.48, 0.54]),
+        ("SwiftBrush v2, model B", "2408.14176", [11.02, 0.32, 0.51, 0.52]),
+        ("SwiftBrush v2, merged", "2408.14176", [8.77, 0.32, 0.55, 0.53]),
+        ("SwiftBrush v2, with real images", "2408.14176", [8.14, 0.32, 0.57, 0.52]),
+        ("SD Turbo, one step", "2408.14176", [16.10, 0.33, 0.65, 0.35]),
+        ("SD2.1, guidance 2", "2408.14176", [9.64]),
+        ("SD2.1, guidance 4.5", "2408.14176", [12.26]),
+    ]
+    for row in PROTOCOLS["coco30k_swiftbrush"].results:
+        assert list(row.values) == ["fid", "clip_score", "precision", "recall"][: len(row.values)]
+    assert table("coco30k_dmd2") == [
+        ("DMD2, SD1.5, one step, without GAN", "2405.14867", [9.28]),
+        ("DMD2, SD1.5, one step", "2405.14867", [8.35]),
+        ("SiD-LSG, SD1.5, κ 1.5", "2406.01561", [8.71, 0.302]),
+        ("SiD-LSG, SD1.5, κ 1.5, trained longer", "2406.01561", [8.15, 0.304]),
+        ("SiD-LSG, SD1.5, κ 2", "2406.01561", [9.56, 0.313]),
+        ("SiD-LSG, SD1.5, κ 3", "2406.01561", [13.21, 0.314]),
+        ("SiD-LSG, SD1.5, κ 4.5", "2406.01561", [16.59, 0.317]),
+        ("SiD-LSG, SD2.1-base, κ 1.5", "2406.01561", [9.52, 0.308]),
+        ("SiD-LSG, SD2.1-base, κ 2", "2406.01561", [10.97, 0.318]),
+        ("SiD-LSG, SD2.1-base, κ 3", "2406.01561", [13.50, 0.321]),
+        ("SiD-LSG, SD2.1-base, κ 4.5", "2406.01561", [16.54, 0.322]),
+    ]
+    for row in PROTOCOLS["coco30k_dmd2"].results:
+        assert list(row.values) == ["fid", "clip_score"][: len(row.values)]
+
+
+def test_the_numbers_of_hpsv2_are_those_of_the_papers() -> None:
+    assert table("hpsv2") == [
+        ("SwiftBrush", "2408.14176", [26.91, 27.21, 26.32, 26.37]),
+        ("SwiftBrush v2", "2408.14176", [27.13, 27.56, 26.69, 26.76]),
+        ("SwiftBrush v2, with real images", "2408.14176", [27.25, 27.62, 26.86, 26.77]),
+        ("SwiftBrush v2, with an HPS loss", "2408.14176", [28.22, 28.00, 27.35, 27.42]),
+        ("PG-SB, SD1.5", "2412.02687v1", [27.02]),
+        ("PG-SB, SD2.1", "2412.02687v1", [27.35]),
+        ("PG-SB, PixArt-α", "2412.02687v1", [30.34]),
+        ("PG-SB, SD1.5, with NASA", "2412.02687v1", [27.03]),
+        ("PG-SB, SD2.1, with NASA", "2412.02687v1", [27.53]),
+        ("PG-SB, PixArt-α, with NASA", "2412.02687v1", [31.08]),
+        ("NASA-T, SD1.5", "2412.02687v3", [27.45]),
+        ("NASA-T, SD2.1", "2412.02687v3", [27.84]),
+        ("NASA-T, PixArt-α", "2412.02687v3", [30.61]),
+    ]
+    styles = ["hpsv2/anime", "hpsv2/photo", "hpsv2/concept-art", "hpsv2/paintings"]
+    for row in PROTOCOLS["hpsv2"].results:
+        assert list(row.values) == (styles if len(row.values) == 4 else ["hpsv2"])
+
+
+def test_hpsv2_is_compared_in_its_version_2_0() -> None:
+    prompts = EvaluationSet("hpsv2", ["x"] * 3200, list(range(3200)), published_count=3200, notes=("JPEG",))
+    scored = {name: result(26.0, hps_version="v2.0", scale=100) for name in ("hpsv2", "hpsv2/anime")}
+    assert {name for name, _ in published_rows(scored, prompts)} == {"hpsv2", "hpsv2/anime"}
+    later = result(26.0, hps_version="v2.1", scale=100)
+    assert deviations("hpsv2/anime", later, prompts) == ["hps version v2.1 instead of v2.0"]
+    assert published_rows({"hpsv2": later}, prompts) == []
+    assumed, known = remarks("hpsv2/anime", prompts)
+    assert assumed.startswith("open: ") and "v2.0 is assumed" in assumed
+    assert known == "small difference: JPEG"
+
+
+def test_swiftbrush_v2_is_compared_by_fid_and_clip_score() -> None:
+    """By the code that it released; no network here is that of its precision and recall."""
+    ours = replace(coco(), name="coco30k_swiftbrush")
+    eyes = {"k": 3, "reference_num_images": 40_504}
+    scores = {
+        "fid": result(9.0, **FID), "clip_score": result(0.3, **CLIP),
+        "precision": result(0.5, **eyes, extractor="Inception v3 (x), mode clean"),
+        "recall": result(0.5, **eyes, extractor="Inception v3 (x), mode legacy_tensorflow"),
     }  # fmt: skip
-    assert swiftbrush["SwiftBrush"] == {"fid": 16.67, "clip_score": 0.29}
-    styles = {row.model: dict(row.values) for row in PROTOCOLS["hpsv2"].results}["SwiftBrush"]
-    assert styles["hpsv2/concept-art"] == 26.32 and styles["hpsv2/paintings"] == 26.37
-    means = {row.model: row.values.get("hpsv2") for row in PROTOCOLS["hpsv2"].results}
-    assert means["PG-SB, SD2.1"] == 27.35 and means["NASA-T, PixArt-α"] == 30.61 and not means["SwiftBrush"]
-    assert "assumed" in open_questions("hpsv2/anime", EvaluationSet("hpsv2", ["x"], [0]))[0]
+    assert {name for name, _ in published_rows(scores, ours)} == {"fid", "clip_score"}
+    for name in ("precision", "recall"):
+        (said,) = deviations(name, scores[name], ours) or []
+        assert said.startswith("network Inception v3 (x), mode ") and said.endswith(
+            "instead of guided-diffusion's TensorFlow Inception (BGR)"
+        )
+    plain = result(0.3, **(CLIP | {"prefix": "", "extractor": "open_clip ViT-B-32, openai"}))
+    assert len(deviations("clip_score", plain, ours) or []) == 2
+    others = replace(ours, facts={"differs": "captions of mine.txt instead of those"})
+    assert deviations("fid", scores["fid"], others) == ["captions of mine.txt instead of those"]
+    assert published_rows(scores, others) == []
 
 
 @pytest.fixture

@@ -108,13 +108,44 @@ def test_coco_annotations_in_their_order(tmp_path: Path) -> None:
     assert len(CocoCaptions(path, sample=4).load()) == 4
 
 
-def test_swiftbrush_takes_the_first_captions(tmp_path: Path) -> None:
-    path = str(coco(tmp_path / "captions_val2014.json"))
-    found = Coco30kSwiftBrush(path, count=4).load()
+def released(path: Path, captions: list[Any]) -> str:
+    """The captions in the form of SwiftBrush v2's dataset.json."""
+    labels = [[f"00000/img{i:08d}.png", caption] for i, caption in enumerate(captions)]
+    path.write_text(json.dumps({"labels": labels}) + "\n")
+    return str(path)
+
+
+def test_swiftbrush_takes_the_first_captions_of_the_release(tmp_path: Path) -> None:
+    captions = [f"{published_sets.SWIFTBRUSH_FIRST} ", *(f"caption {i} \n" for i in range(1, 40_504))]
+    found = Coco30kSwiftBrush(path := released(tmp_path / "dataset.json", captions)).load()
+    assert found.captions == [text.strip() for text in captions[:30_000]]
+    assert found.seeds == list(range(30_000)) and found.frame == Frame(256)
+    assert (found.published_count, found.published_references) == (30_000, 40_504)
+    assert "differs" not in found.facts and Coco30kSwiftBrush(path).file_names() is None
+    assert Coco30kSwiftBrush(path, count=4, seed=7).load().seeds == [7, 8, 9, 10]
+    said = "not the dataset.json of SwiftBrush v2, whose `labels` are 40,504 pairs"
+    for wrong in (captions[:30_000], captions[1:] + captions[:1], [*captions[:-1], 3], [], [*captions, "x"]):
+        with pytest.raises(UserError, match=said):
+            Coco30kSwiftBrush(released(tmp_path / "dataset.json", wrong)).load()
+    for labels in (None, 3, [["a"]], {"a": "b"}):
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        with pytest.raises(UserError, match=rf"{said} .*\(it has 0 such pairs\)"):
+            Coco30kSwiftBrush(path).load()
+    with pytest.raises(UserError, match="give --captions dataset.json"):
+        Coco30kSwiftBrush().load()
+
+
+@pytest.mark.parametrize("name", ["captions_val2014.json", "mine.txt", "mine.jsonl"])
+def test_other_captions_of_swiftbrush_are_a_deviation(name: str, tmp_path: Path) -> None:
+    path = coco(tmp_path / name)
+    if name.startswith("mine"):
+        path.write_text("\n".join(json.dumps(f"caption {i}").strip('"' * (".txt" in name)) for i in range(6)))
+    found = Coco30kSwiftBrush(str(path), count=4).load()
     assert found.captions == [f"caption {i}" for i in range(4)] and found.seeds == [0, 1, 2, 3]
-    assert found.frame == Frame(256, crop=False) and found.published_count == 30_000
+    assert found.frame == Frame(256) and found.published_count == 30_000
+    assert found.facts["differs"] == f"captions of {name} instead of the release's dataset.json"
     with pytest.raises(UserError, match="6 captions, fewer than the first 30,000"):
-        Coco30kSwiftBrush(path).load()
+        Coco30kSwiftBrush(str(path)).load()
 
 
 def test_dmd2_knows_its_list_by_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
