@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from callbacks.evaluated import evaluation_set
+from callbacks.evaluated import evaluation_set, shown_set
 from callbacks.evaluation import Evaluation
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
@@ -21,6 +22,7 @@ from callbacks.metrics.reference import ReferenceFolder, compute_reference, fram
 from callbacks.metrics.teacher import Teacher
 from common.errors import UserError
 from common.hashing import hash_texts
+from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
 from tests.callbacks.networks import pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
@@ -91,6 +93,27 @@ def test_validations_have_captions_of_their_own_and_groups_only_where_they_belon
     run.validating = False
     report = evaluation_set(run, 3)
     assert (report.captions, report.groups) == (CAPTIONS[:3], ["a"] * 3)
+
+
+def test_of_grouped_captions_as_many_of_each_are_measured() -> None:
+    """Places in validations are those in the captions shown, not in the whole list."""
+    groups = ["a"] * 6 + ["b"] * 6
+    shown = [*CAPTIONS[:2], *CAPTIONS[6:8]]
+    chosen = EvaluationSet("x", CAPTIONS, list(range(12)), groups=groups).first(4)
+    data = SimpleNamespace(eval_captions=CAPTIONS, eval_groups=groups, val_set=chosen)
+    run: Any = SimpleNamespace(datamodule=data, validating=True, sanity_checking=False)
+    validation = shown_set(run)
+    assert (validation.captions, validation.groups) == (shown, ["a", "a", "b", "b"])
+    assert validation.seeds == [0, 1, 2, 3]
+    run.validating = False
+    assert (shown_set(run).captions, shown_set(run).groups) == (CAPTIONS, groups)
+    last = evaluation_set(run, 6, seed=5)
+    assert last.captions == [*CAPTIONS[:3], *CAPTIONS[6:9]] and last.groups == ["a"] * 3 + ["b"] * 3
+    assert last.seeds == [5, 6, 7, 8, 9, 10] and evaluation_set(run, 99).captions == CAPTIONS
+    with pytest.raises(UserError, match="Evaluation.final_size is 7, .* a multiple of 2"):
+        evaluation_set(run, 7)
+    data.val_set, run.validating = None, True
+    assert shown_set(run).captions == CAPTIONS
 
 
 def test_final_results_hold_student_and_teacher(fitted: Fitted, tiny_clip: Path) -> None:
@@ -240,11 +263,24 @@ class Two(ClipScore):
 
 
 class GroupedData(StandInData):
-    """Captions in two groups."""
+    """Captions in two groups; validations show the first four of each, but for the last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.eval_groups = ["a", "b"] * 6
+        self.val_set = EvaluationSet("x", CAPTIONS, list(range(12)), groups=self.eval_groups).first(8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.val_set.captions)
+
+
+class Last(L.Callback):
+    """Asks for what the validation has measured while it lasts, as a report does."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = [one for one in trainer.callbacks if isinstance(one, Evaluation)]  # type: ignore[attr-defined]
+        if found[0].measured:
+            self.found = found[0].last(trainer, 1, "ema")
 
 
 def test_metrics_with_parts_know_groups_and_places(
@@ -252,10 +288,15 @@ def test_metrics_with_parts_know_groups_and_places(
 ) -> None:
     metric = Two()
     callback = evaluation(tiny_clip, None, metrics=[metric])
-    run = trainer(tmp_path, callback, max_steps=1, val_check_interval=1)
+    last = Last()
+    run = trainer(tmp_path, callback, last, max_steps=1, val_check_interval=1)
     run.fit(StandIn(tiny_sd), GroupedData())
     assert run.callback_metrics["val/two/part"] == 7
-    assert callback.final is not None and metric.groups == ["a", "b"] * 4
+    shown = GroupedData().val_set.captions[:7]
+    assert last.found.drawn is not None and last.found.drawn.groups == ["a"] * 4 + ["b"] * 3
+    assert last.found.drawn.captions == shown and last.found.drawn.seeds == list(range(7))
+    assert last.found.manifest["captions"]["hash"] == hash_texts(shown)
+    assert callback.final is not None and metric.groups == ["a"] * 4 + ["b"] * 4
     assert callback.final.metrics["two/part"]["value"] == 8
     rows = callback.final.teacher_metrics
     assert {"two", "two/part"} <= set(rows["steps_1"]) and rows["steps_1"]["two/part"]["value"] == 8
