@@ -327,9 +327,12 @@ class Evaluation(Callback):
             guidance: of student and teacher. ``weights``: "ema" or "online".
         """
         every = measured_captions(trainer)
-        sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
-        if self.extractor is not None:
-            sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}
+        own = {
+            metric.name: metric.reference.describe()
+            for metric in self.metrics
+            if metric.needs_reference and metric.reference_path is not None
+        }
+        settings = {metric.name: found for metric in self.metrics if (found := metric.settings())}
         frame = [self.frame.describe()] if self.frame is not None else []
         resize = dict.fromkeys(metric.extractor.preprocessing for metric in self.metrics)
         return {
@@ -339,10 +342,15 @@ class Evaluation(Callback):
                 "hash_of_all": hash_texts(every),
             },
             "reference": describe_reference(self.reference, every),
-            "extractor": sight,
+            **({"references_of_metrics": own} if own else {}),
+            "extractors": {
+                metric.name: {"name": metric.extractor.name, "hash": metric.extractor.content_hash}
+                for metric in self.metrics
+            },
             "crop_and_resize": "; ".join([*frame, *resize]),
             "seeds": {"first": first_seed, "count": len(drawn), "rule": "first + index of the caption"},
             "guidance": guidance,
             "metric_versions": {metric.name: metric.version for metric in self.metrics},
+            **({"metric_settings": settings} if settings else {}),
             "weights": weights,
         }

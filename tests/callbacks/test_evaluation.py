@@ -16,7 +16,8 @@ from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
-from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.frechet import FID, FrechetDistance
+from callbacks.metrics.inception import InceptionExtractor
 from callbacks.metrics.measure import evaluate_model, measure_set
 from callbacks.metrics.reference import ReferenceFolder, compute_reference, framed_reference
 from callbacks.metrics.teacher import Teacher
@@ -24,7 +25,7 @@ from common.errors import UserError
 from common.hashing import hash_texts
 from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from tests.callbacks.networks import pictures, save
+from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 
 CHOOSING = [f"{caption}, at night" for caption in CAPTIONS]  # of validations
@@ -147,10 +148,58 @@ def test_manifest_says_what_to_keep_the_same(fitted: Fitted) -> None:
     assert manifest["captions"]["count"] == 8 and manifest["captions"]["hash"] == hash_texts(CAPTIONS[:8])
     assert manifest["reference"]["num_images"] == 12
     assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
-    assert manifest["extractor"]["hash"] == callback.extractor.content_hash
+    sight = {"name": callback.extractor.name, "hash": callback.extractor.content_hash}
+    assert manifest["extractors"] == {"frechet_distance": sight, "clip_score": sight}
+    assert not {"references_of_metrics", "metric_settings"} & manifest.keys()
     assert manifest["guidance"] == {"student": None, "steps_2": 4.5, "steps_1": None}
     assert manifest["seeds"]["count"] == 8 and manifest["metric_versions"]["clip_score"] == 1
     assert "centre crop" in manifest["crop_and_resize"]
+
+
+def test_manifest_names_every_network_and_reference(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the scoring CLIP those of metrics that have their own; of folders the hash of their pictures."""
+    monkeypatch.setattr(InceptionExtractor, "width", 48)
+    inception = inception_file(tmp_path, width=48)
+    common, own = (save(pictures(4, seed=seed), tmp_path / str(seed)) for seed in (1, 2))
+    metrics = [ClipScore(), FrechetDistance(), FID(inception=str(inception), reference=str(own))]
+    callback = evaluation(tiny_clip, str(common), metrics=metrics)
+    run: Any = SimpleNamespace(
+        datamodule=StandInData(), strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        validating=False, sanity_checking=False,
+    )  # fmt: skip
+    callback.setup(run, StandIn.__new__(StandIn), "test")
+    manifest = callback.manifest(run, evaluation_set(run, 8), 0, {}, "ema")
+    clip, network = ClipExtractor(tiny_clip), InceptionExtractor(inception)
+    sight = {"name": clip.name, "hash": clip.content_hash}
+    assert manifest["extractors"] == {
+        "clip_score": sight, "frechet_distance": sight,
+        "fid": {"name": network.name, "hash": network.content_hash},
+    }  # fmt: skip
+    hashes = [ReferenceFolder(folder).content_hash for folder in (common, own)]
+    assert hashes[0] != hashes[1]
+    assert manifest["reference"] == {"folder": "1", "files": 4, "content_hash": hashes[0]}
+    assert manifest["references_of_metrics"].keys() == {"fid"}
+    assert manifest["references_of_metrics"]["fid"]["pictures_hash"] == hashes[1]
+    assert manifest["metric_settings"] == {"fid": {"mode": "clean"}}
+
+
+def test_a_folder_that_nothing_is_compared_with_is_known_by_names_and_sizes(tmp_path: Path) -> None:
+    """No file is read for its description; what hashes them does it with all processes."""
+    folder = save(pictures(3), tmp_path / "real")
+    before = ReferenceFolder(folder)
+    described = before.describe()
+    assert described.keys() == {"folder", "files", "hash_of_names_and_sizes"}
+    assert described == ReferenceFolder(folder).describe()
+    content = before.content_hash
+    assert before.describe() == {"folder": "real", "files": 3, "content_hash": content}
+    path = folder / "0001.png"
+    path.rename(folder / "0003.png")
+    renamed = ReferenceFolder(folder).describe()
+    assert renamed != described
+    (folder / "0003.png").write_bytes((folder / "0003.png").read_bytes() + b"!")
+    assert ReferenceFolder(folder).describe() not in (described, renamed)
 
 
 def test_teacher_is_measured_once(
