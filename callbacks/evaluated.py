@@ -109,27 +109,47 @@ def measured_captions(trainer: Trainer) -> list[str]:
 def evaluation_set(
     trainer: Trainer, size: int | None = None, seed: int = 0, frame: Frame | None = None
 ) -> EvaluationSet:
-    """The first captions of the stage (None: all); caption i is drawn from seed ``seed + i``.
+    """The first captions of the stage (None, or no more than that: all), as many of each group.
 
-    Group and negative prompt of each of its ``eval_captions`` are its ``eval_groups`` and
-    ``eval_negatives``, if it has these. Name and published protocol are those of its ``eval_set``, where
-    these are its captions and this is its ``frame``.
+    Caption i of them is drawn from seed ``seed + i``. Group and negative prompt of each of the data module's
+    ``eval_captions`` are its ``eval_groups`` and ``eval_negatives``, if it has these. Name and published
+    protocol are those of its ``eval_set``, where these are its captions and this is its ``frame``.
+
+    Raises:
+        UserError: they can't be shared out equally among the groups.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    every = measured_captions(trainer)
-    captions, are_reported = every[:size], every is data.eval_captions
+    captions = measured_captions(trainer)
+    are_reported = captions is data.eval_captions
     groups, negatives = (
         getattr(data, name, None) if are_reported else None for name in ("eval_groups", "eval_negatives")
     )
     own: EvaluationSet | None = getattr(data, "eval_set", None)
     if own is None or not are_reported or own.frame != frame:
         own = EvaluationSet("run", [], [])
+    seeds = [seed + i for i in range(len(captions))]
+    whole = replace(
+        own, captions=captions, seeds=seeds, negatives=negatives, groups=groups, frame=frame, told=None
+    )
+    if size is None or size >= len(captions):
+        return whole
+    return replace(whole.first(size, "Evaluation.final_size"), seeds=seeds[:size])
+
+
+def shown_set(trainer: Trainer, frame: Frame | None = None) -> EvaluationSet:
+    """The captions to which the ``indices`` of the present stage refer.
+
+    Of validations they are those of the data module's ``val_set``, if it has one: not the first ones of all,
+    but as many of each group.
+    """
+    whole = evaluation_set(trainer, frame=frame)
+    chosen: EvaluationSet | None = getattr(trainer.datamodule, "val_set", None)  # type: ignore[attr-defined]
+    if chosen is None or not (trainer.validating or trainer.sanity_checking):
+        return whole
     return replace(
-        own,
-        captions=captions,
-        seeds=[seed + i for i in range(len(captions))],
-        negatives=negatives and negatives[:size],
-        groups=groups and groups[:size],
-        frame=frame,
-        told=None,
+        whole,
+        captions=chosen.captions,
+        seeds=list(range(len(chosen))),
+        negatives=chosen.negatives,
+        groups=chosen.groups,
     )

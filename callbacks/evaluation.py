@@ -15,6 +15,7 @@ from callbacks.evaluated import (
     evaluation_captions,
     evaluation_set,
     measured_captions,
+    shown_set,
 )
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics.base import ImageMetric, bind_metrics, place_metrics, refuse_repeated
@@ -77,7 +78,8 @@ class Evaluation(Callback):
             module's ``eval_set``, if it has one.
         leave_out: leave out, with one line that says how to get it, what lacks real pictures, or a network
             for which no file is named and none is found; otherwise that is refused.
-        final_size: captions of the final evaluation, the first ones of the data module; 0 skips it.
+        final_size: captions of the final evaluation, the first ones of the data module (all, if it has no
+            more), of grouped ones as many of each group; 0 skips it.
         batch_size: pictures per pass and process in the final evaluation.
         seed: the picture of caption i is drawn from seed ``seed + i``, by student and teacher alike.
         teacher_rows: measure the teacher too.
@@ -142,7 +144,7 @@ class Evaluation(Callback):
         bind_metrics(self.metrics, self.extractor, self.reference, trainer.strategy.root_device)
         loaded.clear()  # the metrics hold them now
         if stage == "fit" and self.final_size:  # at the end it would be too late
-            last = evaluation_set(trainer, self.final_size)
+            last = evaluation_set(trainer, self.final_size, self.seed, self.frame)
             for metric in self.metrics:
                 metric.prepare(last.captions, last.groups, last.negatives)
         self._rest(trainer)
@@ -196,7 +198,7 @@ class Evaluation(Callback):
         """Forget earlier pictures."""
         place_metrics(self.metrics, trainer.strategy.root_device)
         self._fed, self.measured = False, {}
-        shown = evaluation_set(trainer)
+        shown = shown_set(trainer)
         for metric in self.metrics:
             metric.reset()
             metric.prepare(shown.captions, shown.groups, shown.negatives)
@@ -273,7 +275,7 @@ class Evaluation(Callback):
             is_asked = self.teacher_rows and self.metrics
             rows = self._teacher_rows(trainer, student.parts.path, drawn) if is_asked else {}
         guidance = {"student": None, f"steps_{self.teacher_steps}": self.teacher_guidance, "steps_1": None}
-        manifest = self.manifest(trainer, len(drawn), self.seed, guidance, weights)
+        manifest = self.manifest(trainer, drawn, self.seed, guidance, weights)
         self.final = FinalResults(student.student_steps, weights, metrics, rows, manifest, fewer, drawn)
         self._rest(trainer)
         self._log_final(trainer, self.final)
@@ -283,8 +285,9 @@ class Evaluation(Callback):
         """What the last validation or test has measured, after ``step`` updates."""
         count = max(result["num_images"] for result in self.measured.values())
         # the validation step draws caption i from seed i, whatever the seed of the final evaluation
-        manifest = self.manifest(trainer, count, 0, {"student": None}, weights)
-        drawn = evaluation_set(trainer, count, frame=self.frame)
+        shown = shown_set(trainer, self.frame)
+        drawn = shown.take(range(min(count, len(shown))))
+        manifest = self.manifest(trainer, drawn, 0, {"student": None}, weights)
         return FinalResults(step, weights, self.measured, manifest=manifest, drawn=drawn)
 
     def _student_row(self, student: Student, drawn: EvaluationSet, steps: int) -> Results:
@@ -315,31 +318,39 @@ class Evaluation(Callback):
                 logger.flush()
 
     def manifest(
-        self, trainer: Trainer, count: int, first_seed: int, guidance: Guidance, weights: str
+        self, trainer: Trainer, drawn: EvaluationSet, first_seed: int, guidance: Guidance, weights: str
     ) -> dict[str, Any]:
-        """What a measurement must share with one of the first ``count`` captions to be comparable.
+        """What a measurement must share with one of these captions to be comparable.
 
         Args:
-            first_seed: caption i was drawn from ``first_seed + i``.
+            drawn: caption i of them was drawn from ``first_seed + i``.
             guidance: of student and teacher. ``weights``: "ema" or "online".
         """
         every = measured_captions(trainer)
-        sight: dict[str, Any] = {metric.name: metric.extractor.name for metric in self.metrics}
-        if self.extractor is not None:
-            sight = {"name": self.extractor.name, "hash": self.extractor.content_hash}
+        own = {
+            metric.name: metric.reference.describe()
+            for metric in self.metrics
+            if metric.needs_reference and metric.reference_path is not None
+        }
+        settings = {metric.name: found for metric in self.metrics if (found := metric.settings())}
         frame = [self.frame.describe()] if self.frame is not None else []
         resize = dict.fromkeys(metric.extractor.preprocessing for metric in self.metrics)
         return {
             "captions": {
-                "count": count,
-                "hash": hash_texts(every[:count]),
+                "count": len(drawn),
+                "hash": hash_texts(drawn.captions),
                 "hash_of_all": hash_texts(every),
             },
             "reference": describe_reference(self.reference, every),
-            "extractor": sight,
+            **({"references_of_metrics": own} if own else {}),
+            "extractors": {
+                metric.name: {"name": metric.extractor.name, "hash": metric.extractor.content_hash}
+                for metric in self.metrics
+            },
             "crop_and_resize": "; ".join([*frame, *resize]),
-            "seeds": {"first": first_seed, "count": count, "rule": "first + index of the caption"},
+            "seeds": {"first": first_seed, "count": len(drawn), "rule": "first + index of the caption"},
             "guidance": guidance,
             "metric_versions": {metric.name: metric.version for metric in self.metrics},
+            **({"metric_settings": settings} if settings else {}),
             "weights": weights,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -63,10 +63,22 @@ class EvaluationSet:
         runs = set(runs_of(self.captions))
         return runs.pop() if len(runs) == 1 else 1
 
-    def first(self, count: int | None) -> EvaluationSet:
+    def take(self, places: Iterable[int]) -> EvaluationSet:
+        """The captions at these places, with all that belongs to them."""
+        lists = {name: getattr(self, name) for name in _LISTS}
+        chosen = list(places)
+        taken: dict[str, Any] = {
+            name: values and [values[i] for i in chosen] for name, values in lists.items()
+        }
+        return replace(self, **taken)
+
+    def first(self, count: int | None, setting: str = "count") -> EvaluationSet:
         """The first ``count`` captions with their seeds (all for None): a few-sample variant.
 
         Of grouped captions, as many of each group: ``count`` must be a multiple of the number of groups.
+
+        Args:
+            count: how many. ``setting``: where it was set, for the message.
 
         Raises:
             UserError: there are not that many, or they can't be shared out equally.
@@ -81,15 +93,11 @@ class EvaluationSet:
         if rest or not 1 <= share <= smallest:
             groups = f", a multiple of {len(places)} (its groups: {', '.join(places)})"
             raise UserError(
-                f"count is {count}, but {self.name} has {len(self)} captions; choose {len(places)} to "
+                f"{setting} is {count}, but {self.name} has {len(self)} captions; choose {len(places)} to "
                 f"{len(places) * smallest}{groups if self.groups else ''}"
             )
         chosen = [place for group in places.values() for place in group[:share]]
-        lists = {name: getattr(self, name) for name in _LISTS}
-        picked: dict[str, Any] = {
-            name: values and [values[i] for i in chosen] for name, values in lists.items()
-        }
-        return replace(self, **picked, facts=self.facts | {"first_of": len(self)})
+        return replace(self.take(chosen), facts=self.facts | {"first_of": len(self)})
 
 
 @dataclass

@@ -159,7 +159,7 @@ class PromptDataModule(LightningDataModule):
         eval_set: A set of `datamodules.published_sets` or `datamodules.evaluation_sets` in place of
             `eval_captions`, with its crop and resize, groups and negatives; caption i is drawn from seed i.
             One that needs captions and has none (null) is as if it were not given.
-        eval_set_size: As `eval_size`, of an `eval_set`.
+        eval_set_size: As `eval_size`, of an `eval_set`; of grouped captions as many of each group.
         eval_reference: Folder of real pictures (or their statistics) with which an Evaluation that names none
             compares the pictures drawn.
         eval_batch_size: Prompts per process and pass in evaluations.
@@ -176,8 +176,8 @@ class PromptDataModule(LightningDataModule):
             for methods that need some.
 
     Raises:
-        UserError: a source cannot be used (see `read_texts`), there are fewer prompts than one batch, or the
-            sizes do not divide each other.
+        UserError: a source cannot be used (see `read_texts`), there are fewer prompts than one batch or fewer
+            captions than are wanted, or the sizes do not divide each other.
     """
 
     def __init__(
@@ -232,6 +232,10 @@ class PromptDataModule(LightningDataModule):
         self.has_own_captions = eval_captions is not None or self.eval_set is not None
         self.eval_captions, self.eval_reference = captions, eval_reference
         self.eval_prompts = _first(captions, size, name)
+        self.val_set: EvaluationSet | None = None  # what validations show, of grouped captions
+        if self.eval_set is not None and self.eval_set.groups is not None:
+            chosen = self.eval_set.first(size, "data.eval_set_size")
+            self.eval_prompts, self.val_set = chosen.captions, chosen if val_captions is None else None
         self.eval_groups, self.eval_negatives, self.eval_frame = (
             getattr(self.eval_set, kind, None) for kind in ("groups", "negatives", "frame")
         )
@@ -302,6 +306,8 @@ class PromptDataModule(LightningDataModule):
         captions = f"{len(self.eval_captions):,}{bundled}"
         captions += f", {self.eval_set.name}" if self.eval_set is not None else ""
         others = "the first" if self.val_captions is self.eval_captions else "others,"
+        if self.val_set is not None and self.val_set is not self.eval_set:
+            others = "equally many of each group,"
         captions += f"; validations: {others} {len(self.val_prompts):,}"
         return {"Prompts": self._prompts.describe(), "Evaluation captions": captions}
 

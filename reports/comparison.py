@@ -224,6 +224,15 @@ def best_of(values: Sequence[float | None], better: int) -> set[int]:
     return {i for i, value in enumerate(values) if value is not None and value * better == best}
 
 
+def data_settings(run: Run) -> tuple[str | None, dict[str, Any]]:
+    """The data module's class and settings, as far as config.yaml has them."""
+    data = (run.config or {}).get("data")
+    if not isinstance(data, dict):
+        return None, {}
+    given = data.get("init_args")
+    return data.get("class_path"), given if isinstance(given, dict) else {}
+
+
 def same_samples(run: Run) -> str | None:
     """A text that two runs share if their sheets of samples show the same prompts from the same seeds."""
     if run.config is None:
@@ -231,11 +240,10 @@ def same_samples(run: Run) -> str | None:
     callbacks = (run.config.get("trainer") or {}).get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, dict) and str(callback.get("class_path", "")).endswith("SampleGrid"):
-            given = callback.get("init_args") or {}
-            what = {key: given.get(key) for key in ("prompts", "num_images", "seed")}
+            settings = callback.get("init_args") or {}
+            what = {key: settings.get(key) for key in ("prompts", "num_images", "seed")}
             if what["prompts"] is None:  # the first captions of the evaluation
-                data = run.config.get("data") or {}
-                what["captions"] = (data.get("init_args") or {}).get("eval_captions")
-                what["data"] = data.get("class_path")
+                what["data"], given = data_settings(run)
+                what["captions"] = [given.get(key) for key in ("eval_captions", "eval_column", "eval_set")]
             return json.dumps(what, sort_keys=True, default=str)
     return None

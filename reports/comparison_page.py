@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from PIL import Image
 
-from reports.comparison import Run, best_of, differences, same_samples
+from reports.comparison import Run, best_of, data_settings, differences, same_samples
 from reports.html import Row, Table, image_source, render
 from reports.plots import Series, line_figure
 from reports.run_report import direction, steps_in_words, with_arrow
@@ -133,13 +133,17 @@ def _last_values(runs: Sequence[Run]) -> Table | None:
 
 
 def _validation_set(run: Run) -> str:
-    """What two validations must share to be compared, as far as the configuration tells."""
+    """What two validations must share to be compared, as far as the configuration tells.
+
+    All that chooses captions, reference and frame: the data module's settings of evaluations and validations.
+    """
     config = run.config or {}
-    data = config.get("data") if isinstance(config.get("data"), dict) else {}
-    given = (data or {}).get("init_args") or {}
+    data, given = data_settings(run)
+    chosen = {k: v for k, v in given.items() if k.startswith(("eval_", "val_"))}
+    chosen.pop("eval_batch_size", None)  # changes no number
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     judges = [one for one in callbacks if str(one).find("Evaluation") >= 0]
-    return json.dumps([given.get("eval_size"), given.get("eval_captions"), judges], default=str)
+    return json.dumps([data, chosen, judges], sort_keys=True, default=str)
 
 
 def _curves(runs: Sequence[Run]) -> list[go.Figure]:

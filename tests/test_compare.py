@@ -164,6 +164,36 @@ def test_other_prompts_or_seeds_stand_apart(tmp_path: Path) -> None:
     assert [(title, sheets.count("<img")) for title, sheets in groups] == [("2 runs", 2), ("1 run", 1)]
 
 
+HPS = {"class_path": "HPSv2Prompts", "init_args": {"captions": "hps"}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same_set", "same_sheet"),
+    [
+        ({"eval_set": HPS}, {"eval_set": {**HPS, "init_args": {"captions": "other"}}}, False, False),
+        ({"eval_captions": "a.txt"}, {"eval_captions": "b.txt"}, False, False),
+        ({"eval_column": "prompt"}, {"eval_column": "caption"}, False, False),
+        ({"eval_set_size": 5000}, {"eval_set_size": 500}, False, True),
+        ({"eval_size": 256}, {"eval_size": 64}, False, True),
+        ({"val_captions": "a.txt"}, {"val_captions": "b.txt"}, False, True),
+        ({"eval_reference": "A"}, {"eval_reference": "B"}, False, True),
+        ({"eval_batch_size": 8}, {"eval_batch_size": 4}, True, True),
+        ({"batch_size": 8}, {"batch_size": 4}, True, True),
+    ],
+)
+def test_validations_are_compared_on_one_set(
+    one: dict[str, Any], other: dict[str, Any], same_set: bool, same_sheet: bool, tmp_path: Path
+) -> None:
+    """A value is marked as best only beside those of the same captions and reference."""
+    for i, settings in enumerate((one, other)):
+        file = make_run(tmp_path / f"a/version_{i}", 0.1 + i, score=None) / "config.yaml"
+        data = {"class_path": "PromptDataModule", "init_args": settings}
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"data": data}))
+    page = compare(tmp_path, tmp_path / "a")
+    assert any("★" in row[2] for row in cells(page, "Last validation")[1:]) is same_set
+    assert ("Every sheet shows the same prompts" in page) is same_sheet
+
+
 def test_runs_are_found_by_folder_and_pattern(tmp_path: Path) -> None:
     for name in ("s/trial_000/version_0", "s/trial_001/version_0", "e/version_2", "e/version_10"):
         make_run(tmp_path / name, samples=False)

@@ -78,12 +78,22 @@ class ClipScoreNegative(_WithNegatives, ClipScore):
         scale: float = 1.0,
     ) -> None:
         super().__init__(model, pretrained, prefix, scale)
+        self.pairs_path = pairs
         if pairs is not None:
             columns = (read_column(pairs, name) for name in ("prompt", "negative_prompt"))
             self._pairs = list(zip(*columns, strict=True))
 
     def _add(self, features: Tensor, prompts: list[str], positions: list[int] | None) -> None:
         super()._add(features, self._negatives(prompts, positions), positions)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of ``clip_score``, and the pairs of the file, by content."""
+        return super().settings() | ({"pairs": hash_json({"pairs": self._pairs})} if self._pairs else {})
+
+    def details(self) -> dict[str, Any]:
+        """Those of ``clip_score``, and the name of the file of pairs."""
+        named = {} if self.pairs_path is None else {"pairs_file": Path(self.pairs_path).name}
+        return super().details() | named
 
 
 @dataclass(frozen=True)

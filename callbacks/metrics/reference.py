@@ -249,6 +249,24 @@ class ReferenceFolder:
         digests = sorted(pair for share in from_every_rank(own) for pair in share)
         return hash_texts([digest for _, digest in digests])
 
+    @cached_property
+    def _names_and_sizes(self) -> str:
+        listed = [f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}" for path in self.files]
+        return hash_texts(listed)
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests: name, number of files, and their hash.
+
+        That is ``content_hash``, by which statistics are cached, once these were asked for: it reads every
+        file, with all processes. Before, and where no metric compares with the folder, one of names and
+        sizes.
+        """
+        known = self.__dict__.get("content_hash")  # where a cached_property keeps its value
+        told = (
+            {"hash_of_names_and_sizes": self._names_and_sizes} if known is None else {"content_hash": known}
+        )
+        return {"folder": self.folder.name, "files": len(self.files)} | told
+
     def _batches(self, label: str) -> Iterator[list[int]]:
         """The places of this process's pictures in ``files``, batch by batch, under a progress bar."""
         rank, world = rank_and_world_size()
@@ -403,10 +421,10 @@ def framed_reference(
 
 def describe_reference(reference: ReferenceSource | None, captions: Sequence[str]) -> dict[str, Any] | None:
     """The reference in words; where it has captions, whether these are the evaluation's."""
-    if isinstance(reference, ReferenceFolder):
-        return {"folder": reference.folder.name, "files": len(reference.files)}
     if reference is None:
         return None
+    if isinstance(reference, ReferenceFolder):
+        return reference.describe()
     described = reference.describe()
     if reference.captions_hash != hash_texts([]):
         described["captions_are_those_of_the_evaluation"] = reference.captions_hash == hash_texts(captions)

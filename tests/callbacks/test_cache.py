@@ -1,14 +1,21 @@
-"""Hits, misses, tampering, the shipped folder, and a folder that can't be written."""
+"""Hits, misses, tampering, the shipped folder, a folder that can't be written, and the teacher's rows."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from callbacks.metrics import teacher as teacher_module
 from callbacks.metrics.result_cache import SHIPPED, ResultCache
+from callbacks.metrics.teacher import teacher_metrics
 from common.files import user_cache_dir, written_whole
 from common.hashing import hash_folder, hash_tensors, hash_texts
+from datamodules.evaluation_sets import EvaluationSet
+from datamodules.picture_files import Frame
 
 KEY = {"teacher": "abc", "steps": 25}
 
@@ -114,3 +121,55 @@ def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
     assert hash_tensors({"x": x}) == hash_tensors({"x": x.clone()})
     assert hash_tensors({"x": x}) != hash_tensors({"x": x.T}) != hash_tensors({"y": x})
     assert hash_tensors({"x": x}) != hash_tensors({"x": x.double()})
+
+
+DRAWN = EvaluationSet(
+    "x", ["a cat", "a dog"], [0, 1], negatives=["blur", "noise"], groups=["u", "v"], frame=Frame(8)
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16-mixed"},
+        {"groups": ["u", "u"]},
+        {"groups": None},
+        {"negatives": ["blur", "text"]},
+        {"negatives": None},
+        {"negatives": ["u", "v"], "groups": ["blur", "noise"]},
+        {"frame": Frame(8, crop=False)},
+        {"frame": None},
+        {"captions": ["a cat", "a cup"]},
+        {"seeds": [0, 2]},
+        {"teacher": "another"},
+        {"protocol": -1},
+        {"sampler": {"steps": 2}},
+        {"metric": {"metric_version": 2}},
+    ],
+    ids=str,
+)
+def test_the_teachers_rows_are_those_of_all_they_depend_on(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone makes another row; with everything the same it is found again."""
+    measured = []
+
+    def measure(generate: Any, drawn: EvaluationSet, metrics: list[Any], *_: Any) -> dict[str, Any]:
+        measured.append(drawn)
+        return {one.name: {"value": float(len(measured)), "num_images": 2, "details": {}} for one in metrics}
+
+    def value(**changed: Any) -> float:
+        monkeypatch.setattr(teacher_module, "PROTOCOL", changed.get("protocol", 1))
+        teacher: Any = SimpleNamespace(
+            content_hash=changed.get("teacher", "one"), steps=25,
+            rows={"steps_1": (None, changed.get("sampler", {"steps": 1}))},
+        )  # fmt: skip
+        key = changed.get("metric", {"metric_version": 1})
+        metric: Any = SimpleNamespace(name="score", key=lambda: key)
+        drawn = replace(DRAWN, **{k: v for k, v in changed.items() if hasattr(DRAWN, k)})
+        precision = changed.get("precision", "32-true")
+        rows = teacher_metrics(teacher, drawn, [metric], 2, ResultCache(tmp_path, None), precision)
+        return float(rows["steps_1"]["score"]["value"])
+
+    monkeypatch.setattr(teacher_module, "measure_set", measure)
+    assert (value(), value(**change), value(), value(**change)) == (1, 2, 1, 2)

@@ -8,21 +8,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from callbacks.evaluated import evaluation_set
+from callbacks.evaluated import evaluation_set, shown_set
 from callbacks.evaluation import Evaluation
 from callbacks.loggers import MetricsCSV
 from callbacks.metrics import teacher as teacher_module
 from callbacks.metrics.clip_features import ClipExtractor
 from callbacks.metrics.clip_score import ClipScore
-from callbacks.metrics.frechet import FrechetDistance
+from callbacks.metrics.frechet import FID, FrechetDistance
+from callbacks.metrics.inception import InceptionExtractor
 from callbacks.metrics.measure import evaluate_model, measure_set
 from callbacks.metrics.reference import ReferenceFolder, compute_reference, framed_reference
 from callbacks.metrics.teacher import Teacher
 from common.errors import UserError
 from common.hashing import hash_texts
+from datamodules.evaluation_sets import EvaluationSet
 from datamodules.picture_files import Frame
-from tests.callbacks.networks import pictures, save
+from tests.callbacks.networks import inception_file, pictures, save
 from tests.callbacks.standin import CAPTIONS, StandIn, StandInData
 
 CHOOSING = [f"{caption}, at night" for caption in CAPTIONS]  # of validations
@@ -93,6 +96,27 @@ def test_validations_have_captions_of_their_own_and_groups_only_where_they_belon
     assert (report.captions, report.groups) == (CAPTIONS[:3], ["a"] * 3)
 
 
+def test_of_grouped_captions_as_many_of_each_are_measured() -> None:
+    """Places in validations are those in the captions shown, not in the whole list."""
+    groups = ["a"] * 6 + ["b"] * 6
+    shown = [*CAPTIONS[:2], *CAPTIONS[6:8]]
+    chosen = EvaluationSet("x", CAPTIONS, list(range(12)), groups=groups).first(4)
+    data = SimpleNamespace(eval_captions=CAPTIONS, eval_groups=groups, val_set=chosen)
+    run: Any = SimpleNamespace(datamodule=data, validating=True, sanity_checking=False)
+    validation = shown_set(run)
+    assert (validation.captions, validation.groups) == (shown, ["a", "a", "b", "b"])
+    assert validation.seeds == [0, 1, 2, 3]
+    run.validating = False
+    assert (shown_set(run).captions, shown_set(run).groups) == (CAPTIONS, groups)
+    last = evaluation_set(run, 6, seed=5)
+    assert last.captions == [*CAPTIONS[:3], *CAPTIONS[6:9]] and last.groups == ["a"] * 3 + ["b"] * 3
+    assert last.seeds == [5, 6, 7, 8, 9, 10] and evaluation_set(run, 99).captions == CAPTIONS
+    with pytest.raises(UserError, match="Evaluation.final_size is 7, .* a multiple of 2"):
+        evaluation_set(run, 7)
+    data.val_set, run.validating = None, True
+    assert shown_set(run).captions == CAPTIONS
+
+
 def test_final_results_hold_student_and_teacher(fitted: Fitted, tiny_clip: Path) -> None:
     callback, module, _, folder = fitted
     final = callback.final
@@ -124,10 +148,58 @@ def test_manifest_says_what_to_keep_the_same(fitted: Fitted) -> None:
     assert manifest["captions"]["count"] == 8 and manifest["captions"]["hash"] == hash_texts(CAPTIONS[:8])
     assert manifest["reference"]["num_images"] == 12
     assert manifest["reference"]["captions_are_those_of_the_evaluation"] is True
-    assert manifest["extractor"]["hash"] == callback.extractor.content_hash
+    sight = {"name": callback.extractor.name, "hash": callback.extractor.content_hash}
+    assert manifest["extractors"] == {"frechet_distance": sight, "clip_score": sight}
+    assert not {"references_of_metrics", "metric_settings"} & manifest.keys()
     assert manifest["guidance"] == {"student": None, "steps_2": 4.5, "steps_1": None}
     assert manifest["seeds"]["count"] == 8 and manifest["metric_versions"]["clip_score"] == 1
     assert "centre crop" in manifest["crop_and_resize"]
+
+
+def test_manifest_names_every_network_and_reference(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the scoring CLIP those of metrics that have their own; of folders the hash of their pictures."""
+    monkeypatch.setattr(InceptionExtractor, "width", 48)
+    inception = inception_file(tmp_path, width=48)
+    common, own = (save(pictures(4, seed=seed), tmp_path / str(seed)) for seed in (1, 2))
+    metrics = [ClipScore(), FrechetDistance(), FID(inception=str(inception), reference=str(own))]
+    callback = evaluation(tiny_clip, str(common), metrics=metrics)
+    run: Any = SimpleNamespace(
+        datamodule=StandInData(), strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        validating=False, sanity_checking=False,
+    )  # fmt: skip
+    callback.setup(run, StandIn.__new__(StandIn), "test")
+    manifest = callback.manifest(run, evaluation_set(run, 8), 0, {}, "ema")
+    clip, network = ClipExtractor(tiny_clip), InceptionExtractor(inception)
+    sight = {"name": clip.name, "hash": clip.content_hash}
+    assert manifest["extractors"] == {
+        "clip_score": sight, "frechet_distance": sight,
+        "fid": {"name": network.name, "hash": network.content_hash},
+    }  # fmt: skip
+    hashes = [ReferenceFolder(folder).content_hash for folder in (common, own)]
+    assert hashes[0] != hashes[1]
+    assert manifest["reference"] == {"folder": "1", "files": 4, "content_hash": hashes[0]}
+    assert manifest["references_of_metrics"].keys() == {"fid"}
+    assert manifest["references_of_metrics"]["fid"]["pictures_hash"] == hashes[1]
+    assert manifest["metric_settings"] == {"fid": {"mode": "clean"}}
+
+
+def test_a_folder_that_nothing_is_compared_with_is_known_by_names_and_sizes(tmp_path: Path) -> None:
+    """No file is read for its description; what hashes them does it with all processes."""
+    folder = save(pictures(3), tmp_path / "real")
+    before = ReferenceFolder(folder)
+    described = before.describe()
+    assert described.keys() == {"folder", "files", "hash_of_names_and_sizes"}
+    assert described == ReferenceFolder(folder).describe()
+    content = before.content_hash
+    assert before.describe() == {"folder": "real", "files": 3, "content_hash": content}
+    path = folder / "0001.png"
+    path.rename(folder / "0003.png")
+    renamed = ReferenceFolder(folder).describe()
+    assert renamed != described
+    (folder / "0003.png").write_bytes((folder / "0003.png").read_bytes() + b"!")
+    assert ReferenceFolder(folder).describe() not in (described, renamed)
 
 
 def test_teacher_is_measured_once(
@@ -240,11 +312,24 @@ class Two(ClipScore):
 
 
 class GroupedData(StandInData):
-    """Captions in two groups."""
+    """Captions in two groups; validations show the first four of each, but for the last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.eval_groups = ["a", "b"] * 6
+        self.val_set = EvaluationSet("x", CAPTIONS, list(range(12)), groups=self.eval_groups).first(8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.val_set.captions)
+
+
+class Last(L.Callback):
+    """Asks for what the validation has measured while it lasts, as a report does."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = [one for one in trainer.callbacks if isinstance(one, Evaluation)]  # type: ignore[attr-defined]
+        if found[0].measured:
+            self.found = found[0].last(trainer, 1, "ema")
 
 
 def test_metrics_with_parts_know_groups_and_places(
@@ -252,10 +337,15 @@ def test_metrics_with_parts_know_groups_and_places(
 ) -> None:
     metric = Two()
     callback = evaluation(tiny_clip, None, metrics=[metric])
-    run = trainer(tmp_path, callback, max_steps=1, val_check_interval=1)
+    last = Last()
+    run = trainer(tmp_path, callback, last, max_steps=1, val_check_interval=1)
     run.fit(StandIn(tiny_sd), GroupedData())
     assert run.callback_metrics["val/two/part"] == 7
-    assert callback.final is not None and metric.groups == ["a", "b"] * 4
+    shown = GroupedData().val_set.captions[:7]
+    assert last.found.drawn is not None and last.found.drawn.groups == ["a"] * 4 + ["b"] * 3
+    assert last.found.drawn.captions == shown and last.found.drawn.seeds == list(range(7))
+    assert last.found.manifest["captions"]["hash"] == hash_texts(shown)
+    assert callback.final is not None and metric.groups == ["a"] * 4 + ["b"] * 4
     assert callback.final.metrics["two/part"]["value"] == 8
     rows = callback.final.teacher_metrics
     assert {"two", "two/part"} <= set(rows["steps_1"]) and rows["steps_1"]["two/part"]["value"] == 8

@@ -233,6 +233,8 @@ def test_reference_folders_that_do_not_serve(narrow: Path, tmp_path: Path, tiny_
     with pytest.raises(UserError, match="0007.png can't be read"):
         ReferenceFolder(folder).statistics(extractor)
     assert ReferenceFolder(folder, skip_corrupt=True).statistics(extractor).num_images == 59
+    with pytest.raises(UserError, match="0007.png can't be read"):  # those are cached, as other statistics
+        ReferenceFolder(folder).statistics(extractor)
     with pytest.raises(UserError, match="holds 59 readable pictures, and 60 are needed"):
         ReferenceFolder(folder, skip_corrupt=True, minimum=60).statistics(extractor)
     statistics = ReferenceFolder(folder, skip_corrupt=True).statistics(extractor)

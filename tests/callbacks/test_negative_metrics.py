@@ -88,6 +88,23 @@ def test_negative_clip_score_is_the_score_of_the_negative_prompts(
         ClipScoreNegative().bind(extractor).update(images, PROMPTS)
 
 
+def test_other_pairs_are_another_score(extractor: ClipExtractor, tmp_path: Path) -> None:
+    scores = {}
+    for name, negative in [("a", "a dog"), ("b", "the sun"), ("copy of a", "a dog")]:
+        table = tmp_path / f"{name}.csv"
+        table.write_text(f"prompt,negative_prompt\na red cat,{negative}\n")
+        metric = scores[name] = ClipScoreNegative(str(table), prefix="no ")
+        metric.bind(extractor)
+        metric.update(noise(1), ["a red cat"])
+    assert scores["a"].key() != scores["b"].key() and scores["a"].key() == scores["copy of a"].key()
+    found = scores["b"].result()["details"]
+    assert found["pairs_file"] == "b.csv" and found["pairs"] == scores["b"].key()["pairs"]
+    assert found["prefix"] == scores["b"].key()["prefix"] == "no "
+    none = ClipScoreNegative()
+    none.bind(extractor)
+    assert "pairs" not in none.key() and not {"pairs", "pairs_file"} & none.details().keys()
+
+
 def test_backgrounds_are_named_by_their_pixels() -> None:
     names = list(BACKGROUNDS)
     assert background_colours(painted(names)) == names

@@ -427,6 +427,16 @@ def test_timer_takes_the_median_once_warm(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(subprocess.check_output(own)) < 0.9, f"a child of one with {len(ballast):,} bytes"
 
 
+def test_pictures_of_all_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module.time, "perf_counter", iter([0.0, 4.0]).__next__)
+    run, callback = SimpleNamespace(world_size=2), RunReport()
+    module, batch = SimpleNamespace(device=torch.device("cpu")), {"prompts": ["a cat"] * 6}
+    callback.on_train_batch_start(run, module, batch, 0)  # type: ignore[arg-type]
+    callback.on_train_batch_end(run, module, None, batch, 0)  # type: ignore[arg-type]
+    timing = callback.state_dict()["timing"]
+    assert (timing["seconds_per_step"], timing["images_per_second"]) == (4.0, 3.0)
+
+
 def test_pictures_begin_with_the_last(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     grids = [f"step_{n}" for n in range(0, 1000, 100)]

@@ -14,6 +14,7 @@ from common.errors import UserError
 from datamodules import published_sets
 from datamodules.evaluation_sets import CaptionFile, EvaluationSet, PromptPairs
 from datamodules.picture_files import Frame
+from datamodules.prompts import PromptDataModule
 from datamodules.published_sets import (
     HPSV2_STYLES,
     Coco30kDMD2,
@@ -178,6 +179,32 @@ def test_hpsv2_has_four_styles_of_800(benchmark: Path) -> None:
     assert small.seeds == [0, 1] * 4 and small.groups is not None and small.groups[2] == "concept-art"
     with pytest.raises(UserError, match="a multiple of 4 .its groups: anime"):
         found.first(10)
+
+
+def test_a_run_takes_as_many_of_each_group(benchmark: Path) -> None:
+    def module(size: int | None) -> PromptDataModule:
+        return PromptDataModule(["a"], 1, eval_set=HPSv2Prompts(str(benchmark)), eval_set_size=size)
+
+    data = module(8)
+    drawn = [f"{style} {i}" for style in HPSV2_STYLES for i in range(2)]
+    assert data.eval_prompts == data.val_prompts == drawn and len(data.eval_captions) == 3200
+    assert next(iter(data.val_dataloader()))["prompts"] == drawn
+    assert next(iter(data.test_dataloader()))["prompts"] == [f"anime {i}" for i in range(64)]
+    assert data.describe()["Evaluation captions"] == (
+        "3,200, hpsv2; validations: equally many of each group, 8"
+    )
+    assert data.val_set is not None and data.val_set.captions == drawn
+    assert data.val_set.groups == [style for style in HPSV2_STYLES for _ in range(2)]
+    assert module(None).val_prompts == data.eval_captions
+    assert "validations: the first 3,200" in module(None).describe()["Evaluation captions"]
+    others = PromptDataModule(
+        ["a"], 1, eval_set=HPSv2Prompts(str(benchmark)), eval_set_size=8, val_captions=["b"]
+    )
+    assert others.val_set is None and (others.eval_prompts, others.val_prompts) == (drawn, ["b"])
+    with pytest.raises(UserError, match="data.eval_set_size is 10, but hpsv2 .* a multiple of 4"):
+        module(10)
+    with pytest.raises(UserError, match="data.eval_set_size is 5000 .* 3200 captions; .* to null for all"):
+        module(5000)
 
 
 def test_hpsv2_names_what_is_wrong(benchmark: Path) -> None:
