@@ -187,7 +187,8 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def kill(evaluate: Evaluate, after: int, **settings: Any) -> None:
+    """Evaluate until so many captions are saved, after every 4 of them, and no further."""
     save = unfinished_module.Unfinished.save
 
     def save_and_die(self: Any, metrics: Any, done: int) -> None:
@@ -195,17 +196,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         if done >= after:
             raise Killed
 
-    monkeypatch.setattr(unfinished_module.Unfinished, "save", save_and_die)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished_module.Unfinished, "save", save_and_die)
+        with pytest.raises(Killed):
+            evaluate(**{"batch_size": 4, "save_every": 4} | settings)
 
 
 def test_an_interrupted_evaluation_goes_on(
-    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path
 ) -> None:
     expected = evaluate(output=tmp_path / "whole", save_images="true", batch_size=4)
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=8)
-        with pytest.raises(Killed):
-            evaluate(save_every=4, batch_size=4, save_images="true")
+    kill(evaluate, 8, save_images="true")
     output = Path(arguments["output"])
     assert [path.name for path in (output / "unfinished").glob("*.pt")] == ["done_8_rank_0_of_1.pt"]
     drawn = sorted((output / "images").glob("*.png"))
@@ -243,12 +244,9 @@ def test_an_evaluation_killed_before_its_first_state_starts_again(
 
 @pytest.mark.parametrize(("first", "then"), [("false", "true"), ("true", "false")])
 def test_an_interrupted_evaluation_keeps_what_it_began_to_keep(
-    first: str, then: str, evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    first: str, then: str, evaluate: Evaluate, arguments: dict[str, str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=4)
-        with pytest.raises(Killed):
-            evaluate(save_every=4, batch_size=4, save_images=first)
+    kill(evaluate, 4, save_images=first)
     with pytest.raises(UserError, match="interrupted evaluation with another --save-images.* the same again"):
         evaluate(save_images=then)
     evaluate(save_images=first)
@@ -329,7 +327,7 @@ def test_what_is_no_matter_of_the_disk_stays_as_it_is(
 
 
 def test_pictures_that_were_replaced_are_refused(
-    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path
 ) -> None:
     """Bitmaps are all of one size; the content tells them apart, the name does not matter."""
     pictures = tmp_path / "pictures"
@@ -345,10 +343,7 @@ def test_pictures_that_were_replaced_are_refused(
         return str(manifest["model"]["hash_of_pictures"])
 
     first = hash_of("first")
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=4)
-        with pytest.raises(Killed):
-            evaluate(**given, save_every=4, batch_size=4)
+    kill(evaluate, 4, **given)
     Image.fromarray(noise[12]).save(pictures / "2.bmp")
     with pytest.raises(UserError, match="interrupted evaluation with another model"):
         evaluate(**given)
@@ -362,25 +357,15 @@ def test_pictures_that_were_replaced_are_refused(
     assert hash_of("fourth") != first
 
 
-def test_an_interrupted_evaluation_may_get_a_layout(
-    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=8)
-        with pytest.raises(Killed):
-            evaluate(save_every=4, batch_size=4, save_images="true")
+def test_an_interrupted_evaluation_may_get_a_layout(evaluate: Evaluate, arguments: dict[str, str]) -> None:
+    kill(evaluate, 8, save_images="true")
     evaluate(save_images="true", layout="geneval2")
     paths = json.loads((Path(arguments["output"]) / "geneval2" / "pictures.json").read_text())
     assert list(paths) == CAPTIONS and all(Path(path).is_file() for path in paths.values())
 
 
-def test_damaged_states_are_named(
-    evaluate: Evaluate, arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=4)
-        with pytest.raises(Killed):
-            evaluate(save_every=4, batch_size=4)
+def test_damaged_states_are_named(evaluate: Evaluate, arguments: dict[str, str]) -> None:
+    kill(evaluate, 4)
     (state,) = (Path(arguments["output"]) / "unfinished").glob("*.pt")
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="done_4_rank_0_of_1.pt can't be read"):
@@ -426,13 +411,10 @@ def test_every_number_of_processes_counts_101_pictures_exactly(
 
 
 def test_two_processes_draw_what_one_draws_and_go_on_where_it_stopped(
-    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, arguments: dict[str, str], tmp_path: Path
 ) -> None:
     alone = evaluate(count=11, batch_size=2)
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=4)
-        with pytest.raises(Killed):
-            evaluate(count=11, batch_size=2, save_every=4, output=tmp_path / "several")
+    kill(evaluate, 4, count=11, batch_size=2, output=tmp_path / "several")
     settings = {**arguments, "count": 11, "batch_size": 2, "output": tmp_path / "several"}
     several = in_processes(2, settings)
     assert values(several) == pytest.approx(values(alone), rel=1e-3)
