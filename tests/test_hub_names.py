@@ -32,7 +32,7 @@ HUB = {
     "xswu/HPSv2": "weights of HPSv2",
 }
 OTHERS = {  # first words of what is no hub name but looks like one: our files and metrics, and examples
-    "00000", "COCO", "DIR", "HPSv2", "JUDGES", "MJHQ-30K", "NAME", "ViT-B", "ViT-B-32", "ViT-L",
+    "00000", "COCO", "DIR", "HPSv2", "JUDGES", "MJHQ-30K", "NAME", "ViT-B", "ViT-B-32", "ViT-L", "ViT-g",
     "application", "base", "checkpoints", "comfy", "counts", "dpg_bench", "gradient_at_output", "group",
     "health", "host", "hpsv2", "image_losses", "latents", "lora", "me", "memory", "objective", "objectives",
     "owner", "package", "run", "scheduler", "test", "text", "throughput", "tokenizer", "train", "unet", "val",
